@@ -1,0 +1,14 @@
+"""nvlm-train: a distributed training framework for NVLM-style multimodal language models.
+
+Floors, lowest first; every import points downward (tests/test_floors.py keeps it so):
+
+    0  config errors logs          the recipe's schema; no torch
+    1  batch tokens geometry       what data and model exchange; pure arithmetic
+    2  data parallel               shards to plans and pixels; topology and megatron-core
+    3  vision model                tile-parallel encoding; NVLM-D
+    4  convert evaluation          Hugging Face tables; greedy generation and scorers
+    5  train                       schedule, loop, optimizer, checkpoint, metrics
+    6  cli demo                    the console script `nvlm`; the demo's material
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,144 @@
+"""What the data floor hands to the model: plans (numbers only) and batches (tensors).
+
+Shape legend: S tokens of a pack, L trained positions of a pack, T tiles, E tile edge in pixels.
+A *pack* is one sequence of `sequence_length` tokens made of whole samples; it is one microbatch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """Where a sample of the blend lies, and the sizes that packing needs."""
+
+    source: int
+    """Index of the source in the blend."""
+    shard: int
+    """Index of the shard within its source."""
+    row: int
+    """Row in the shard's index."""
+    num_tokens: int
+    """Decoder tokens, image tokens included."""
+    num_tiles: int
+    """Tiles of all its images, thumbnails included."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackPlan:
+    """Samples that share one sequence; empty when a step has fewer packs than data-parallel ranks."""
+
+    samples: tuple[SampleRef, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(sample.num_tokens for sample in self.samples)
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(sample.num_tiles for sample in self.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """All of one optimizer step, the same on every rank: `packs[dp_rank]` are that rank's microbatches."""
+
+    step: int
+    packs: tuple[tuple[PackPlan, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankShare:
+    """Which part of a step is this rank's.
+
+    A model replica is the TP x PP ranks that hold one copy of the model; its ranks share the tiles.
+    """
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    replica_rank: int = 0
+    replica_size: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SampleInfo:
+    """Provenance of a sample inside a microbatch."""
+
+    source: int
+    shard: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One pack, ready for the model. Tensors live on the CPU until the step needs them."""
+
+    token_ids_S: Tensor
+    """int64 [S]; image positions and padding hold the pad id."""
+    image_positions: Tensor
+    """int64 [T * tokens per tile]: the positions that tile features replace, in tile order."""
+    label_positions_L: Tensor
+    """int64 [L]: positions whose *next* token is trained; ascending."""
+    label_ids_L: Tensor
+    """int64 [L]: the token to predict at each of them."""
+    label_samples_L: Tensor
+    """int64 [L]: index into `samples`."""
+    cu_seqlens: Tensor
+    """int32 [segments + 1]: where samples begin; the padding is the last segment, so it ends with S."""
+    samples: tuple[SampleInfo, ...]
+    num_tiles: int
+
+    def without_labels_of(self, failed: Collection[int]) -> Microbatch:
+        """The same pack in which the samples at these indices are not trained on."""
+        if not failed:
+            return self
+        keep_L = self.label_samples_L.new_tensor(
+            [sample not in failed for sample in self.label_samples_L.tolist()]
+        ).bool()
+        return replace(
+            self,
+            label_positions_L=self.label_positions_L[keep_L],
+            label_ids_L=self.label_ids_L[keep_L],
+            label_samples_L=self.label_samples_L[keep_L],
+        )
+
+
+@dataclass(frozen=True)
+class Round:
+    """Some microbatches of a step whose tiles are encoded together before the pipeline schedule runs.
+
+    The round's tiles are numbered in microbatch, image, tile order. Replica rank r owns
+    `tile_split[r]` of them, contiguous, after those of the ranks before it.
+    """
+
+    microbatches: tuple[Microbatch, ...]
+    tile_split: tuple[int, ...]
+    pixels_TCEE: Tensor
+    """uint8 [own T, 3, E, E]: only this rank's tiles; a tile that could not be decoded is zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFailure:
+    """A sample whose image this rank could not decode: it is counted, and trained by nobody."""
+
+    round: int
+    microbatch: int
+    sample: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One rank's view of one optimizer step."""
+
+    step: int
+    rounds: tuple[Round, ...]
+    failures: tuple[SampleFailure, ...]
+    """Found by this rank; ranks of a replica exchange them before the step."""

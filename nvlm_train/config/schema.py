@@ -1,0 +1,203 @@
+"""The recipe: one frozen dataclass per recipe group. No torch, no megatron, no file access.
+
+A field without a default must be stated by a recipe file. `docs/recipes.md` explains how the YAML
+groups map onto these classes; `validate.py` holds the rules that span several fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+TrainablePart = Literal["projector", "language_model"]
+TileTags = Literal["none", "1d"]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """InternViT-style vision encoder: always frozen, never sharded (NVLM 1.0, section 4.1)."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    ffn_hidden_size: int
+    tile_size: int
+    """Edge of a square tile in pixels (448 in the paper)."""
+    patch_size: int
+    norm_eps: float = 1e-6
+    weights: str | None = None
+    """Directory with config.json and model.safetensors (InternVL vision layout), or none for random ones."""
+    batch_tiles: int = 8
+    """Tiles of one encoder forward. Fixed, so that features do not depend on who computes them."""
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """LayerNorm, Linear, GELU, Linear; no biases on the linears, as released for NVLM-D."""
+
+    ffn_hidden_size: int
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Qwen2-shaped decoder: GQA, RMSNorm, SwiGLU, RoPE, untied embeddings."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_hidden_size: int
+    vocab_size: int
+    """Rows of the embedding table, padding rows included."""
+    norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    qkv_bias: bool = True
+    init_std: float = 0.014
+    weights: str | None = None
+    """Directory with config.json and *.safetensors (Qwen2 layout), or none for random ones."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A Hugging Face fast tokenizer and the ids the chat template needs."""
+
+    path: str
+    """A tokenizer.json, or a directory that holds one."""
+    pad: str = "<|endoftext|>"
+    turn_start: str = "<|im_start|>"
+    turn_end: str = "<|im_end|>"
+    thumbnail_tag: str = "<tile_global_thumbnail>"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained. `architecture: d` sends thumbnail and tiles through the decoder."""
+
+    architecture: Literal["d"]
+    vision: VisionConfig
+    projector: ProjectorConfig
+    language: LanguageConfig
+    tokenizer: TokenizerConfig
+
+
+@dataclass(frozen=True)
+class TilingConfig:
+    """Dynamic high resolution (NVLM 1.0, section 4.1)."""
+
+    max_tiles: int = 6
+    """Most regular tiles of an image; 1 squashes it to one tile."""
+    thumbnail: bool = True
+    """Append the whole image as one more tile, last, when it has more than one."""
+    tags: TileTags = "1d"
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """One optimizer step. `samples` counts samples (the paper's way), `packs` counts packed sequences."""
+
+    size: int
+    unit: Literal["samples", "packs"] = "samples"
+    window: int = 1024
+    """Samples among which packs are made when unit is packs."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay (NVLM 1.0, Tables 10 and 11)."""
+
+    lr: float
+    min_lr: float
+    warmup_steps: int
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 10.0
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Layout of one stage; data parallelism is what remains of the world."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    max_tiles_in_flight: int = 256
+    """Bound on the tiles encoded before one run of the pipeline schedule (a round), per model replica."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage: what trains, on which data, how long, laid out how."""
+
+    trainable: tuple[TrainablePart, ...]
+    blend: str
+    """A data recipe: name of a file in data_recipes/ without .yaml, or a path to one."""
+    steps: int
+    sequence_length: int
+    """Tokens of a pack, image tokens included."""
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    tiling: TilingConfig = field(default_factory=TilingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    system_message: str | None = None
+    prompts: Literal["pretrain", "sft"] = "sft"
+    """Prompt family for captions, VQA and OCR records."""
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """Reading: background threads and what is done with samples that cannot be read."""
+
+    data_root: str = "."
+    """Relative source paths in blends start here."""
+    workers: int = 1
+    """Decoding threads of a rank; 0 decodes in the training thread."""
+    prefetch_steps: int = 2
+    max_skipped_fraction: float = 0.001
+    """Training stops when more than this share of the samples drawn so far could not be used."""
+    max_image_pixels: int = 178_956_970
+    """Larger images are refused before they are decoded (decompression bombs)."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving: every so many steps, and at the end of each stage."""
+
+    interval_steps: int = 500
+    keep_last: int = 2
+    asynchronous: bool = True
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """metrics.jsonl is always written; wandb on request."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    project: str = "nvlm-train"
+    entity: str | None = None
+    log_every: int = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run. Starting the same recipe in the same run directory continues it."""
+
+    name: str
+    run_dir: str
+    seed: int
+    precision: Literal["fp32", "bf16"]
+    schedule: tuple[str, ...]
+    """Names of stages in the order they run."""
+    stages: Mapping[str, StageConfig]
+    model: ModelConfig
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,0 +1,109 @@
+"""Derived numbers: tokens, parameters, FLOPs, bytes. Pure arithmetic on the recipe; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nvlm_train.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, StageConfig, VisionConfig
+
+PIXEL_SHUFFLE = 2
+"""Pixel shuffle joins 2 x 2 neighbouring patches into one token (NVLM 1.0, section 4.1)."""
+
+
+def patches_per_side(vision: VisionConfig) -> int:
+    """Patches along one edge of a tile: 32 for 448 pixels and patch 14."""
+    return vision.tile_size // vision.patch_size
+
+
+def tokens_per_tile(vision: VisionConfig) -> int:
+    """Decoder tokens of one tile after pixel shuffle: 256 for the paper's encoder."""
+    return (patches_per_side(vision) // PIXEL_SHUFFLE) ** 2
+
+
+def tile_feature_size(vision: VisionConfig) -> int:
+    """Channels of one token after pixel shuffle: 12,800 for the paper's encoder."""
+    return vision.hidden_size * PIXEL_SHUFFLE**2
+
+
+def vision_parameters(vision: VisionConfig) -> int:
+    """Parameters of the vision encoder (class token, positions, layers with layer scale and QK-norm)."""
+    hidden, ffn = vision.hidden_size, vision.ffn_hidden_size
+    attention = 4 * hidden * hidden + hidden + 2 * hidden
+    mlp = 2 * hidden * ffn + ffn + hidden
+    layer = attention + mlp + 2 * hidden + 2 * hidden
+    embedding = 3 * vision.patch_size**2 * hidden + hidden + hidden
+    positions = (patches_per_side(vision) ** 2 + 1) * hidden
+    return vision.num_layers * layer + embedding + positions
+
+
+def projector_parameters(model: ModelConfig) -> int:
+    """LayerNorm and two linears without biases: 620.7 M at 72B."""
+    inputs, projector = tile_feature_size(model.vision), model.projector
+    return 2 * inputs + projector_weights(inputs, projector, model.language.hidden_size)
+
+
+def projector_weights(inputs: int, projector: ProjectorConfig, outputs: int) -> int:
+    """Matrix entries of the projector, without its norm."""
+    return inputs * projector.ffn_hidden_size + projector.ffn_hidden_size * outputs
+
+
+def language_layer_weights(language: LanguageConfig) -> int:
+    """Matrix entries of one decoder layer (what a token is multiplied with)."""
+    hidden = language.hidden_size
+    kv_size = hidden // language.num_heads * language.num_kv_heads
+    return hidden * (2 * hidden + 2 * kv_size) + 3 * hidden * language.ffn_hidden_size
+
+
+def language_parameters(language: LanguageConfig) -> int:
+    """Parameters of the language model with its untied embedding and output tables."""
+    hidden = language.hidden_size
+    kv_size = hidden // language.num_heads * language.num_kv_heads
+    bias = hidden + 2 * kv_size if language.qkv_bias else 0
+    layer = language_layer_weights(language) + bias + 2 * hidden
+    return language.num_layers * layer + 2 * language.vocab_size * hidden + hidden
+
+
+def part_parameters(model: ModelConfig) -> dict[str, int]:
+    """Parameters of each part, by the names that a stage's `trainable` uses."""
+    return {
+        "vision_encoder": vision_parameters(model.vision),
+        "projector": projector_parameters(model),
+        "language_model": language_parameters(model.language),
+    }
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one optimizer step processed, summed over the world."""
+
+    tokens: int
+    """Decoder tokens without padding."""
+    attention_pairs: int
+    """Sum over samples of length squared; causal attention computes half of the pairs."""
+    trained_tokens: int
+    tiles: int
+
+
+def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
+    """Model FLOPs of one step; frozen parts count forward, and backward only where gradients flow through.
+
+    The vision encoder is always frozen and nothing trainable lies before it: forward only. A frozen
+    language model still carries the gradient to the projector (2 of the 3 products), but forms no weight gradient.
+    """
+    vision, language = model.vision, model.language
+    patches = patches_per_side(vision) ** 2 + 1
+    encoder = 2.0 * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size)
+    encoder = vision.num_layers * patches * (encoder + 4.0 * patches * vision.hidden_size)
+    projector = 2.0 * projector_weights(tile_feature_size(vision), model.projector, language.hidden_size)
+    per_token = 2.0 * language.num_layers * language_layer_weights(language)
+    attention = 2.0 * language.num_layers * language.hidden_size * work.attention_pairs
+    logits = 2.0 * language.hidden_size * language.vocab_size * work.trained_tokens
+    trains_language = "language_model" in stage.trainable
+    return (
+        encoder * work.tiles
+        # The projector's input needs no gradient: forward and weight gradient.
+        + projector * work.tiles * tokens_per_tile(vision) * (2 if "projector" in stage.trainable else 1)
+        + (per_token * work.tokens + logits) * (3 if trains_language else 2)
+        # Attention scores have no weights: backward is two products for each forward one either way.
+        + attention * 3
+    )

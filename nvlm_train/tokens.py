@@ -1,0 +1,82 @@
+"""Text to ids and back: a fast tokenizer whose special tokens cannot be forged by data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nvlm_train.config.schema import TileTags, TokenizerConfig
+from nvlm_train.errors import ConfigError
+
+IMAGE_START = "<Image>"
+IMAGE_END = "</Image>"
+IMAGE_MARKER = "<image>"
+"""Placeholder of one image in a conversation's text; `IMAGE_START` and `IMAGE_END` surround its tiles."""
+
+
+class Tokenizer:
+    """A Hugging Face `tokenizer.json`, read with the `tokenizers` library.
+
+    Raises:
+        ConfigError: the file is missing, or lacks one of the special tokens that the recipe names.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        path = Path(config.path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ConfigError(
+                [f"model.tokenizer.path={config.path}: no such file; give a tokenizer.json or its directory"]
+            )
+        self.config = config
+        self._fast = FastTokenizer.from_file(str(path))
+        # Text such as "<|im_end|>" inside a sample is data, not a control token.
+        self._fast.encode_special_tokens = True
+        self._fast.no_truncation()
+        self._fast.no_padding()
+        problems: list[str] = []
+        self.pad = self._special("pad", config.pad, problems)
+        self.turn_start = self._special("turn_start", config.turn_start, problems)
+        self.turn_end = self._special("turn_end", config.turn_end, problems)
+        if problems:
+            raise ConfigError(problems)
+
+    def _special(self, field: str, token: str, problems: list[str]) -> int:
+        number = self._fast.token_to_id(token)
+        if number is None:
+            problems.append(
+                f"model.tokenizer.{field}={token} is not in the vocabulary of {self.config.path}; "
+                "name a special token that the tokenizer has"
+            )
+            return -1
+        return int(number)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer can produce; the embedding table needs at least as many rows."""
+        return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; never a special token."""
+        return list(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; special tokens are left out."""
+        return str(self._fast.decode(ids, skip_special_tokens=True))
+
+
+def tile_tags(style: TileTags, num_tiles: int, thumbnail_tag: str) -> list[str]:
+    """Text before each tile of an image; `num_tiles` counts the thumbnail.
+
+    The last of several tiles is the thumbnail; a one-tile image is its own thumbnail (released NVLM-D:
+    `tags[:n - 1] + [thumbnail]`).
+
+    >>> tile_tags("1d", 3, "<tile_global_thumbnail>")
+    ['<tile_1>', '<tile_2>', '<tile_global_thumbnail>']
+    >>> tile_tags("none", 2, "<tile_global_thumbnail>")
+    ['', '']
+    """
+    if style == "none":
+        return [""] * num_tiles
+    return [f"<tile_{number}>" for number in range(1, num_tiles)] + [thumbnail_tag]
