@@ -1,0 +1,89 @@
+"""Builds a stage's model: the megatron-core config, the module, what is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+from nvlm_train.model.nvlm import NVLM
+from nvlm_train.parallel.kernels import Kernels
+from nvlm_train.parallel.topology import Topology
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(recipe: Recipe, stage: StageConfig) -> TransformerConfig:
+    """megatron-core's config of the language model in one stage's layout."""
+    language, parallel = recipe.model.language, stage.parallel
+    dtype = DTYPES[recipe.precision]
+    recompute = parallel.recompute
+    return TransformerConfig(
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        num_attention_heads=language.num_heads,
+        num_query_groups=language.num_kv_heads,
+        ffn_hidden_size=language.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=language.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=stage.hidden_dropout,
+        attention_dropout=stage.attention_dropout,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=recipe.precision == "bf16",
+        calculate_per_token_loss=True,
+        # Weights come from a checkpoint, from safetensors or from model/canonical.py.
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+    )
+
+
+def build_model(
+    recipe: Recipe, stage: StageConfig, topology: Topology, kernels: Kernels
+) -> NVLM:
+    """This rank's shard of the model with uninitialised weights, frozen as the stage says."""
+    config = transformer_config(recipe, stage)
+    model = NVLM(config, recipe.model, stage.sequence_length, topology, kernels)
+    freeze(model, stage.trainable)
+    return model
+
+
+def freeze(model: NVLM, trainable: Collection[str]) -> None:
+    """Turns gradients on for the named parts and off for all others."""
+    for part, module in model.named_children():
+        module.requires_grad_(part in trainable)
+
+
+@dataclass(frozen=True)
+class FreezeRow:
+    """One line of the table printed at stage start. Parameters are counted unsharded."""
+
+    part: str
+    num_parameters: int
+    is_trainable: bool
+
+
+def freeze_rows(model: ModelConfig, trainable: Collection[str]) -> list[FreezeRow]:
+    """What trains and what does not, over the whole model, the vision encoder included."""
+    from nvlm_train.geometry import part_parameters
+
+    return [
+        FreezeRow(part, count, part in trainable) for part, count in part_parameters(model).items()
+    ]

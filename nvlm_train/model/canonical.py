@@ -1,0 +1,107 @@
+"""Canonical tensors: the unsharded weights by name, whatever the layout.
+
+megatron-core's sharded state dict says for every local tensor which slice of which global tensor it
+is. Whoever has global tensors (an importer, a seeded initialiser) fills any layout through it, so
+initial weights do not depend on TP, PP or DP; whoever wants them (an exporter, a parity test) reads them back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor, nn
+
+from nvlm_train.config.schema import LanguageConfig
+
+SHARDING = {"non_homogeneous_layers": True}
+"""Layers keep names of their own in checkpoints, so that models with cross-attention in some layers share them."""
+
+
+def shards(model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]) -> Iterator[ShardedTensor]:
+    """The local slices of something that every parameter has, such as its data or its gradient.
+
+    Args:
+        model: this rank's shard of the model.
+        of: maps a parameter to a tensor of its shape, or to None to leave it out.
+    """
+    for entry in _entries(model):
+        tensor = of(entry.data)
+        if tensor is None:
+            continue
+        if isinstance(entry, ShardedTensorFactory):
+            built = entry.build_fn(entry.key, tensor, entry.replica_id, entry.flattened_range)
+            yield from (built.values() if isinstance(built, dict) else built)
+        else:
+            entry.data = tensor
+            yield entry
+
+
+def _entries(model: nn.Module) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+    state = model.sharded_state_dict(prefix="", metadata=SHARDING)
+    for entry in state.values():
+        if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(
+            entry.data, nn.Parameter
+        ):
+            yield entry
+
+
+def own_slice(shard: ShardedTensor, full: Tensor) -> Tensor:
+    """The part of a global tensor that a shard describes.
+
+    Raises:
+        ValueError: the global shape is another one.
+    """
+    if tuple(full.shape) != tuple(shard.global_shape):
+        raise ValueError(
+            f"{shard.key} has shape {tuple(full.shape)}, the model's is {tuple(shard.global_shape)}"
+        )
+    index = tuple(
+        slice(start, start + size)
+        for start, size in zip(shard.global_offset, shard.local_shape, strict=True)
+    )
+    return full[index]
+
+
+@torch.no_grad()
+def fill(model: nn.Module, source: Callable[[str, tuple[int, ...]], Tensor | None]) -> list[str]:
+    """Writes global tensors into this rank's shard.
+
+    Args:
+        model: this rank's shard.
+        source: maps a canonical name and global shape to the whole tensor, or to None to leave it alone.
+
+    Returns:
+        Names that were left alone.
+    """
+    left: list[str] = []
+    for shard in shards(model, lambda parameter: parameter.data):
+        full = source(shard.key, tuple(shard.global_shape))
+        if full is None:
+            left.append(shard.key)
+        else:
+            shard.data.copy_(own_slice(shard, full))
+    return left
+
+
+def seeded_source(language: LanguageConfig, seed: int) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """Initial weights as a function of (seed, name): normal, norms one, biases zero.
+
+    Projections back into the residual stream are scaled by 1 / sqrt(2 layers), as megatron-core does.
+    """
+
+    def source(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("bias"):
+            return torch.zeros(shape)
+        if "norm" in name:
+            return torch.ones(shape)
+        std = language.init_std
+        if name.endswith(("linear_proj.weight", "linear_fc2.weight")) and "decoder" in name:
+            std /= (2 * language.num_layers) ** 0.5
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.empty(shape).normal_(std=std, generator=generator)
+
+    return source

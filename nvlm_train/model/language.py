@@ -1,0 +1,126 @@
+"""The language model of one pipeline stage, on megatron-core's embedding, block and output layer.
+
+Shape legend: S tokens of a pack, B batch (always 1), H hidden, L positions whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.model.layers import decoder_block_spec
+from nvlm_train.parallel.kernels import Kernels
+from nvlm_train.parallel.topology import Topology
+
+
+class LanguageModel(MegatronModule):
+    """Embedding on the first pipeline stage, layers on all, output layer on the last.
+
+    Parameter names are those of megatron-core's GPTModel.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        language: LanguageConfig,
+        sequence_length: int,
+        topology: Topology,
+        kernels: Kernels,
+    ) -> None:
+        super().__init__(config)
+        self.sequence_length = sequence_length
+        if topology.is_first_pp_stage:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                language.vocab_size,
+                sequence_length,
+                position_embedding_type="none",
+                # Image features are spliced in first; the sequence is scattered after that.
+                scatter_to_sequence_parallel=False,
+            )
+        self.rotary = RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=language.rope_theta,
+        )
+        self.decoder = TransformerBlock(
+            config,
+            decoder_block_spec(kernels),
+            pre_process=topology.is_first_pp_stage,
+            post_process=topology.is_last_pp_stage,
+        )
+        if topology.is_last_pp_stage:
+            self.output_layer = _output_layer(config, language)
+
+    def embed(self, token_ids_S: Tensor) -> Tensor:
+        """Word embeddings, [S, 1, H], whole on every tensor-parallel rank."""
+        return self.embedding(token_ids_S[None], None)
+
+    def scatter(self, hidden_SBH: Tensor) -> Tensor:
+        """This rank's part of the sequence under sequence parallelism; all of it otherwise."""
+        if not self.config.sequence_parallel:
+            return hidden_SBH
+        return tensor_parallel.scatter_to_sequence_parallel_region(hidden_SBH).clone()
+
+    def forward(self, hidden_SBH: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+        """Runs this stage's layers.
+
+        Args:
+            hidden_SBH: embeddings on the first stage; None elsewhere (the schedule set the input).
+            cu_seqlens: int32 [segments + 1], ends with S.
+
+        Returns:
+            [S, 1, H], or [S / TP, 1, H] under sequence parallelism; normalised on the last stage.
+        """
+        longest = int(cu_seqlens.diff().max())
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        # One row more than a pack has tokens: with exactly S rows megatron-core would take row i for
+        # position i of the whole pack; otherwise positions restart with every sample, as they must.
+        rotary = self.rotary(self.sequence_length + 1, packed_seq=True)
+        return self.decoder(hidden_SBH, None, rotary_pos_emb=rotary, packed_seq_params=packed)
+
+    def logits(self, hidden_SBH: Tensor, positions_L: Tensor) -> Tensor:
+        """Logits at some positions only, [L, 1, V / TP]: the others never meet the vocabulary."""
+        if self.config.sequence_parallel:
+            # The output layer's backward already sums over tensor-parallel ranks; the gather must not again.
+            hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_SBH, tensor_parallel_output_grad=False
+            )
+        logits, _ = self.output_layer(hidden_SBH.index_select(0, positions_L))
+        return logits
+
+    def set_input_tensor(self, hidden_SBH: Tensor) -> None:
+        """Called by the pipeline schedule with what the previous stage sent."""
+        self.decoder.set_input_tensor(hidden_SBH)
+
+
+def _output_layer(
+    config: TransformerConfig, language: LanguageConfig
+) -> tensor_parallel.ColumnParallelLinear:
+    """Vocabulary-parallel output table. Reads gathered positions, so it must not gather a sequence."""
+    import copy
+
+    own = copy.copy(config)
+    own.sequence_parallel = False
+    return tensor_parallel.ColumnParallelLinear(
+        config.hidden_size,
+        language.vocab_size,
+        config=own,
+        init_method=torch.nn.init.zeros_,
+        bias=False,
+        gather_output=False,
+    )

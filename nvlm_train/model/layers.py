@@ -1,0 +1,157 @@
+"""The parts of a decoder layer that megatron-core's torch-only path lacks, and the layer's spec.
+
+Shape legend: S tokens of a pack, N local heads, G local KV groups, D head size, H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nvlm_train.parallel.kernels import Kernels
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm that may run on sequence-sharded activations.
+
+    The mark tells megatron-core to sum the weight's gradient over tensor-parallel ranks;
+    its own `WrappedTorchNorm` refuses sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        weight = torch.ones(
+            hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()
+        )
+        self.weight = nn.Parameter(weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class SdpaAttention(nn.Module):
+    """Causal attention over packed samples on torch's SDPA: no score matrix, no look across samples.
+
+    Stands in for megatron-core's DotProductAttention, which materialises S x S scores and refuses
+    packed sequences. The arguments of `__init__` and `forward` are those megatron-core passes.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query_SND: Tensor,
+        key_SGD: Tensor,
+        value_SGD: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Attends within each segment of `packed_seq_params.cu_seqlens_q`.
+
+        Returns:
+            [S, N * D].
+        """
+        assert packed_seq_params is not None, "NVLM always runs packed sequences"
+        group = query_SND.shape[1] // key_SGD.shape[1]
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        # Repeating keys and values keeps the flash kernel: SDPA's own GQA falls back to plain matmuls on CPU.
+        states = (
+            query_SND,
+            key_SGD.repeat_interleave(group, dim=1),
+            value_SGD.repeat_interleave(group, dim=1),
+        )
+        segments = zip(*(state.transpose(0, 1).split(lengths, dim=1) for state in states), strict=True)
+        outputs = [
+            F.scaled_dot_product_attention(
+                query[None],
+                key[None],
+                value[None],
+                is_causal=True,
+                scale=self.scale,
+                dropout_p=self.dropout if self.training else 0.0,
+            )[0]
+            for query, key, value in segments
+        ]
+        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+
+
+def decoder_block_spec(kernels: Kernels) -> TransformerBlockSubmodules:
+    """Qwen2-shaped layers: pre-norm self-attention with QKV bias from the config, SwiGLU MLP.
+
+    Norms stay modules of their own on every path, so that checkpoints have one set of names.
+    """
+    norm, attention, column, row = _implementations(kernels)
+    self_attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": _mask_type(kernels)},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=column, core_attention=attention, linear_proj=row
+        ),
+    )
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=self_attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=mlp_spec(kernels),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer], layer_norm=norm)
+
+
+def mlp_spec(kernels: Kernels) -> ModuleSpec:
+    """megatron-core's tensor-parallel MLP on the chosen linears."""
+    _, _, column, row = _implementations(kernels)
+    return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
+
+
+def _mask_type(kernels: Kernels) -> AttnMaskType:
+    packed = kernels.attention == "transformer_engine"
+    return AttnMaskType.padding_causal if packed else AttnMaskType.causal
+
+
+def _implementations(kernels: Kernels) -> tuple[type, type, type, type]:
+    if kernels.linear == "megatron":
+        return RMSNorm, SdpaAttention, ColumnParallelLinear, RowParallelLinear
+    from megatron.core.extensions import transformer_engine as te
+
+    return (
+        te.TENorm,
+        te.TEDotProductAttention,
+        te.TEColumnParallelLinear,
+        te.TERowParallelLinear,
+    )

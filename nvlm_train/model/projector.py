@@ -1,0 +1,55 @@
+"""The projector: vision features to the language model's width, tensor-parallel."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nvlm_train.config.schema import ProjectorConfig
+from nvlm_train.model.layers import mlp_spec
+from nvlm_train.parallel.kernels import Kernels
+
+
+class Projector(MegatronModule):
+    """LayerNorm, Linear, GELU, Linear without biases (released NVLM-D; paper section 4.5)."""
+
+    def __init__(
+        self, config: TransformerConfig, projector: ProjectorConfig, feature_size: int, kernels: Kernels
+    ) -> None:
+        projector_config = _projector_config(config, projector)
+        super().__init__(projector_config)
+        # Every tensor-parallel rank sees all features: this norm must not carry the sequence-parallel mark.
+        self.norm = nn.LayerNorm(
+            feature_size,
+            eps=projector.norm_eps,
+            dtype=config.params_dtype,
+            device=torch.cuda.current_device(),
+        )
+        self.mlp = MLP(
+            projector_config,
+            mlp_spec(kernels).submodules,
+            input_size=feature_size,
+            ffn_hidden_size=projector.ffn_hidden_size,
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[n, feature size] -> [n, H]; n may be 0, the gradients are then zero."""
+        projected, _ = self.mlp(self.norm(features).unsqueeze(1))
+        return projected.squeeze(1)
+
+
+def _projector_config(config: TransformerConfig, projector: ProjectorConfig) -> TransformerConfig:
+    """The language model's config with what differs. Its linears must not gather a sequence."""
+    own = copy.copy(config)
+    own.sequence_parallel = False
+    own.gated_linear_unit = False
+    own.activation_func = F.gelu
+    own.add_bias_linear = False
+    own.ffn_hidden_size = projector.ffn_hidden_size
+    return own

@@ -1,0 +1,133 @@
+"""megatron-core without CUDA: the one file that knows that there may be no GPU.
+
+megatron-core 0.16 names CUDA in three ways: calls of `torch.cuda`, the RNG functions of its
+`tensor_parallel.random`, and string literals ("cuda", "torch.cuda.FloatTensor") inside functions.
+`install` redirects all three to the CPU and does nothing when CUDA is there. The two tables below
+are complete for what training uses; tests/parallel/test_cpu.py checks each entry against the
+installed megatron-core, so that an upgrade which moves one of them fails loudly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+_LITERALS: dict[str, tuple[tuple[str, int], ...]] = {
+    "pipeline_parallel.schedules": (
+        ("forward_step", 1),
+        ("forward_backward_no_pipelining", 1),
+        ("forward_backward_pipelining_without_interleaving", 1),
+        ("forward_backward_pipelining_with_interleaving", 1),
+    ),
+    "optimizer.optimizer": (
+        ("MixedPrecisionOptimizer.__init__", 1),
+        ("Float16OptimizerWithFloat16Params.__init__", 3),
+        ("FP32Optimizer.__init__", 1),
+    ),
+    "optimizer.distrib_optimizer": (
+        ("DistributedOptimizer.__init__", 2),
+        ("DistributedOptimizer._build_model_and_main_param_groups", 3),
+    ),
+    "optimizer.clip_grads": (
+        ("get_grad_norm_fp32", 1),
+        ("clip_grad_by_total_norm_fp32", 2),
+        ("count_zeros_fp32", 1),
+    ),
+    "utils": (("local_multi_tensor_l2_norm", 1),),
+    "dist_checkpointing.exchange_utils": (
+        ("_get_empty_tensor_for_exchange", 1),
+        ("exchange_loaded_tensors_gather_rounds", 1),
+    ),
+    "dist_checkpointing.strategies.state_dict_saver": (("verify_global_md_reuse", 1),),
+}
+"""megatron.core module -> (function, string constants that name CUDA)."""
+
+
+def install() -> None:
+    """Redirects megatron-core to the CPU; returns at once when CUDA is available or it was done before.
+
+    Raises:
+        RuntimeError: megatron-core is not the version that the tables describe.
+    """
+    if torch.cuda.is_available() or getattr(install, "done", False):
+        return
+    for owner, name, replacement in patched_symbols():
+        if not hasattr(owner, name):
+            raise RuntimeError(f"{owner.__name__}.{name} does not exist: update parallel/cpu.py")
+        setattr(owner, name, replacement)
+    for module, functions in _LITERALS.items():
+        for qualified_name, expected in functions:
+            _redirect(module, qualified_name, expected)
+    # torch.compile costs 8 s a process here and gains nothing (docs/megatron-on-cpu.md).
+    import torch._dynamo
+
+    torch._dynamo.config.disable = True
+    install.done = True  # type: ignore[attr-defined]
+
+
+def patched_symbols() -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, replacement) for every function that is replaced."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    return [
+        (torch.cuda, "current_device", lambda: CPU),
+        (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
+        (torch.cuda, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed)),
+        (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
+        (random, "_get_cuda_rng_state", _get_rng_state),
+        (random, "_set_cuda_rng_state", _set_rng_state),
+    ]
+
+
+def _get_rng_state(
+    device: object = "cuda", clone: bool = False, graph_safe: bool = False
+) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def _redirect(module_name: str, qualified_name: str, expected: int) -> None:
+    """Replaces the CUDA literals of one function, and insists on how many there are."""
+    function = _find(module_name, qualified_name)
+    found: list[str] = []
+    function.__code__ = _replace_constants(function.__code__, found)
+    if len(found) != expected:
+        raise RuntimeError(
+            f"megatron.core.{module_name}.{qualified_name} names CUDA {len(found)} times, "
+            f"{expected} expected: update parallel/cpu.py for this megatron-core"
+        )
+
+
+def _find(module_name: str, qualified_name: str) -> FunctionType:
+    target: Any = importlib.import_module(f"megatron.core.{module_name}")
+    for part in qualified_name.split("."):
+        target = getattr(target, part)
+    target = getattr(target, "__func__", target)  # a classmethod
+    function = inspect.unwrap(target)
+    assert isinstance(function, FunctionType)
+    return function
+
+
+def _replace_constants(code: CodeType, found: list[str]) -> CodeType:
+    def swap(constant: Any) -> Any:
+        if isinstance(constant, CodeType):
+            return _replace_constants(constant, found)
+        if isinstance(constant, tuple):
+            return tuple(swap(item) for item in constant)
+        if isinstance(constant, str) and (
+            constant == "cuda" or constant.startswith("torch.cuda.") and "Tensor" in constant
+        ):
+            found.append(constant)
+            return "cpu" if constant == "cuda" else constant.replace("torch.cuda.", "torch.")
+        return constant
+
+    return code.replace(co_consts=tuple(swap(constant) for constant in code.co_consts))

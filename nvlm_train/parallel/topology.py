@@ -1,0 +1,129 @@
+"""Who this process is: one value for the layout of a stage, built on megatron-core's process groups."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from nvlm_train.batch import RankShare
+from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.errors import ConfigError
+from nvlm_train.parallel import cpu, kernels
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Ranks and sizes of this process in one stage's layout.
+
+    Ranks are laid out tensor fastest, then data, then pipeline (megatron-core's default order). A
+    model replica is the TP x PP ranks with one data-parallel rank; its rank 0 to TP - 1 are the first
+    pipeline stage.
+    """
+
+    world_size: int
+    rank: int
+    tensor_size: int
+    tensor_rank: int
+    pipeline_size: int
+    pipeline_rank: int
+    data_size: int
+    data_rank: int
+    replica_group: ProcessGroup
+    data_group: ProcessGroup
+
+    @property
+    def is_first_pp_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_pp_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def replica_size(self) -> int:
+        return self.tensor_size * self.pipeline_size
+
+    @property
+    def replica_rank(self) -> int:
+        return self.pipeline_rank * self.tensor_size + self.tensor_rank
+
+    @property
+    def share(self) -> RankShare:
+        """This rank's part of every step."""
+        return RankShare(self.data_rank, self.data_size, self.replica_rank, self.replica_size)
+
+
+def start_process_group() -> None:
+    """Joins the world that torchrun or SLURM describes in the environment; alone without one."""
+    cpu.install()
+    kernels.install_adam()
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(
+        backend="nccl" if torch.cuda.is_available() else "gloo",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=30),
+    )
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return cpu.CPU
+
+
+def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
+    """Makes the process groups of a layout; replaces those of an earlier stage.
+
+    Args:
+        parallel: the stage's layout.
+        seed: seeds dropout, differently on each tensor- and pipeline-parallel rank.
+
+    Raises:
+        ConfigError: the world size is not a multiple of tensor x pipeline.
+    """
+    from megatron.core import parallel_state as mpu
+    from megatron.core import tensor_parallel
+
+    world, replica = dist.get_world_size(), parallel.tensor * parallel.pipeline
+    if world % replica:
+        raise ConfigError(
+            [
+                f"world size {world} is not a multiple of parallel.tensor={parallel.tensor} x "
+                f"parallel.pipeline={parallel.pipeline}; start a multiple of {replica} processes"
+            ]
+        )
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        create_gloo_process_groups=False,
+    )
+    # Tensor-parallel ranks get their own dropout masks from megatron-core's tracker, pipeline stages from here.
+    stage_seed = seed + 100 * mpu.get_pipeline_model_parallel_rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+    return Topology(
+        world_size=world,
+        rank=dist.get_rank(),
+        tensor_size=parallel.tensor,
+        tensor_rank=mpu.get_tensor_model_parallel_rank(),
+        pipeline_size=parallel.pipeline,
+        pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
+        data_size=mpu.get_data_parallel_world_size(),
+        data_rank=mpu.get_data_parallel_rank(),
+        replica_group=mpu.get_model_parallel_group(),
+        data_group=mpu.get_data_parallel_group(),
+    )

@@ -1,0 +1,164 @@
+"""InternViT: the vision encoder of NVLM 1.0 (section 4.1), unsharded, inference only.
+
+Parameter names follow transformers' `InternVLVisionModel`, so its safetensors load as they are.
+Shape legend: T tiles, C channels, E tile edge, P patches of a tile + class token, H hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nvlm_train.config.schema import VisionConfig
+from nvlm_train.geometry import PIXEL_SHUFFLE, patches_per_side
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (x.float() * scale).to(x.dtype)
+
+
+class Embeddings(nn.Module):
+    """Patches by convolution, a class token first, learned absolute positions."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        hidden, patch = config.hidden_size, config.patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden))
+        num_positions = patches_per_side(config) ** 2 + 1
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, hidden))
+        self.patch_embeddings = nn.ModuleDict(
+            {"projection": nn.Conv2d(3, hidden, kernel_size=patch, stride=patch)}
+        )
+
+    def forward(self, pixels_TCEE: Tensor) -> Tensor:
+        patches_TPH = self.patch_embeddings["projection"](pixels_TCEE).flatten(2).transpose(1, 2)
+        class_TPH = self.cls_token.expand(len(pixels_TCEE), -1, -1)
+        return torch.cat([class_TPH, patches_TPH], dim=1) + self.position_embeddings
+
+
+class Attention(nn.Module):
+    """Full attention; the QK-norm runs over the whole width, not per head (facts 1.1)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.num_heads = config.num_heads
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.k_proj = nn.Linear(hidden, hidden, bias=False)
+        self.v_proj = nn.Linear(hidden, hidden, bias=False)
+        self.q_norm = RMSNorm(hidden, config.norm_eps)
+        self.k_norm = RMSNorm(hidden, config.norm_eps)
+        self.projection_layer = nn.Linear(hidden, hidden)
+
+    def forward(self, x_TPH: Tensor) -> Tensor:
+        query, key, value = (
+            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for states in (
+                self.q_norm(self.q_proj(x_TPH)),
+                self.k_norm(self.k_proj(x_TPH)),
+                self.v_proj(x_TPH),
+            )
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.projection_layer(attended.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linears with biases around an exact GELU."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size)
+        self.fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size)
+
+    def forward(self, x_TPH: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_TPH)))
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP, each scaled by a learned vector before the residual."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        self.layernorm_before = RMSNorm(hidden, config.norm_eps)
+        self.attention = Attention(config)
+        self.lambda_1 = nn.Parameter(torch.ones(hidden))
+        self.layernorm_after = RMSNorm(hidden, config.norm_eps)
+        self.mlp = MLP(config)
+        self.lambda_2 = nn.Parameter(torch.ones(hidden))
+
+    def forward(self, x_TPH: Tensor) -> Tensor:
+        x_TPH = x_TPH + self.lambda_1 * self.attention(self.layernorm_before(x_TPH))
+        return x_TPH + self.lambda_2 * self.mlp(self.layernorm_after(x_TPH))
+
+
+class InternViT(nn.Module):
+    """uint8 tiles to pixel-shuffled features. No final norm; the class token is dropped."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.ModuleDict(
+            {"layer": nn.ModuleList([Layer(config) for _ in range(config.num_layers)])}
+        )
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+
+    def hidden_states(self, pixels_TCEE: Tensor) -> Tensor:
+        """Last layer's states, class token included.
+
+        Args:
+            pixels_TCEE: normalised pixels, [T, 3, E, E], of the encoder's dtype.
+
+        Returns:
+            [T, 1 + patches, hidden].
+        """
+        x_TPH = self.embeddings(pixels_TCEE)
+        for layer in self.encoder["layer"]:
+            x_TPH = layer(x_TPH)
+        return x_TPH
+
+    @torch.no_grad()
+    def forward(self, tiles_TCEE: Tensor) -> Tensor:
+        """Features for the projector.
+
+        Args:
+            tiles_TCEE: uint8 [T, 3, E, E], RGB.
+
+        Returns:
+            [T, tokens per tile, hidden * 4], of the encoder's dtype.
+        """
+        pixels = (tiles_TCEE.float() / 255 - self.mean.float()) / self.std.float()
+        states = self.hidden_states(pixels.to(self.embeddings.cls_token.dtype))
+        return pixel_shuffle(states[:, 1:])
+
+
+def pixel_shuffle(x_TPH: Tensor) -> Tensor:
+    """Joins 2 x 2 neighbouring patches into one token ("version 2" of the released code).
+
+    Args:
+        x_TPH: [T, side * side, H] in raster order.
+
+    Returns:
+        [T, side * side / 4, 4 H] in raster order; token (r, c) has the channels of the patches
+        (2r, 2c), (2r, 2c+1), (2r+1, 2c), (2r+1, 2c+1), in this order.
+    """
+    num_tiles, num_patches, hidden = x_TPH.shape
+    factor, side = PIXEL_SHUFFLE, round(num_patches**0.5)
+    blocks = x_TPH.view(num_tiles, side // factor, factor, side // factor, factor, hidden)
+    return blocks.transpose(2, 3).reshape(num_tiles, -1, factor * factor * hidden)

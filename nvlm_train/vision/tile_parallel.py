@@ -1,0 +1,69 @@
+"""Tile-parallel encoding: the ranks of a model replica share the tiles of a round (docs/architecture.md).
+
+Each rank encodes its contiguous share with a whole encoder; one all-to-all brings the features to
+the first pipeline stage, whose tensor-parallel ranks each need all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nvlm_train.batch import Round
+from nvlm_train.geometry import tile_feature_size, tokens_per_tile
+from nvlm_train.parallel.topology import Topology
+from nvlm_train.vision.intern_vit import InternViT
+
+
+def encode_round(encoder: InternViT, work: Round, topology: Topology) -> list[Tensor] | None:
+    """Features of each microbatch of a round. Called by every rank of the replica.
+
+    Returns:
+        On the first pipeline stage, per microbatch [T, tokens per tile, feature size] in the
+        encoder's dtype; None on the other stages.
+    """
+    own = encode_tiles(encoder, work.pixels_TCEE)
+    features = _to_first_stage(own, work.tile_split, topology)
+    if features is None:
+        return None
+    return list(features.split([microbatch.num_tiles for microbatch in work.microbatches]))
+
+
+def encode_tiles(encoder: InternViT, tiles_TCEE: Tensor) -> Tensor:
+    """Encodes uint8 tiles in batches of one fixed shape.
+
+    The last batch is filled up with black tiles: matrix products of another shape may round
+    differently, and a tile's features must not depend on which rank computed them.
+
+    Returns:
+        [T, tokens per tile, feature size].
+    """
+    config = encoder.config
+    parameter = encoder.embeddings.cls_token
+    shape = (len(tiles_TCEE), tokens_per_tile(config), tile_feature_size(config))
+    features = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+    for start in range(0, len(tiles_TCEE), config.batch_tiles):
+        batch = tiles_TCEE[start : start + config.batch_tiles].to(parameter.device)
+        filled = batch.new_zeros((config.batch_tiles, *batch.shape[1:]))
+        filled[: len(batch)] = batch
+        features[start : start + len(batch)] = encoder(filled)[: len(batch)]
+    return features
+
+
+def _to_first_stage(
+    own: Tensor, tile_split: tuple[int, ...], topology: Topology
+) -> Tensor | None:
+    if topology.replica_size == 1:
+        return own
+    # Replica ranks 0 .. TP - 1 are the first stage's; each receives every rank's share, in order.
+    receivers = topology.tensor_size
+    send = own.new_empty((receivers * len(own), *own.shape[1:]))
+    send.view(receivers, *own.shape).copy_(own)
+    send_split = [len(own)] * receivers + [0] * (topology.replica_size - receivers)
+    receive_split = list(tile_split) if topology.is_first_pp_stage else [0] * len(tile_split)
+    received = own.new_empty((sum(receive_split), *own.shape[1:]))
+    dist.all_to_all_single(
+        received, send, receive_split, send_split, group=topology.replica_group
+    )
+    return received if topology.is_first_pp_stage else None
