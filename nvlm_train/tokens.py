@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from nvlm_train.config.schema import TileTags, TokenizerConfig
@@ -30,6 +32,7 @@ class Tokenizer:
                 [f"model.tokenizer.path={config.path}: no such file; give a tokenizer.json or its directory"]
             )
         self.config = config
+        self._path = path
         self._fast = FastTokenizer.from_file(str(path))
         # Text such as "<|im_end|>" inside a sample is data, not a control token.
         self._fast.encode_special_tokens = True
@@ -60,6 +63,16 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; never a special token."""
         return list(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once, in parallel threads."""
+        encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [list(encoding.ids) for encoding in encodings]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer file: equal digests make equal ids."""
+        return hashlib.sha256(self._path.read_bytes()).hexdigest()
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; special tokens are left out."""

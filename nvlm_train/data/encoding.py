@@ -1,0 +1,225 @@
+"""One sample's token ids, image slots and labels; fewer tiles when it would not fit.
+
+Shape legend: N tokens of the sample, L trained positions, T tiles of all its images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvlm_train.config.schema import TilingConfig
+from nvlm_train.data.conversation import ChatFormat, Piece
+from nvlm_train.data.images import check_pixels
+from nvlm_train.data.prompts import PROMPTS, PromptFamily
+from nvlm_train.data.records import Turn, place_images, read_turns
+from nvlm_train.data.tiling import Grid, choose_grid, num_tiles, tile_limits
+from nvlm_train.tokens import Tokenizer
+
+ENCODING_VERSION = 1
+"""Raised whenever the same record would become other tokens; stored lengths are then made anew."""
+
+_SHORT_TEXT = 48
+"""Characters of the texts worth remembering: headers, tags, newlines, common prompts."""
+
+ImageSize = tuple[int, int]
+"""(width, height), upright."""
+
+
+@dataclass(frozen=True)
+class EncodingSpec:
+    """Everything besides the tokenizer that decides how a sample is encoded."""
+
+    tile_size: int
+    tokens_per_tile: int
+    tiling: TilingConfig
+    sequence_length: int
+    prompts: PromptFamily
+    system_message: str | None
+    max_image_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """One sample as the model reads it."""
+
+    token_ids: NDArray[np.int64]
+    """[N]; image slots hold the pad id."""
+    image_positions: NDArray[np.int64]
+    """[T * tokens per tile]: the slots, in tile order."""
+    label_positions: NDArray[np.int64]
+    """[L]: positions whose next token is trained; ascending."""
+    label_ids: NDArray[np.int64]
+    """[L]: the token to predict at each of them."""
+    grids: tuple[Grid, ...]
+    """(columns, rows) of each image."""
+    tiles_per_image: tuple[int, ...]
+    """Tiles of each image, thumbnail included."""
+    is_truncated: bool
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(self.tiles_per_image)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A sample's pieces under one tile limit."""
+
+    pieces: list[Piece]
+    grids: tuple[Grid, ...]
+    tiles_per_image: tuple[int, ...]
+
+
+class SampleEncoder:
+    """Turns records into token ids, the same for the same record, key and image sizes. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer, spec: EncodingSpec) -> None:
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.format = ChatFormat(tokenizer, spec.tiling.tags, spec.tokens_per_tile)
+        self._remembered = lru_cache(maxsize=4096)(tokenizer.encode)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal fingerprints make equal encodings: hash of tokenizer, settings and prompts."""
+        config = asdict(self.tokenizer.config)
+        del config["path"]
+        prompts = {"/".join(name): texts for name, texts in PROMPTS.items()}
+        parts = [ENCODING_VERSION, self.tokenizer.digest, config, asdict(self.spec), prompts]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def turns(self, key: str, record: bytes, sizes: Sequence[ImageSize]) -> tuple[Turn, ...]:
+        """The record's turns, with the stage's system message unless it brings its own.
+
+        Raises:
+            ValueError: the record or its images cannot be used; the text before ":" names the kind.
+        """
+        for width, height in sizes:
+            check_pixels(width, height, self.spec.max_image_pixels)
+        return self._with_system(read_turns(record, key, len(sizes), self.spec.prompts))
+
+    def layout(self, turns: Sequence[Turn], sizes: Sequence[ImageSize], max_tiles: int) -> Layout:
+        """Pieces and tiles when no image may have more than `max_tiles` regular tiles."""
+        grids, tiles = self._tiles(sizes, max_tiles)
+        return Layout(self.format.conversation(turns, tiles), grids, tiles)
+
+    def ids(self, piece: Piece, known: Mapping[str, Sequence[int]] | None = None) -> Sequence[int]:
+        """Token ids of a piece; `known` holds texts that were tokenised before."""
+        if not piece.text:
+            return piece.ids
+        if known is not None and piece.text in known:
+            return known[piece.text]
+        if len(piece.text) <= _SHORT_TEXT:
+            return self._remembered(piece.text)
+        return self.tokenizer.encode(piece.text)
+
+    def encode(self, key: str, record: bytes, sizes: Sequence[ImageSize]) -> EncodedSample:
+        """The sample with as many tiles as fit, cut at `sequence_length` when even one each is too long.
+
+        Raises:
+            ValueError: unusable; see `turns`, and "every label is masked", "images do not fit".
+        """
+        turns = self.turns(key, record, sizes)
+        encoded = None
+        for limit in tile_limits(self.spec.tiling.max_tiles if sizes else 1):
+            encoded = self._assemble(self.layout(turns, sizes, limit))
+            if len(encoded.token_ids) <= self.spec.sequence_length:
+                break
+        assert encoded is not None, "tile_limits is never empty"
+        return self.check_labels(self._truncate(encoded))
+
+    def encode_prompt(self, turns: Sequence[Turn], sizes: Sequence[ImageSize]) -> EncodedSample:
+        """A question to answer: like `encode`, ending with the assistant's header, without labels.
+
+        Raises:
+            ValueError: markers that do not match the images, or a prompt that does not fit.
+        """
+        shown = self._with_system(place_images(tuple(turns), len(sizes)))
+        length = 0
+        for limit in tile_limits(self.spec.tiling.max_tiles if sizes else 1):
+            grids, tiles = self._tiles(sizes, limit)
+            encoded = self._assemble(Layout(self.format.prompt(shown, tiles), grids, tiles))
+            length = len(encoded.token_ids)
+            if length <= self.spec.sequence_length:
+                return encoded
+        raise ValueError(
+            f"prompt is too long: {length} tokens do not fit sequence_length={self.spec.sequence_length}"
+        )
+
+    def check_labels(self, encoded: EncodedSample) -> EncodedSample:
+        """The sample itself.
+
+        Raises:
+            ValueError: nothing in it is trained.
+        """
+        if len(encoded.label_ids) == 0:
+            why = (
+                f"the answer lies behind sequence_length={self.spec.sequence_length}; raise it or shorten the prompt"
+                if encoded.is_truncated
+                else "the conversation has no assistant turn"
+            )
+            raise ValueError(f"every label is masked: {why}")
+        return encoded
+
+    def _with_system(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        if self.spec.system_message is None or turns[0].role == "system":
+            return turns
+        return (Turn("system", self.spec.system_message), *turns)
+
+    def _tiles(
+        self, sizes: Sequence[ImageSize], max_tiles: int
+    ) -> tuple[tuple[Grid, ...], tuple[int, ...]]:
+        thumbnails = int(self.spec.tiling.thumbnail)
+        grids = tuple(choose_grid(*size, self.spec.tile_size, max_tiles) for size in sizes)
+        return grids, tuple(num_tiles(grid, thumbnails) for grid in grids)
+
+    def _assemble(self, layout: Layout) -> EncodedSample:
+        ids: list[int] = []
+        images: list[int] = []
+        labels: list[int] = []
+        for piece in layout.pieces:
+            start = len(ids)
+            ids.extend(self.ids(piece))
+            if piece.role == "image":
+                images.extend(range(start, len(ids)))
+            elif piece.role == "trained":
+                labels.extend(range(start - 1, len(ids) - 1))
+        token_ids = np.array(ids, dtype=np.int64)
+        label_positions = np.array(labels, dtype=np.int64)
+        return EncodedSample(
+            token_ids=token_ids,
+            image_positions=np.array(images, dtype=np.int64),
+            label_positions=label_positions,
+            label_ids=token_ids[label_positions + 1],
+            grids=layout.grids,
+            tiles_per_image=layout.tiles_per_image,
+            is_truncated=False,
+        )
+
+    def _truncate(self, encoded: EncodedSample) -> EncodedSample:
+        """Cut at the end; image slots cannot be cut, since a tile's features come whole."""
+        length = self.spec.sequence_length
+        if len(encoded.token_ids) <= length:
+            return encoded
+        if len(encoded.image_positions) and encoded.image_positions[-1] >= length:
+            raise ValueError(
+                f"images do not fit: with one tile each, {len(encoded.grids)} images reach position "
+                f"{encoded.image_positions[-1]}, behind sequence_length={length}"
+            )
+        kept = int(np.searchsorted(encoded.label_positions, length - 1))
+        return EncodedSample(
+            token_ids=encoded.token_ids[:length],
+            image_positions=encoded.image_positions,
+            label_positions=encoded.label_positions[:kept],
+            label_ids=encoded.label_ids[:kept],
+            grids=encoded.grids,
+            tiles_per_image=encoded.tiles_per_image,
+            is_truncated=True,
+        )

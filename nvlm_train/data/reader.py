@@ -1,0 +1,57 @@
+"""Samples of an indexed shard, read by offset and checked against the index."""
+
+from __future__ import annotations
+
+import zlib
+
+from nvlm_train.data.index import ShardIndex
+from nvlm_train.data.shards import Shard
+from nvlm_train.errors import ShardError
+
+
+class ShardReader:
+    """One shard with its index. Thread-safe.
+
+    `name` is the shard as the data recipe writes it: the same on machines with another data_root.
+    """
+
+    def __init__(self, name: str, shard: Shard, index: ShardIndex) -> None:
+        self.name = name
+        self.shard = shard
+        self.index = index
+
+    def key(self, row: int) -> str:
+        """The sample's key."""
+        return str(self.index.keys[row])
+
+    def record(self, row: int) -> bytes:
+        """Bytes of KEY.json.
+
+        Raises:
+            ValueError: the sample has none.
+            ShardError: the shard changed since it was indexed.
+        """
+        offset, size, crc = self.index.records[row].tolist()
+        if size == 0:
+            raise ValueError("record is missing: there is no KEY.json (or it is empty) beside the images")
+        return self._read(row, offset, size, crc)
+
+    def image(self, row: int, number: int) -> bytes:
+        """Bytes of the sample's image `number`. Raises ShardError: the shard changed."""
+        image = self.index.image_rows(row)[number]
+        offset, size, crc = self.index.images[image, :3].tolist()
+        return self._read(row, offset, size, crc)
+
+    def _read(self, row: int, offset: int, size: int, crc: int) -> bytes:
+        try:
+            data = self.shard.read(offset, size, self.index.stamp)
+        except OSError as error:
+            raise ShardError(
+                f"shard={self.shard.path} cannot be read any more: {error}; restore it and start again"
+            ) from error
+        if len(data) != size or zlib.crc32(data) != crc:
+            raise ShardError(
+                f"changed shard={self.shard.path}: sample={self.key(row)} holds other bytes than were "
+                "indexed; restore the shard, or delete its .index and start a new run"
+            )
+        return data

@@ -1,0 +1,164 @@
+"""A sample's JSON record as chat turns.
+
+Accepted: `{"conversations": [{"from", "value"}]}` (LLaVA), `{"messages": [{"role", "content"}]}`
+(OpenAI), `{"caption"}`, `{"question", "answer"}` or `{"question", "answers": [{"answer", "weight"}]}`,
+and `{"text"}` (a page to read). A record without images is text only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nvlm_train.data.prompts import PromptFamily, Task, choose_prompt, choose_weighted
+from nvlm_train.tokens import IMAGE_MARKER
+
+Role = Literal["system", "user", "assistant"]
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side says. `<image>` in a user's text stands for one image."""
+
+    role: Role
+    text: str
+
+
+def read_turns(record: bytes, key: str, num_images: int, family: PromptFamily) -> tuple[Turn, ...]:
+    """Turns of a record, one `<image>` marker per image.
+
+    Raises:
+        ValueError: "record cannot be read: ...", or a marker that has no image, or the reverse.
+    """
+    try:
+        fields = json.loads(record)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"record cannot be read: it is not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"record cannot be read: it is a {type(fields).__name__}, not an object")
+    if num_images == 0 and "question" not in fields and not fields.keys() & {"conversations", "messages"}:
+        raise ValueError("image is missing: a caption or text record describes an image; add KEY.jpg or KEY.png")
+    return place_images(_turns_of(fields, key, family), num_images)
+
+
+def place_images(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
+    """Checks that markers and images match; without any marker the first user turn gets them all.
+
+    Raises:
+        ValueError: numbers that differ, or a marker outside a user's turn.
+    """
+    for turn in turns:
+        if turn.role != "user" and IMAGE_MARKER in turn.text:
+            raise ValueError(
+                f"image marker in a {turn.role} turn: {IMAGE_MARKER} belongs into user turns; remove it"
+            )
+    markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
+    if markers == num_images:
+        return turns
+    if markers > num_images:
+        raise ValueError(
+            f"image marker without image: the text has {markers} {IMAGE_MARKER} and the sample has "
+            f"{num_images} images; add the image members or remove the markers"
+        )
+    if markers:
+        raise ValueError(
+            f"image without image marker: the text has {markers} {IMAGE_MARKER} and the sample has "
+            f"{num_images} images; write one marker for each image, or none at all"
+        )
+    first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None:
+        raise ValueError("image without image marker: there is no user turn to show the image in")
+    opened = Turn("user", f"{IMAGE_MARKER}\n" * num_images + turns[first].text)
+    return (*turns[:first], opened, *turns[first + 1 :])
+
+
+def _turns_of(fields: Mapping[str, Any], key: str, family: PromptFamily) -> tuple[Turn, ...]:
+    if "conversations" in fields:
+        return _chat(fields["conversations"], "conversations", "from", "value")
+    if "messages" in fields:
+        return _chat(fields["messages"], "messages", "role", "content")
+    if "question" in fields:
+        prompt = choose_prompt(family, "vqa", key)
+        question = prompt.replace("{question}", _text(fields, "question"))
+        return Turn("user", question), Turn("assistant", _answer(fields, key))
+    tasks: tuple[tuple[str, Task], ...] = (("caption", "caption"), ("text", "ocr"))
+    for name, task in tasks:
+        if name in fields:
+            prompt = choose_prompt(family, task, key)
+            return Turn("user", prompt), Turn("assistant", _text(fields, name))
+    raise ValueError(
+        f"record cannot be read: fields {sorted(fields)} hold none of conversations, messages, "
+        "question, caption, text"
+    )
+
+
+def _chat(value: object, name: str, role_field: str, text_field: str) -> tuple[Turn, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"record cannot be read: {name} must be a list of turns that is not empty")
+    turns: list[Turn] = []
+    for number, item in enumerate(value):
+        where = f"{name}[{number}]"
+        if not isinstance(item, dict):
+            raise ValueError(f"record cannot be read: {where} is not an object")
+        role = _ROLES.get(str(item.get(role_field)))
+        if role is None:
+            raise ValueError(
+                f"record cannot be read: {where}.{role_field}={item.get(role_field)!r} is none of "
+                f"{', '.join(_ROLES)}"
+            )
+        if role == "system" and number:
+            raise ValueError(f"record cannot be read: {where} is a system turn, which can only be first")
+        turns.append(Turn(role, _content(item.get(text_field), f"{where}.{text_field}")))
+    return tuple(turns)
+
+
+def _content(value: object, where: str) -> str:
+    """Text, or OpenAI's list of parts in which an image part becomes a marker on its own line."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"record cannot be read: {where} must be text or a list of parts")
+    texts: list[str] = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("image", "image_url"):
+            texts.append(f"{IMAGE_MARKER}\n")
+        else:
+            raise ValueError(f"record cannot be read: {where} has a part of unknown type={kind!r}")
+    return "".join(texts)
+
+
+def _answer(fields: Mapping[str, Any], key: str) -> str:
+    """`answer`, or one of `answers` (text, or objects with `answer` and `weight`) drawn by weight."""
+    if "answer" in fields:
+        return _text(fields, "answer")
+    answers = fields.get("answers")
+    if not isinstance(answers, Sequence) or isinstance(answers, str) or not answers:
+        raise ValueError("record cannot be read: question without answer; add answer or answers")
+    options = [{"answer": option} if isinstance(option, str) else option for option in answers]
+    if not all(isinstance(option, dict) for option in options):
+        raise ValueError("record cannot be read: answers must be texts or objects with answer, weight")
+    try:
+        weights = [float(option.get("weight", 1.0)) for option in options]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"record cannot be read: an answer's weight is no number ({error})") from error
+    return _text(options[choose_weighted(weights, key)], "answer")
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"record cannot be read: {name}={value!r} must be text that is not empty")
+    return value

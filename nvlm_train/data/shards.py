@@ -1,0 +1,216 @@
+"""Plain WebDataset tars: their names, reading them by offset, and writing them.
+
+Local files are read with `pread` (threads share a descriptor, nobody seeks); anything with a scheme
+(`s3://...`) goes through fsspec.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from nvlm_train.errors import ShardError
+
+SAMPLES_PER_SHARD = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What tells a cheap look whether a shard is still the one that was indexed."""
+
+    size: int
+    """Bytes."""
+    version: str
+    """Modification time in nanoseconds, or what a remote store offers instead (ETag, generation)."""
+
+
+class Shard(Protocol):
+    """One tar that can be read by offset."""
+
+    path: str
+
+    def stamp(self) -> Stamp:
+        """Size and version now. Raises FileNotFoundError."""
+
+    def read(self, offset: int, size: int, stamp: Stamp) -> bytes:
+        """`size` bytes at `offset`, fewer at the end of the file. `stamp` is the indexed one."""
+
+    def open(self) -> IO[bytes]:
+        """The whole tar as a seekable stream."""
+
+    def sibling(self, suffix: str) -> str:
+        """Path of a file beside the tar."""
+
+
+class LocalShard:
+    """A tar in a file system."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def stamp(self) -> Stamp:
+        status = os.stat(self.path)
+        return Stamp(status.st_size, str(status.st_mtime_ns))
+
+    def read(self, offset: int, size: int, stamp: Stamp) -> bytes:
+        return os.pread(_descriptor(self.path, stamp).number, size, offset)
+
+    def open(self) -> IO[bytes]:
+        return Path(self.path).open("rb")
+
+    def sibling(self, suffix: str) -> str:
+        return self.path + suffix
+
+
+class RemoteShard:
+    """A tar behind an fsspec URL."""
+
+    def __init__(self, path: str) -> None:
+        import fsspec
+
+        self.path = path
+        self._files, self._name = fsspec.core.url_to_fs(path)
+
+    def stamp(self) -> Stamp:
+        self._files.invalidate_cache()
+        return Stamp(int(self._files.info(self._name)["size"]), str(self._files.ukey(self._name)))
+
+    def read(self, offset: int, size: int, stamp: Stamp) -> bytes:
+        del stamp  # a store has no descriptors to keep apart
+        data: bytes = self._files.cat_file(self._name, start=offset, end=offset + size)
+        return data
+
+    def open(self) -> IO[bytes]:
+        stream: IO[bytes] = self._files.open(self._name, "rb")
+        return stream
+
+    def sibling(self, suffix: str) -> str:
+        return self.path + suffix
+
+
+class _Descriptor:
+    """An open file that closes when its last reader lets go of it."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@lru_cache(maxsize=128)
+def _descriptor(path: str, stamp: Stamp) -> _Descriptor:
+    """An open file per shard, bounded; a rewritten shard has another stamp and is opened anew."""
+    del stamp
+    return _Descriptor(path)
+
+
+def open_shard(path: str) -> Shard:
+    """The shard at a local path or an fsspec URL; nothing is opened yet."""
+    return RemoteShard(path) if is_remote(path) else LocalShard(path)
+
+
+def is_remote(path: str) -> bool:
+    """Whether fsspec has to read this path."""
+    return "://" in path
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """Shard names of a brace pattern, in order.
+
+    >>> expand_pattern("x-{000..002}.tar")
+    ['x-000.tar', 'x-001.tar', 'x-002.tar']
+
+    Raises:
+        ValueError: unbalanced braces.
+    """
+    import braceexpand
+
+    return list(braceexpand.braceexpand(pattern))
+
+
+def join_root(root: str, path: str) -> str:
+    """`path` as it is when absolute or remote, else below `root` (which may be remote)."""
+    if is_remote(path) or os.path.isabs(path):
+        return path
+    return f"{root.rstrip('/')}/{path}" if is_remote(root) else os.path.join(root, path)
+
+
+Sample = tuple[str, Mapping[str, Any], list[tuple[str, bytes]]]
+"""(key, record for KEY.json, [(suffix, image bytes)]); suffixes as in `jpg` or `0.jpg`."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenShard:
+    """One finished shard."""
+
+    path: str
+    num_samples: int
+
+
+def write_shards(
+    samples: Iterable[Sample], pattern: str, samples_per_shard: int = SAMPLES_PER_SHARD
+) -> list[WrittenShard]:
+    """Writes samples to `pattern % number` (`train-%06d.tar`) with `webdataset.ShardWriter`.
+
+    The same samples make the same bytes. Shards get their names only when all of them are complete.
+
+    Raises:
+        ShardError: a key that occurs twice or that WebDataset could not read back; no samples.
+    """
+    import webdataset
+
+    streams: dict[str, IO[bytes]] = {}
+    written: list[WrittenShard] = []
+    seen: set[str] = set()
+
+    def create(name: str) -> IO[bytes]:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        streams[name] = Path(name + ".partial").open("wb")
+        return streams[name]
+
+    def finish(name: str) -> None:
+        streams[name].close()
+        written.append(WrittenShard(name, writer.count))
+
+    # Fixed times and names: the bytes depend on the samples alone.
+    writer = webdataset.ShardWriter(
+        pattern, samples_per_shard, maxsize=1 << 62, post=finish, opener=create, verbose=0,
+        encoder=False, mtime=0, user="nvlm", group="nvlm",
+    )  # fmt: skip
+    try:
+        for key, record, images in samples:
+            _check_key(key, seen)
+            encoded = json.dumps(record, ensure_ascii=False).encode()
+            writer.write({"__key__": key, "json": encoded, **dict(images)})
+        if not seen:
+            raise ShardError(f"pattern={pattern}: there are no samples to write")
+        writer.finish()
+        for shard in written:
+            os.replace(shard.path + ".partial", shard.path)
+    finally:
+        for name, stream in streams.items():
+            stream.close()
+            Path(name + ".partial").unlink(missing_ok=True)
+    return written
+
+
+def _check_key(key: str, seen: set[str]) -> None:
+    """WebDataset takes a member's name up to the first dot as its key."""
+    parts = key.split("/")
+    if "." in parts[-1] or any(part in ("", ".", "..") for part in parts):
+        raise ShardError(
+            f"key={key!r}: a key is a relative name without dots; "
+            "everything after the first dot would be read as the member's suffix"
+        )
+    if key in seen:
+        raise ShardError(f"key={key!r} occurs twice; keys name samples and must differ")
+    seen.add(key)

@@ -1,0 +1,78 @@
+"""Dynamic high resolution: which grid of tiles an image is cut into (NVLM 1.0, section 4.1).
+
+The arithmetic is InternVL's `dynamic_preprocess`, floating-point comparisons included, so that a
+model trained here sees at inference elsewhere the grids it was trained on.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+TILE_LADDER = (12, 8, 6, 4, 2, 1)
+"""Tile limits tried in turn while a sample does not fit (Megatron-LM, examples/multimodal)."""
+
+Grid = tuple[int, int]
+"""(columns, rows) of regular tiles."""
+
+
+@lru_cache(maxsize=16)
+def candidate_grids(max_tiles: int) -> tuple[Grid, ...]:
+    """Every (columns, rows) with columns * rows <= max_tiles, smallest area first.
+
+    The original sorts a Python set by area and so leaves the order inside one area to the
+    interpreter; here it is by columns. It decides nothing: two grids of equal area are never both
+    the closest to an aspect ratio (tests/data/test_tiling.py tries all orders).
+
+    >>> len(candidate_grids(6))
+    14
+    >>> candidate_grids(2)
+    ((1, 1), (1, 2), (2, 1))
+    """
+    grids = [
+        (columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+    ]
+    return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)))
+
+
+@lru_cache(maxsize=65536)
+def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> Grid:
+    """The grid whose aspect ratio is closest to the image's, as (columns, rows).
+
+    A later grid at the same distance (2 x 2 after 1 x 1) wins only when the image has more than
+    half of that grid's pixels.
+
+    >>> choose_grid(800, 600, 448, 6)
+    (3, 2)
+    >>> choose_grid(100, 100, 448, 6), choose_grid(1000, 1000, 448, 6)
+    ((1, 1), (2, 2))
+    """
+    aspect_ratio = width / height
+    best: Grid = (1, 1)
+    best_distance = float("inf")
+    for columns, rows in candidate_grids(max_tiles):
+        distance = abs(aspect_ratio - columns / rows)
+        large_enough = width * height > 0.5 * tile_size * tile_size * columns * rows
+        if distance < best_distance or (distance == best_distance and large_enough):
+            best, best_distance = (columns, rows), distance
+    return best
+
+
+def num_tiles(grid: Grid, num_thumbnails: int) -> int:
+    """Tiles of an image: the grid's, and the thumbnail (0 or 1 asked for) when there are several.
+
+    >>> num_tiles((3, 2), 1), num_tiles((1, 1), 1), num_tiles((3, 2), 0)
+    (7, 1, 6)
+    """
+    regular = grid[0] * grid[1]
+    return regular if regular == 1 else regular + num_thumbnails
+
+
+def tile_limits(max_tiles: int) -> tuple[int, ...]:
+    """`max_tiles`, then the smaller limits to try when a sample does not fit.
+
+    >>> tile_limits(6), tile_limits(5), tile_limits(1)
+    ((6, 4, 2, 1), (5, 4, 2, 1), (1,))
+    """
+    return (max_tiles, *(limit for limit in TILE_LADDER if limit < max_tiles))
