@@ -16,8 +16,13 @@ from torch import Tensor, nn
 
 from nvlm_train.config.schema import LanguageConfig
 
-SHARDING = {"non_homogeneous_layers": True}
-"""Layers keep names of their own in checkpoints, so that models with cross-attention in some layers share them."""
+
+def sharding_metadata() -> dict[str, bool]:
+    """What megatron-core's sharded state dicts are asked for; a new dict, because they write into it.
+
+    Layers keep names of their own, so that models with cross-attention in some layers share them.
+    """
+    return {"non_homogeneous_layers": True}
 
 
 def shards(model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]) -> Iterator[ShardedTensor]:
@@ -40,7 +45,7 @@ def shards(model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]) -> Ite
 
 
 def _entries(model: nn.Module) -> Iterator[ShardedTensor | ShardedTensorFactory]:
-    state = model.sharded_state_dict(prefix="", metadata=SHARDING)
+    state = model.sharded_state_dict(prefix="", metadata=sharding_metadata())
     for entry in state.values():
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(
             entry.data, nn.Parameter

@@ -53,7 +53,7 @@ class LanguageModel(MegatronModule):
         )
         self.decoder = TransformerBlock(
             config,
-            decoder_block_spec(kernels),
+            decoder_block_spec(config, kernels),
             pre_process=topology.is_first_pp_stage,
             post_process=topology.is_last_pp_stage,
         )

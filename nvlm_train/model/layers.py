@@ -15,7 +15,10 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -106,8 +109,8 @@ class SdpaAttention(nn.Module):
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
 
 
-def decoder_block_spec(kernels: Kernels) -> TransformerBlockSubmodules:
-    """Qwen2-shaped layers: pre-norm self-attention with QKV bias from the config, SwiGLU MLP.
+def decoder_block_spec(config: TransformerConfig, kernels: Kernels) -> TransformerBlockSubmodules:
+    """This pipeline stage's layers: pre-norm self-attention with QKV bias from the config, SwiGLU MLP.
 
     Norms stay modules of their own on every path, so that checkpoints have one set of names.
     """
@@ -130,7 +133,8 @@ def decoder_block_spec(kernels: Kernels) -> TransformerBlockSubmodules:
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer], layer_norm=norm)
+    layers = [layer] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def mlp_spec(kernels: Kernels) -> ModuleSpec:

@@ -65,9 +65,7 @@ def install() -> None:
         for qualified_name, expected in functions:
             _redirect(module, qualified_name, expected)
     # torch.compile costs 8 s a process here and gains nothing (docs/megatron-on-cpu.md).
-    import torch._dynamo
-
-    torch._dynamo.config.disable = True
+    importlib.import_module("torch._dynamo").config.disable = True
     install.done = True  # type: ignore[attr-defined]
 
 

@@ -56,6 +56,7 @@ def install_adam() -> None:
     for owner, name, value in (
         (factory, "Adam", GroupStepAdamW),
         (factory, "USING_PYTORCH_OPTIMIZER", False),
+        (distributed, "Adam", GroupStepAdamW),
         (distributed, "HAVE_APEX_OR_TE", True),
         (distributed, "USING_APEX_OPTIMIZER", True),
     ):

@@ -1,0 +1,100 @@
+"""What one stage trains with on this rank: model, encoder, optimizer, put together from the recipe."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+
+from nvlm_train.config.schema import Recipe, StageConfig
+from nvlm_train.model.build import DTYPES, build_model
+from nvlm_train.parallel.kernels import Kernels
+from nvlm_train.parallel.topology import Topology, device
+from nvlm_train.vision.build import build_vision_encoder
+from nvlm_train.vision.intern_vit import InternViT
+
+
+@dataclass
+class Engine:
+    """The moving parts of a stage. `model` is the NVLM shard inside megatron-core's DDP wrapper."""
+
+    stage: StageConfig
+    topology: Topology
+    model: DistributedDataParallel
+    encoder: InternViT
+    optimizer: MegatronOptimizer
+
+    def reload_optimizer_weights(self) -> None:
+        """Call after weights were written into the model: the optimizer keeps fp32 copies of its own."""
+        self.optimizer.reload_model_params()
+
+
+def build_engine(
+    recipe: Recipe, stage: StageConfig, topology: Topology, kernels: Kernels
+) -> Engine:
+    """Builds everything with uninitialised weights; the caller imports, initialises or resumes them."""
+    module = build_model(recipe, stage, topology, kernels)
+    module.train()
+    model = DistributedDataParallel(module.config, ddp_config(stage), module)
+    optimizer = get_megatron_optimizer(
+        config := optimizer_config(recipe, stage),
+        [model],
+        config_overrides=get_standard_config_overrides(config),
+        use_gloo_process_groups=False,
+    )
+    encoder = build_vision_encoder(
+        recipe.model.vision, DTYPES[recipe.precision], device(), recipe.seed
+    )
+    return Engine(stage, topology, model, encoder, optimizer)
+
+
+def ddp_config(stage: StageConfig) -> DistributedDataParallelConfig:
+    """Gradients are accumulated and reduced in fp32."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=stage.parallel.overlap_grad_reduce,
+        use_distributed_optimizer=stage.parallel.distributed_optimizer,
+        # Non-finite values are looked for once a step, on all ranks alike (train/step.py).
+        check_for_nan_in_grad=False,
+    )
+
+
+def optimizer_config(recipe: Recipe, stage: StageConfig) -> OptimizerConfig:
+    """megatron-core's AdamW; the learning rate is set before every step (train/schedule.py)."""
+    settings = stage.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        bf16=recipe.precision == "bf16",
+        params_dtype=DTYPES[recipe.precision],
+        use_distributed_optimizer=stage.parallel.distributed_optimizer,
+    )
+
+
+def inference_copy(stage: StageConfig) -> StageConfig:
+    """The stage with nothing trainable: generation builds a model of the same layout from it."""
+    frozen = copy.copy(stage)
+    object.__setattr__(frozen, "trainable", ())
+    return frozen
+
+
+def free(engine: Engine) -> None:
+    """Drops a finished stage's buffers before the next stage's are allocated."""
+    engine.model = None  # type: ignore[assignment]
+    engine.optimizer = None  # type: ignore[assignment]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,104 @@
+"""Runs on the workers: one step or several in a layout, and the canonical gradients gathered from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.model import canonical
+from nvlm_train.parallel import kernels
+from nvlm_train.parallel.topology import build_topology
+from nvlm_train.train import step as step_module
+from nvlm_train.train.engine import Engine, build_engine
+from tests.parity import recipes
+
+
+def start_engine(parallel: ParallelConfig, **changes: object) -> Engine:
+    """The small model in some layout, with weights that depend on names only."""
+    recipe = recipes.recipe(parallel, **changes)
+    topology = build_topology(parallel, recipe.seed)
+    engine = build_engine(recipe, recipe.stages["sft"], topology, kernels.detect())
+    seeded = canonical.seeded_source(recipe.model.language, recipe.seed)
+
+    def source(name: str, shape: tuple[int, ...]) -> Tensor:
+        # Norms and biases away from one and zero, so that their gradients are tested too.
+        if "norm" in name or name.endswith("bias"):
+            offset = 1.0 if name.endswith("weight") else 0.0
+            return offset + 0.2 * seeded(name.replace("norm", "n").replace("bias", "b"), shape)
+        return seeded(name, shape)
+
+    canonical.fill(engine.model.module, source)
+    engine.reload_optimizer_weights()
+    return engine
+
+
+def gather(engine: Engine, of: Callable[[torch.nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+    """Whole tensors by canonical name, put together from every rank's slices (rank 0 of DP only)."""
+    own = [
+        (shard.key, tuple(shard.global_shape), tuple(shard.global_offset), shard.data.clone())
+        for shard in canonical.shards(engine.model.module, of)
+    ]
+    everyone: list[list] = [None] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(everyone, own)
+    whole: dict[str, Tensor] = {}
+    for pieces in everyone:
+        for name, shape, offset, data in pieces:
+            full = whole.setdefault(name, torch.full(shape, float("nan")))
+            index = tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))
+            full[index] = data
+    return whole
+
+
+def complete_gradients(engine: Engine) -> None:
+    """Undoes the distributed optimizer's reduce-scatter, so that every rank holds whole gradients."""
+    if not engine.stage.parallel.distributed_optimizer:
+        return
+    group, size = engine.topology.data_group, engine.topology.data_size
+    for buffer in engine.model.buffers:
+        for bucket in buffer.buckets:
+            shard = bucket.grad_data.chunk(size)[engine.topology.data_rank].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+
+def gradients_of_step(
+    parallel: ParallelConfig, layouts_by_step: list[list[list[tuple[int, int]]]], rounds: int = 1
+) -> tuple[list[float], list[dict[str, Tensor]]]:
+    """Losses and canonical gradients of consecutive steps without updates. Only rank 0 returns gradients."""
+    engine = start_engine(parallel)
+    losses, gradients = [], []
+    for number, layouts in enumerate(layouts_by_step):
+        loss, gathered = _one(engine, layouts, number, rounds)
+        losses.append(loss)
+        gradients.append(gathered if dist.get_rank() == 0 else {})
+    return losses, gradients
+
+
+def _one(engine: Engine, layouts: list, number: int, rounds: int) -> tuple[float, dict[str, Tensor]]:
+    topology = engine.topology
+    batch = recipes.step_batch(layouts, topology.share, number, rounds)
+    trained = step_module._count_trained_tokens(batch, topology)
+    engine.model.zero_grad_buffer()
+    engine.optimizer.zero_grad()
+    reports = step_module.forward_backward(engine, batch, trained)
+    step_module.finalize_model_grads([engine.model])
+    complete_gradients(engine)
+    sums, _ = step_module._sum_by_source(reports, 2, topology)
+    gathered = gather(engine, lambda p: p.main_grad.clone() if p.requires_grad else None)
+    return sum(sums) / trained, gathered
+
+
+def losses_of_training(parallel: ParallelConfig, steps: int) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of real training steps on the mixed batch."""
+    engine = start_engine(parallel)
+    losses, norms = [], []
+    for number in range(steps):
+        layouts = recipes.TEXT_ONLY if number == 2 else recipes.MIXED
+        batch = recipes.step_batch(layouts, engine.topology.share, number)
+        result = step_module.run_step(engine, batch, num_sources=2)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    return losses, norms
