@@ -6,9 +6,10 @@ Floors, lowest first; every import points downward (tests/test_floors.py keeps i
     1  batch tokens geometry       what data and model exchange; pure arithmetic
     2  data parallel               shards to plans and pixels; topology and megatron-core
     3  vision model                tile-parallel encoding; NVLM-D
-    4  convert evaluation          Hugging Face tables; greedy generation and scorers
-    5  train                       schedule, loop, optimizer, checkpoint, metrics
-    6  cli demo                    the console script `nvlm`; the demo's material
+    4  pipeline                    a round of microbatches through megatron-core's schedule
+    5  convert evaluation          Hugging Face tables; greedy generation and scorers
+    6  train                       schedule, loop, optimizer, checkpoint, metrics
+    7  cli demo                    the console script `nvlm`; the demo's material
 """
 
 __version__ = "0.1.0"

@@ -11,10 +11,17 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from torch import Tensor, nn
 
 from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.errors import CheckpointError
+from nvlm_train.parallel.topology import device
 
 
 def sharding_metadata() -> dict[str, bool]:
@@ -110,3 +117,28 @@ def seeded_source(language: LanguageConfig, seed: int) -> Callable[[str, tuple[i
         return torch.empty(shape).normal_(std=std, generator=generator)
 
     return source
+
+
+def fingerprint(model: nn.Module) -> dict[str, float]:
+    """Sum of magnitudes of each part's weights over the world, in fp64. Called by every rank."""
+    parts = ("projector", "language_model")
+    sums = torch.zeros(len(parts), dtype=torch.float64, device=device())
+    for shard in shards(model, lambda parameter: parameter.data):
+        if is_main_replica(shard.replica_id):
+            sums[parts.index(shard.key.split(".")[0])] += shard.data.double().abs().sum()
+    dist.all_reduce(sums)
+    return dict(zip(parts, sums.tolist(), strict=True))
+
+
+def check_fingerprint(model: nn.Module, saved: dict[str, float]) -> None:
+    """Compares loaded weights with the sums that were saved with them, in whatever layout.
+
+    Raises:
+        CheckpointError: a part adds up to something else: shards are missing or damaged.
+    """
+    for part, value in fingerprint(model).items():
+        # The order of summation differs between layouts; fp64 leaves far less than this.
+        if abs(value - saved[part]) > 1e-9 * max(abs(saved[part]), 1.0):
+            raise CheckpointError(
+                f"{part}: weights add up to {value!r}, {saved[part]!r} were saved; the checkpoint is damaged"
+            )

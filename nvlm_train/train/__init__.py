@@ -1,1 +1,1 @@
-"""Floor 5: the two-stage schedule, the step, checkpoints and what is reported about them."""
+"""Floor 6: the two-stage schedule, the step, checkpoints and what is reported about them."""

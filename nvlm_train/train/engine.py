@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +17,7 @@ from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology, device
+from nvlm_train.pipeline.run import Replica
 from nvlm_train.vision.build import build_vision_encoder
 from nvlm_train.vision.intern_vit import InternViT
 
@@ -31,6 +31,11 @@ class Engine:
     model: DistributedDataParallel
     encoder: InternViT
     optimizer: MegatronOptimizer
+
+    @property
+    def replica(self) -> Replica:
+        """What the rounds of this stage run on."""
+        return Replica(self.model, self.encoder, self.topology, self.stage.sequence_length)
 
     def reload_optimizer_weights(self) -> None:
         """Call after weights were written into the model: the optimizer keeps fp32 copies of its own."""
@@ -83,13 +88,6 @@ def optimizer_config(recipe: Recipe, stage: StageConfig) -> OptimizerConfig:
         params_dtype=DTYPES[recipe.precision],
         use_distributed_optimizer=stage.parallel.distributed_optimizer,
     )
-
-
-def inference_copy(stage: StageConfig) -> StageConfig:
-    """The stage with nothing trainable: generation builds a model of the same layout from it."""
-    frozen = copy.copy(stage)
-    object.__setattr__(frozen, "trainable", ())
-    return frozen
 
 
 def free(engine: Engine) -> None:

@@ -13,6 +13,7 @@ from nvlm_train.model import canonical
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
 from nvlm_train.train import step as step_module
+from nvlm_train.train.accounting import account, count_trained_tokens
 from nvlm_train.train.engine import Engine, build_engine
 from tests.parity import recipes
 
@@ -80,15 +81,15 @@ def gradients_of_step(
 def _one(engine: Engine, layouts: list, number: int, rounds: int) -> tuple[float, dict[str, Tensor]]:
     topology = engine.topology
     batch = recipes.step_batch(layouts, topology.share, number, rounds)
-    trained = step_module._count_trained_tokens(batch, topology)
+    trained = count_trained_tokens(batch, topology)
     engine.model.zero_grad_buffer()
     engine.optimizer.zero_grad()
     reports = step_module.forward_backward(engine, batch, trained)
     step_module.finalize_model_grads([engine.model])
     complete_gradients(engine)
-    sums, _ = step_module._sum_by_source(reports, 2, topology)
+    result = account(batch, reports, 0.0, 0, 2, topology)
     gathered = gather(engine, lambda p: p.main_grad.clone() if p.requires_grad else None)
-    return sum(sums) / trained, gathered
+    return result.loss, gathered
 
 
 def losses_of_training(parallel: ParallelConfig, steps: int) -> tuple[list[float], list[float]]:

@@ -1,0 +1,91 @@
+"""Runs one round: tile-parallel encoding, then the 1F1B schedule over its microbatches.
+
+Training and generation differ in which positions they want logits of, and in what they do with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from nvlm_train.batch import Microbatch, Round
+from nvlm_train.parallel.topology import Topology, device
+from nvlm_train.vision.intern_vit import InternViT
+from nvlm_train.vision.tile_parallel import encode_round
+
+
+@dataclass(frozen=True)
+class Replica:
+    """This rank's shard of one model replica. `model` may be wrapped in megatron-core's DDP."""
+
+    model: nn.Module
+    encoder: InternViT
+    topology: Topology
+    sequence_length: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the last pipeline stage does with a microbatch."""
+
+    positions: Callable[[Microbatch], Tensor]
+    """The positions whose logits are computed: int64 [L], at least one."""
+    finish: Callable[[Microbatch, Tensor], tuple[Tensor, Any]]
+    """Takes vocabulary-parallel logits [L, 1, V / TP]; gives a scalar for the backward, and a result."""
+
+
+def run_round(replica: Replica, work: Round, head: Head, forward_only: bool) -> list[Any]:
+    """Called by every rank of a replica.
+
+    Args:
+        replica: the model and its place.
+        work: the round's microbatches and this rank's tiles.
+        head: see `Head`.
+        forward_only: no backward; otherwise gradients are accumulated.
+
+    Returns:
+        On the last pipeline stage the head's result of each microbatch, in order; elsewhere nothing.
+    """
+    features = encode_round(replica.encoder, work, replica.topology)
+    inputs = zip(work.microbatches, features or [None] * len(work.microbatches), strict=True)
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, head=head),
+        data_iterator=iter(inputs),
+        model=[replica.model],
+        num_microbatches=len(work.microbatches),
+        seq_length=replica.sequence_length,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return results
+
+
+Inputs = Iterator[tuple[Microbatch, Tensor | None]]
+
+
+def _forward_step(
+    inputs: Inputs, model: nn.Module, head: Head
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
+    """megatron-core's forward_step_func: one microbatch through this pipeline stage."""
+    microbatch, features = next(inputs)
+    output = model(
+        microbatch.token_ids_S.to(device()),
+        microbatch.image_positions.to(device()),
+        features,
+        microbatch.cu_seqlens.to(device()),
+        head.positions(microbatch),
+    )
+
+    def loss_function(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
+        scalar, result = head.finish(microbatch, logits)
+        # A third value tells megatron-core not to divide by the number of microbatches;
+        # it is a token count, which nobody reads: the scalar is normalised already.
+        return scalar, torch.tensor(1, dtype=torch.int), result
+
+    return output, loss_function

@@ -1,0 +1,98 @@
+"""What a step did, summed over the world: losses by source, tokens, tiles. Equal on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from nvlm_train.batch import Microbatch, StepBatch
+from nvlm_train.geometry import StepWork
+from nvlm_train.parallel.topology import Topology, device
+from nvlm_train.pipeline.loss import LabelLosses
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step reports."""
+
+    loss: float
+    """Mean over the step's trained tokens."""
+    grad_norm: float
+    """Before clipping."""
+    source_loss_sums: tuple[float, ...]
+    source_tokens: tuple[int, ...]
+    """Trained tokens by source."""
+    work: StepWork
+    samples: int
+    skipped_samples: int
+    """Samples whose image could not be decoded."""
+
+
+def count_trained_tokens(batch: StepBatch, topology: Topology) -> int:
+    """Trained tokens of the whole step, over all data-parallel ranks; at least 1, as it divides."""
+    own = sum(len(microbatch.label_ids_L) for microbatch in _microbatches(batch))
+    total = torch.tensor(own, dtype=torch.int64, device=device())
+    dist.all_reduce(total, group=topology.data_group)
+    return max(int(total), 1)
+
+
+def account(
+    batch: StepBatch,
+    reports: list[LabelLosses],
+    grad_norm: float,
+    skipped: int,
+    num_sources: int,
+    topology: Topology,
+) -> StepResult:
+    """One all-reduce over the world for everything that is reported about a step.
+
+    Args:
+        batch: this rank's view of the step.
+        reports: this rank's losses; empty but on the last pipeline stage.
+        grad_norm: already the same on every rank.
+        skipped: samples of this replica whose image could not be decoded.
+        num_sources: sources of the blend.
+        topology: this rank's place.
+    """
+    by_source = torch.zeros(2, num_sources, dtype=torch.float64, device=device())
+    counts = torch.zeros(5, dtype=torch.float64, device=device())
+    # One rank of each replica speaks for it: one that holds the losses.
+    if topology.is_last_pp_stage and topology.tensor_rank == 0:
+        for report in reports:
+            sources = torch.tensor(report.sources, dtype=torch.int64, device=device())
+            by_source[0].index_add_(0, sources, report.losses_L.double())
+            by_source[1].index_add_(0, sources, torch.ones_like(report.losses_L.double()))
+        counts += torch.tensor([*_own_work(batch), skipped], dtype=torch.float64, device=device())
+    totals = torch.cat([by_source.flatten(), counts])
+    dist.all_reduce(totals)
+    sums = totals[:num_sources].tolist()
+    tokens = [int(count) for count in totals[num_sources : 2 * num_sources].tolist()]
+    processed, pairs, tiles, samples, failed = (int(count) for count in totals[-5:].tolist())
+    return StepResult(
+        loss=sum(sums) / max(sum(tokens), 1),
+        grad_norm=grad_norm,
+        source_loss_sums=tuple(sums),
+        source_tokens=tuple(tokens),
+        work=StepWork(processed, pairs, sum(tokens), tiles),
+        samples=samples,
+        skipped_samples=failed,
+    )
+
+
+def _own_work(batch: StepBatch) -> list[int]:
+    """Tokens without padding, squared lengths, tiles and samples of this replica."""
+    tokens = pairs = tiles = samples = 0
+    for microbatch in _microbatches(batch):
+        # The padding, where there is any, is one segment more than there are samples.
+        lengths = microbatch.cu_seqlens.diff()[: len(microbatch.samples)].long()
+        tokens += int(lengths.sum())
+        pairs += int(lengths.square().sum())
+        tiles += microbatch.num_tiles
+        samples += len(microbatch.samples)
+    return [tokens, pairs, tiles, samples]
+
+
+def _microbatches(batch: StepBatch) -> list[Microbatch]:
+    return [microbatch for work in batch.rounds for microbatch in work.microbatches]

@@ -1,0 +1,157 @@
+"""Before the first step: where the run stands, and a stage's data, model and weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from nvlm_train.config.paths import data_recipes_dir
+from nvlm_train.config.schema import Recipe
+from nvlm_train.convert.qwen2 import qwen2_source
+from nvlm_train.data.assemble import build_data
+from nvlm_train.data.encoding import SampleEncoder
+from nvlm_train.data.loader import Loader
+from nvlm_train.data.plan import DataPlan
+from nvlm_train.model import canonical
+from nvlm_train.parallel import kernels
+from nvlm_train.parallel.topology import Topology, build_topology
+from nvlm_train.train import checkpoint
+from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.train.schedule import Position
+from nvlm_train.train.state import (
+    RunState,
+    check_resumable,
+    library_versions,
+    plain_recipe,
+    read_state,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run directory stands: its newest complete checkpoint, if there is one."""
+
+    checkpoint: Path | None
+    state: RunState | None
+
+    @property
+    def position(self) -> Position | None:
+        return self.state.position if self.state else None
+
+
+def open_run(recipe: Recipe) -> Run:
+    """Looks for the newest complete checkpoint; rank 0 looks, so that all ranks see the same one.
+
+    Raises:
+        CheckpointError: it was made by a recipe that this one does not continue.
+    """
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        complete = checkpoint.complete_checkpoints(Path(recipe.run_dir))
+        found = [complete[-1] if complete else None]
+    dist.broadcast_object_list(found, src=0)
+    newest: Path | None = found[0]
+    if newest is None:
+        return Run(None, None)
+    state = read_state(newest)
+    check_resumable(state, recipe, newest)
+    return Run(newest, state)
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """A stage that is ready to train."""
+
+    engine: Engine
+    plan: DataPlan
+    encoder: SampleEncoder
+
+
+def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
+    """Builds a stage and gives it its weights: resumed, handed over, or initial.
+
+    Raises:
+        NvlmError: shards, recipe or checkpoint do not fit.
+    """
+    stage = recipe.stages[position.stage]
+    topology = build_topology(stage.parallel, recipe.seed)
+    plan, encoder = _build_data_rank_0_first(recipe, position)
+    engine = build_engine(recipe, stage, topology, kernels.detect())
+    if run.checkpoint is None or run.state is None:
+        initial_weights(recipe, engine)
+    elif run.state.stage == position.stage:
+        plan.check_digests(run.state.shard_digests)
+        same_layout = run.state.layout == layout_of(topology)
+        checkpoint.load(engine, run.checkpoint, same_layout)
+        logger.info("resumed %s%s", run.checkpoint, "" if same_layout else " in another layout")
+    else:
+        checkpoint.load_weights(engine, run.checkpoint)
+        logger.info("stage %s starts from the weights of %s", position.stage, run.checkpoint)
+    if run.state is not None:
+        canonical.check_fingerprint(engine.model.module, run.state.weights_fingerprint)
+    return StageWork(engine, plan, encoder)
+
+
+def open_loader(recipe: Recipe, position: Position, work: StageWork) -> Loader:
+    """This rank's batches from the position's step on."""
+    engine = work.engine
+    return Loader(
+        work.plan,
+        work.encoder,
+        engine.topology.share,
+        recipe.loader,
+        engine.stage.parallel.max_tiles_in_flight,
+        position.step,
+    )
+
+
+def _build_data_rank_0_first(recipe: Recipe, position: Position) -> tuple[DataPlan, SampleEncoder]:
+    """Rank 0 indexes shards that are not indexed yet; the others then read the files it wrote."""
+    stage, blends = recipe.stages[position.stage], str(data_recipes_dir())
+    if dist.get_rank() == 0:
+        built = build_data(stage, recipe, blends)
+    dist.barrier()
+    return built if dist.get_rank() == 0 else build_data(stage, recipe, blends)
+
+
+def initial_weights(recipe: Recipe, engine: Engine) -> None:
+    """The language model from Hugging Face weights where the recipe names some; the rest seeded by name.
+
+    Raises:
+        CheckpointError: the weights do not fit the recipe.
+    """
+    module, language = engine.model.module, recipe.model.language
+    seeded = canonical.seeded_source(language, recipe.seed)
+    imported = qwen2_source(language) if language.weights else None
+
+    def source(name: str, shape: tuple[int, ...]) -> Any:
+        found = imported(name, shape) if imported else None
+        return seeded(name, shape) if found is None else found
+
+    canonical.fill(module, source)
+    engine.reload_optimizer_weights()
+
+
+def layout_of(topology: Topology) -> tuple[int, int, int]:
+    """TP, PP, DP."""
+    return topology.tensor_size, topology.pipeline_size, topology.data_size
+
+
+def run_state(recipe: Recipe, work: StageWork, done: Position, wandb_run_id: str | None) -> RunState:
+    """What a checkpoint made now says about itself. Called by every rank."""
+    return RunState(
+        stage=done.stage,
+        step=done.step,
+        recipe=plain_recipe(recipe),
+        layout=layout_of(work.engine.topology),
+        shard_digests=work.plan.digests,
+        weights_fingerprint=canonical.fingerprint(work.engine.model.module),
+        wandb_run_id=wandb_run_id,
+        versions=library_versions(),
+    )
