@@ -1,0 +1,166 @@
+"""Composes a recipe with Hydra. The only file that imports hydra; it makes no output directories."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nvlm_train.config.build import build
+from nvlm_train.config.paths import recipes_dir as shipped_recipes
+from nvlm_train.config.paths import resolve_path
+from nvlm_train.config.rules import check
+from nvlm_train.config.schema import Recipe
+from nvlm_train.errors import ConfigError
+
+ROOT = "train"
+"""The recipe that all others are composed into: recipes/train.yaml."""
+
+_ADDITIVE = frozenset({"experiment"})
+"""Groups that train.yaml does not choose: `experiment=demo` means `+experiment=demo`."""
+
+_PACKAGE_LINE = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
+
+
+def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None) -> Recipe:
+    """Composes, builds and checks a recipe.
+
+    Args:
+        overrides: Hydra's grammar: `experiment=smoke`, `stages.sft.steps=10`.
+        recipes_dir: the user's own recipes, looked up after the package's.
+
+    Raises:
+        ConfigError: everything that is wrong with the recipe, not only the first problem.
+    """
+    directories = _directories(recipes_dir)
+    composed = _compose([_normalise(each, directories) for each in overrides], directories)
+    sources = _Sources.of(composed, overrides, directories)
+    content = OmegaConf.create({key: value for key, value in composed.items_ex(resolve=False) if key != "hydra"})
+    try:
+        plain = OmegaConf.to_container(content, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError([_first_line(error)]) from error
+    recipe = build(Recipe, _resolve_paths(plain), origin=sources.find)
+    check(recipe)
+    return recipe
+
+
+def _directories(own: str | Path | None) -> tuple[Path, ...]:
+    shipped = shipped_recipes()
+    if own is None:
+        return (shipped,)
+    directory = Path(own).resolve()
+    if not directory.is_dir():
+        raise ConfigError([f"recipes={own}: no such directory; give a directory of recipe groups"])
+    return (shipped, directory)
+
+
+def _compose(overrides: list[str], directories: tuple[Path, ...]) -> DictConfig:
+    shipped, *own = directories
+    if own:
+        overrides = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in own)}]", *overrides]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(shipped), version_base="1.3"):
+            return compose(ROOT, overrides, return_hydra_config=True)
+    except MissingConfigException as error:
+        raise ConfigError([_missing_choice(error)]) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([_first_line(error)]) from error
+
+
+def _missing_choice(error: MissingConfigException) -> str:
+    """`experiment=smoek` with the nearest choice there is."""
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    known = list(error.options or [])
+    near = difflib.get_close_matches(choice, known, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+    return f"{group}={choice}: no such recipe file; {remedy}"
+
+
+def _first_line(error: Exception) -> str:
+    """Hydra's messages go on for lines about its search path; what went wrong comes first."""
+    return " ".join(line.strip() for line in str(error).splitlines()[:4] if line.strip())
+
+
+def _normalise(override: str, directories: tuple[Path, ...]) -> str:
+    """Makes `a.b=1` mean "set, stated or not", so that our builder judges unknown keys, not Hydra.
+
+    Fields with defaults in the schema need not be in a YAML file; Hydra would ask for a `+` there.
+    """
+    key, equals, _ = override.partition("=")
+    if not equals or key.startswith(("+", "~", "hydra")):
+        return override
+    group = key.partition("@")[0]
+    if any((directory / group).is_dir() for directory in directories):
+        return f"+{override}" if group in _ADDITIVE else override
+    return override if "@" in key else f"++{override}"
+
+
+def _resolve_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _resolve_paths(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_resolve_paths(each) for each in value]
+    return resolve_path(value) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The files a recipe was composed of, each with the place it is mounted at; later ones win."""
+
+    files: tuple[tuple[str, str, Any], ...]
+    command_line: tuple[str, ...]
+
+    @staticmethod
+    def of(composed: DictConfig, overrides: Sequence[str], directories: tuple[Path, ...]) -> _Sources:
+        found = []
+        choices = dict(composed.hydra.runtime.choices)
+        for key, choice in [("", ROOT), *choices.items()]:
+            group, _, mount = str(key).partition("@")
+            if group.startswith("hydra") or choice is None:
+                continue
+            for directory in directories:
+                path = directory / group / f"{choice}.yaml"
+                if path.is_file():
+                    text = path.read_text(encoding="utf-8")
+                    name = path.relative_to(directory.parent).as_posix()
+                    found.append((_mount(group, mount, text), name, yaml.safe_load(text)))
+        keys = tuple(each.lstrip("+~").partition("=")[0] for each in overrides)
+        return _Sources(tuple(found), keys)
+
+    def find(self, dotted: str) -> str | None:
+        """The command line or the file that states a key, the last one where there are several."""
+        dotted = re.sub(r"\[\d+\]", "", dotted)
+        if dotted in self.command_line:
+            return "the command line"
+        for mount, name, content in reversed(self.files):
+            relative = dotted.removeprefix(f"{mount}.") if mount else dotted
+            if (not mount or relative != dotted) and _holds(content, relative.split(".")):
+                return name
+        return None
+
+
+def _mount(group: str, mount: str, text: str) -> str:
+    stated = _PACKAGE_LINE.search(text)
+    if stated:
+        return "" if stated.group(1) == "_global_" else stated.group(1)
+    return mount or group.replace("/", ".")
+
+
+def _holds(content: Any, keys: list[str]) -> bool:
+    for key in keys:
+        if not isinstance(content, Mapping) or key not in content:
+            return False
+        content = content[key]
+    return True
