@@ -1,6 +1,6 @@
 """Turns as ChatML pieces: which text is tokenised together, where image slots go, what is trained.
 
-The released format (Qwen2's ChatML): `<|im_start|>role\\ncontent<|im_end|>\\n`. Trained are an
+The released format is Qwen2's ChatML, `<|im_start|>role\\ncontent<|im_end|>\\n`. Trained are an
 assistant's content, its `<|im_end|>` and the newline after it. An image is `<Image>`, for each tile
 its tag and its slots, `</Image>`; tags are ordinary text, tokenised with what stands around them, so
 `<Image><tile_1>` is one string, as in the released Hugging Face code.
@@ -57,7 +57,9 @@ class ChatFormat:
         """The same, nothing trained, ending where the assistant is to speak."""
         pieces = self.conversation(turns, tiles_per_image)
         header = [Piece("", self._start, "context"), Piece("assistant\n", (), "context")]
-        untrained = [piece._replace(role="context") if piece.role == "trained" else piece for piece in pieces]
+        untrained = [
+            piece._replace(role="context") if piece.role == "trained" else piece for piece in pieces
+        ]
         return untrained + header
 
     def _with_images(self, text: str, tiles_per_image: Sequence[int]) -> list[Piece]:

@@ -13,14 +13,32 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nvlm_train.data.tiling import Grid
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = tuple(
+    plugin.format
+    for plugin in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        WebPImagePlugin.WebPImageFile,
+        GifImagePlugin.GifImageFile,
+        BmpImagePlugin.BmpImageFile,
+        TiffImagePlugin.TiffImageFile,
+    )
+)
 """The decoders that data can reach; Pillow has others that start external programs."""
 
 _ORIENTATION_TAG = 0x0112
@@ -70,7 +88,8 @@ def decode_image(data: bytes, max_pixels: int) -> Tensor:
             pixels_HWC = _decode_other(image)
     except _PIXEL_ERRORS as error:
         raise ValueError(f"image cannot be read: {_reason(error)}") from error
-    upright_HWC = np.ascontiguousarray(_turn_upright(pixels_HWC, orientation))
+    # torch wants memory that it may write and strides that are not negative.
+    upright_HWC = np.require(_turn_upright(pixels_HWC, orientation), requirements=["C", "W"])
     return torch.from_numpy(upright_HWC).permute(2, 0, 1)
 
 
@@ -142,7 +161,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _decode_jpeg(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """uint8 [H, W, C]. `strict` makes libjpeg's warnings, truncation among them, errors."""
-    import simplejpeg
+    import simplejpeg  # type: ignore[import-untyped]
 
     pixels: np.ndarray[Any, np.dtype[np.uint8]] = simplejpeg.decode_jpeg(
         data, colorspace="RGB", strict=True

@@ -12,6 +12,7 @@ import logging
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +102,9 @@ def _build(shard: Shard, stamp: Stamp) -> ShardIndex:
             images.append((*image.place, image.width, image.height))
         first_image.append(len(images))
     if not keys:
-        raise ShardError(f"shard={shard.path} holds no samples; remove it from the blend or write it again")
+        raise ShardError(
+            f"shard={shard.path} holds no samples; remove it from the blend or write it again"
+        )
     return ShardIndex(
         keys=np.array(keys),
         records=np.array(records, dtype=np.int64).reshape(-1, _RECORD_FIELDS),
@@ -113,7 +116,9 @@ def _build(shard: Shard, stamp: Stamp) -> ShardIndex:
     )
 
 
-def _digest(keys: list[str], records: list[tuple[int, int, int]], images: list[tuple[int, ...]]) -> str:
+def _digest(
+    keys: list[str], records: Sequence[tuple[int, ...]], images: Sequence[tuple[int, ...]]
+) -> str:
     digest = hashlib.sha256("\0".join(keys).encode())
     digest.update(np.array(records, dtype="<i8").tobytes())
     digest.update(np.array(images, dtype="<i8").tobytes())
@@ -186,5 +191,8 @@ def write_beside(shard: Shard, suffix: str, arrays: dict[str, NDArray[np.generic
     except OSError as error:
         if directory not in _warned_directories:
             _warned_directories.add(directory)
-            _log.warning("cannot write beside the shards in %s (%s); indexes stay in memory", directory, error)
-
+            _log.warning(
+                "cannot write beside the shards in %s (%s); indexes stay in memory",
+                directory,
+                error,
+            )

@@ -109,7 +109,9 @@ def _drafts(
 
 def _tokenise(drafts: Sequence[_Draft], encoder: SampleEncoder) -> dict[str, list[int]]:
     """Ids of every different text of these samples."""
-    texts = list({piece.text: None for draft in drafts for piece in draft.layout.pieces if piece.text})
+    texts = list(
+        {piece.text: None for draft in drafts for piece in draft.layout.pieces if piece.text}
+    )
     return dict(zip(texts, encoder.tokenizer.encode_batch(texts), strict=True))
 
 

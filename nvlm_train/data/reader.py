@@ -33,7 +33,9 @@ class ShardReader:
         """
         offset, size, crc = self.index.records[row].tolist()
         if size == 0:
-            raise ValueError("record is missing: there is no KEY.json (or it is empty) beside the images")
+            raise ValueError(
+                "record is missing: there is no KEY.json (or it is empty) beside the images"
+            )
         return self._read(row, offset, size, crc)
 
     def image(self, row: int, number: int) -> bytes:

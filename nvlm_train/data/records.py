@@ -46,8 +46,14 @@ def read_turns(record: bytes, key: str, num_images: int, family: PromptFamily) -
         raise ValueError(f"record cannot be read: it is not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"record cannot be read: it is a {type(fields).__name__}, not an object")
-    if num_images == 0 and "question" not in fields and not fields.keys() & {"conversations", "messages"}:
-        raise ValueError("image is missing: a caption or text record describes an image; add KEY.jpg or KEY.png")
+    if (
+        num_images == 0
+        and "question" not in fields
+        and not fields.keys() & {"conversations", "messages"}
+    ):
+        raise ValueError(
+            "image is missing: a caption or text record describes an image; add KEY.jpg or KEY.png"
+        )
     return place_images(_turns_of(fields, key, family), num_images)
 
 
@@ -117,7 +123,9 @@ def _chat(value: object, name: str, role_field: str, text_field: str) -> tuple[T
                 f"{', '.join(_ROLES)}"
             )
         if role == "system" and number:
-            raise ValueError(f"record cannot be read: {where} is a system turn, which can only be first")
+            raise ValueError(
+                f"record cannot be read: {where} is a system turn, which can only be first"
+            )
         turns.append(Turn(role, _content(item.get(text_field), f"{where}.{text_field}")))
     return tuple(turns)
 
@@ -149,11 +157,15 @@ def _answer(fields: Mapping[str, Any], key: str) -> str:
         raise ValueError("record cannot be read: question without answer; add answer or answers")
     options = [{"answer": option} if isinstance(option, str) else option for option in answers]
     if not all(isinstance(option, dict) for option in options):
-        raise ValueError("record cannot be read: answers must be texts or objects with answer, weight")
+        raise ValueError(
+            "record cannot be read: answers must be texts or objects with answer, weight"
+        )
     try:
         weights = [float(option.get("weight", 1.0)) for option in options]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"record cannot be read: an answer's weight is no number ({error})") from error
+        raise ValueError(
+            f"record cannot be read: an answer's weight is no number ({error})"
+        ) from error
     return _text(options[choose_weighted(weights, key)], "answer")
 
 

@@ -71,7 +71,7 @@ class RemoteShard:
     """A tar behind an fsspec URL."""
 
     def __init__(self, path: str) -> None:
-        import fsspec
+        import fsspec  # type: ignore[import-untyped]
 
         self.path = path
         self._files, self._name = fsspec.core.url_to_fs(path)
@@ -166,7 +166,7 @@ def write_shards(
     Raises:
         ShardError: a key that occurs twice or that WebDataset could not read back; no samples.
     """
-    import webdataset
+    import webdataset  # type: ignore[import-untyped]
 
     streams: dict[str, IO[bytes]] = {}
     written: list[WrittenShard] = []
@@ -174,7 +174,7 @@ def write_shards(
 
     def create(name: str) -> IO[bytes]:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        streams[name] = Path(name + ".partial").open("wb")
+        streams[name] = Path(name + ".partial").open("wb")  # noqa: SIM115  closed by `finish`
         return streams[name]
 
     def finish(name: str) -> None:
@@ -187,13 +187,13 @@ def write_shards(
         encoder=False, mtime=0, user="nvlm", group="nvlm",
     )  # fmt: skip
     try:
-        for key, record, images in samples:
-            _check_key(key, seen)
-            encoded = json.dumps(record, ensure_ascii=False).encode()
-            writer.write({"__key__": key, "json": encoded, **dict(images)})
-        if not seen:
-            raise ShardError(f"pattern={pattern}: there are no samples to write")
-        writer.finish()
+        with writer:
+            for key, record, images in samples:
+                _check_key(key, seen)
+                encoded = json.dumps(record, ensure_ascii=False).encode()
+                writer.write({"__key__": key, "json": encoded, **dict(images)})
+            if not seen:
+                raise ShardError(f"pattern={pattern}: there are no samples to write")
         for shard in written:
             os.replace(shard.path + ".partial", shard.path)
     finally:

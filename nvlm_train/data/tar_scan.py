@@ -1,4 +1,4 @@
-"""One pass over a WebDataset tar: its samples, member by member, with everything refused by name."""
+"""One pass over a WebDataset tar: samples, member by member; what has no place there is refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def scan_tar(shard: Shard) -> Iterator[TarSample]:
     """Samples in tar order, images by their number (`KEY.jpg` counts as 0).
 
     Raises:
-        ShardError: torn tar, member that is not a plain file, name that leaves the tar, repeated key.
+        ShardError: torn tar, a member that is no plain file or leaves the tar, a repeated key.
     """
     seen: set[str] = set()
     current: TarSample | None = None
@@ -65,7 +65,6 @@ def scan_tar(shard: Shard) -> Iterator[TarSample]:
             end = 0
             for member in tar:
                 end = member.offset_data + _padded(member.size)
-                tar.members = []  # tarfile would keep every header in memory
                 if _check_member(shard.path, member):
                     continue
                 key, suffix = split_name(member.name)
@@ -153,7 +152,7 @@ def _finished(sample: TarSample) -> TarSample:
 
 
 def _check_end(stream: IO[bytes], end: int) -> None:
-    """tarfile takes a damaged header, or a file cut between two members, for the end of the archive."""
+    """tarfile takes a damaged header, or a cut between two members, for the end of the archive."""
     stream.seek(end)
     block = stream.read(_BLOCK)
     if len(block) < _BLOCK or any(block):

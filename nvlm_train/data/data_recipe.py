@@ -1,0 +1,132 @@
+"""Data recipes: `data_recipes/NAME.yaml` as a blend of named, weighted sources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nvlm_train.data.shards import expand_pattern
+from nvlm_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of a data recipe."""
+
+    name: str
+    shards: tuple[str, ...]
+    """Names after brace expansion, as written in the recipe."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A data recipe: sources and the shares in which samples are drawn from them."""
+
+    name: str
+    sources: tuple[SourceConfig, ...]
+
+
+def read_blend(name: str, recipes_dir: str) -> Blend:
+    """The data recipe `recipes_dir/name.yaml`, or the file itself when `name` is a path.
+
+    Raises:
+        ConfigError: missing file, unknown or missing key, bad weight, bad pattern; all at once.
+    """
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else Path(recipes_dir) / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in Path(recipes_dir).glob("*.yaml"))
+        raise ConfigError(
+            [f"blend={name}: {path} does not exist{_nearest(name, known)}; have {known}"]
+        )
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError([f"blend={name}: {path} is not YAML: {error}"]) from error
+    problems: list[str] = []
+    sources = _sources(content, str(path), problems)
+    if problems:
+        raise ConfigError(problems)
+    return Blend(path.stem, sources)
+
+
+def _sources(content: object, path: str, problems: list[str]) -> tuple[SourceConfig, ...]:
+    if not isinstance(content, dict) or not isinstance(content.get("sources"), list):
+        problems.append(f"{path}: must have a list `sources:` of name, shards, weight")
+        return ()
+    _check_keys(content, ["sources"], path, problems)
+    found: list[SourceConfig] = []
+    for number, item in enumerate(content["sources"]):
+        where = f"{path}: sources[{number}]"
+        source = _source(item, where, problems)
+        if source is not None and source.name in [other.name for other in found]:
+            problems.append(f"{where}.name={source.name} occurs twice; names tell sources apart")
+        elif source is not None:
+            found.append(source)
+    if not found and not problems:
+        problems.append(f"{path}: sources is empty; name at least one")
+    return tuple(found)
+
+
+def _source(item: object, where: str, problems: list[str]) -> SourceConfig | None:
+    if not isinstance(item, dict):
+        problems.append(f"{where}={item!r} must be a mapping of name, shards, weight")
+        return None
+    before = len(problems)
+    _check_keys(item, [field.name for field in fields(SourceConfig)], where, problems)
+    name, weight = item.get("name"), item.get("weight", 1.0)
+    if not isinstance(name, str) or not name:
+        problems.append(f"{where}.name={name!r} must be text; it names the source in reports")
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not 0 < weight < float("inf")
+    ):
+        problems.append(
+            f"{where}.weight={weight!r} must be a positive number; leave unused sources out"
+        )
+    shards = _shards(item.get("shards"), where, problems)
+    return None if len(problems) > before else SourceConfig(str(name), shards, float(weight))
+
+
+def _shards(value: object, where: str, problems: list[str]) -> tuple[str, ...]:
+    patterns = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(patterns, list)
+        or not patterns
+        or not all(isinstance(p, str) for p in patterns)
+    ):
+        problems.append(
+            f"{where}.shards={value!r} must be a pattern such as x-{{000000..000003}}.tar, or a list"
+        )
+        return ()
+    expanded: list[str] = []
+    for pattern in patterns:
+        try:
+            expanded += expand_pattern(pattern)
+        except ValueError as error:
+            problems.append(f"{where}.shards={pattern}: {error}; balance the braces")
+    for name in sorted({name for name in expanded if expanded.count(name) > 1}):
+        problems.append(f"{where}.shards names {name} twice; every shard counts once")
+    return tuple(expanded)
+
+
+def _check_keys(
+    item: Mapping[Any, Any], known: Sequence[str], where: str, problems: list[str]
+) -> None:
+    for key in item:
+        if key not in known:
+            problems.append(
+                f"{where}: unknown key {key!r}{_nearest(str(key), known)}; known: {', '.join(known)}"
+            )
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

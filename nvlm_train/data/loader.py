@@ -1,0 +1,238 @@
+"""One rank's batches: text of all its replica's samples, pixels of its own share of the tiles.
+
+Which rank decodes what follows from the plan's numbers alone. Work is done by pack in background
+threads (decoding releases the interpreter lock); results do not depend on how many there are. Each
+thread uses torch's intra-op threads as the process set them: with several workers a launcher
+should set OMP_NUM_THREADS, as torchrun does.
+
+Shape legend: T tiles, E tile edge in pixels, C = 3.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nvlm_train.batch import (
+    Microbatch,
+    PackPlan,
+    RankShare,
+    Round,
+    SampleFailure,
+    SampleRef,
+    StepBatch,
+)
+from nvlm_train.config.schema import LoaderConfig
+from nvlm_train.data.batches import pack_samples
+from nvlm_train.data.encoding import EncodedSample, SampleEncoder
+from nvlm_train.data.images import cut_tiles, decode_image
+from nvlm_train.data.plan import DataPlan
+from nvlm_train.errors import ShardError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _PackJob:
+    """A pack, the range of its tiles that is this rank's, and where their pixels go."""
+
+    pack: PackPlan
+    first_tile: int
+    pixels_TCEE: Tensor
+
+
+@dataclass(frozen=True)
+class _LoadedPack:
+    microbatch: Microbatch
+    failures: tuple[tuple[int, str], ...]
+    """(index of the sample in the pack, reason)."""
+
+
+@dataclass(frozen=True)
+class _PendingRound:
+    tile_split: tuple[int, ...]
+    pixels_TCEE: Tensor
+    packs: tuple[Future[_LoadedPack], ...]
+
+
+@dataclass(frozen=True)
+class _PendingStep:
+    step: int
+    rounds: tuple[_PendingRound, ...]
+
+
+def split_tiles(num_tiles: int, num_ranks: int) -> tuple[int, ...]:
+    """Tiles of each rank, as even as possible, the larger shares first.
+
+    >>> split_tiles(7, 4)
+    (2, 2, 2, 1)
+    """
+    share, extra = divmod(num_tiles, num_ranks)
+    return tuple(share + (rank < extra) for rank in range(num_ranks))
+
+
+def group_rounds(packs: Sequence[PackPlan], max_tiles: int) -> list[tuple[PackPlan, ...]]:
+    """Packs in order, in rounds of at most `max_tiles` tiles; a pack with more is a round alone."""
+    rounds: list[list[PackPlan]] = []
+    tiles = 0
+    for pack in packs:
+        if not rounds or tiles + pack.num_tiles > max_tiles:
+            rounds.append([])
+            tiles = 0
+        rounds[-1].append(pack)
+        tiles += pack.num_tiles
+    return [tuple(packs) for packs in rounds]
+
+
+class Loader(Iterator[StepBatch]):
+    """Batches of steps start_step, start_step + 1, ... without end; close it when done.
+
+    Raises (while iterating):
+        ShardError: a shard changed or vanished since it was indexed.
+    """
+
+    def __init__(
+        self,
+        plan: DataPlan,
+        encoder: SampleEncoder,
+        share: RankShare,
+        loader: LoaderConfig,
+        max_tiles_in_flight: int,
+        start_step: int = 0,
+    ) -> None:
+        self._plan = plan
+        self._encoder = encoder
+        self._share = share
+        self._max_tiles = max_tiles_in_flight
+        self._max_pixels = loader.max_image_pixels
+        self._next_step = start_step
+        # Without workers nothing runs ahead: a step is made when it is asked for.
+        self._steps_ahead = loader.prefetch_steps if loader.workers else 0
+        self._threads = ThreadPoolExecutor(loader.workers, "nvlm-data") if loader.workers else None
+        self._pending: deque[_PendingStep] = deque()
+
+    def __next__(self) -> StepBatch:
+        try:
+            while len(self._pending) <= self._steps_ahead:
+                self._pending.append(self._start(self._next_step))
+                self._next_step += 1
+            return _collect(self._pending.popleft())
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the background threads; what they were making is dropped."""
+        self._pending.clear()
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, step: int) -> _PendingStep:
+        """Plans a step and hands its packs to the threads."""
+        packs = self._plan.step(step, self._share.dp_size).packs[self._share.dp_rank]
+        rounds = group_rounds(packs, self._max_tiles)
+        return _PendingStep(step, tuple(self._start_round(round_packs) for round_packs in rounds))
+
+    def _start_round(self, packs: Sequence[PackPlan]) -> _PendingRound:
+        import torch
+
+        edge = self._encoder.spec.tile_size
+        split = split_tiles(sum(pack.num_tiles for pack in packs), self._share.replica_size)
+        own_first = sum(split[: self._share.replica_rank])
+        own_last = own_first + split[self._share.replica_rank]
+        pixels_TCEE = torch.zeros(own_last - own_first, 3, edge, edge, dtype=torch.uint8)
+        futures: list[Future[_LoadedPack]] = []
+        pack_first = 0
+        for pack in packs:
+            first = min(max(own_first, pack_first), own_last)
+            last = min(max(own_first, pack_first + pack.num_tiles), own_last)
+            own_TCEE = pixels_TCEE[first - own_first : last - own_first]
+            futures.append(self._submit(_PackJob(pack, first - pack_first, own_TCEE)))
+            pack_first += pack.num_tiles
+        return _PendingRound(split, pixels_TCEE, tuple(futures))
+
+    def _submit(self, job: _PackJob) -> Future[_LoadedPack]:
+        if self._threads is not None:
+            return self._threads.submit(self._load, job)
+        done: Future[_LoadedPack] = Future()
+        done.set_result(self._load(job))
+        return done
+
+    def _load(self, job: _PackJob) -> _LoadedPack:
+        """Text of the whole pack; pixels of this rank's tiles, written into the round's tensor."""
+        samples = job.pack.samples
+        encoded = [self._encode(sample) for sample in samples]
+        failures: list[tuple[int, str]] = []
+        first = -job.first_tile  # the sample's first tile, counted from this rank's first
+        for number, (sample, text) in enumerate(zip(samples, encoded, strict=True)):
+            for image, num_tiles in enumerate(text.tiles_per_image):
+                if first < len(job.pixels_TCEE) and first + num_tiles > 0:
+                    reason = self._decode(sample, text, image, job.pixels_TCEE, first)
+                    if reason:
+                        failures.append((number, reason))
+                first += num_tiles
+        infos = [self._plan.info(sample) for sample in samples]
+        pad = self._encoder.tokenizer.pad
+        microbatch = pack_samples(encoded, infos, self._plan.sequence_length, pad)
+        return _LoadedPack(microbatch, tuple(dict(reversed(failures)).items()))
+
+    def _encode(self, sample: SampleRef) -> EncodedSample:
+        reader = self._plan.reader(sample)
+        key, record = reader.key(sample.row), reader.record(sample.row)
+        encoded = self._encoder.encode(key, record, reader.index.image_sizes(sample.row))
+        if (len(encoded.token_ids), encoded.num_tiles) != (sample.num_tokens, sample.num_tiles):
+            raise ShardError(
+                f"sample={key} in shard={reader.name} has {len(encoded.token_ids)} tokens and "
+                f"{encoded.num_tiles} tiles, planned were {sample.num_tokens} and {sample.num_tiles}; "
+                "delete the shard's .lengths-* files and start again"
+            )
+        return encoded
+
+    def _decode(
+        self, sample: SampleRef, text: EncodedSample, image: int, pixels_TCEE: Tensor, first: int
+    ) -> str:
+        """Writes the image's tiles that lie inside `pixels_TCEE`; on failure they stay zero.
+
+        `first` is the index of the image's first tile, negative when another rank owns it.
+        """
+        reader = self._plan.reader(sample)
+        data = reader.image(sample.row, image)
+        num_tiles, grid = text.tiles_per_image[image], text.grids[image]
+        try:
+            decoded_CHW = decode_image(data, self._max_pixels)
+        except ValueError as error:
+            return str(error)
+        tiles_TCEE = cut_tiles(decoded_CHW, grid, num_tiles, self._encoder.spec.tile_size)
+        last = min(first + num_tiles, len(pixels_TCEE))
+        pixels_TCEE[max(first, 0) : last] = tiles_TCEE[max(-first, 0) : last - first]
+        return ""
+
+
+def _collect(pending: _PendingStep) -> StepBatch:
+    """Waits for a step's packs; an error of a thread is raised here."""
+    rounds: list[Round] = []
+    failures: list[SampleFailure] = []
+    for round_number, waiting in enumerate(pending.rounds):
+        loaded = [future.result() for future in waiting.packs]
+        for number, pack in enumerate(loaded):
+            failures += [SampleFailure(round_number, number, *failure) for failure in pack.failures]
+        microbatches = tuple(pack.microbatch for pack in loaded)
+        rounds.append(Round(microbatches, waiting.tile_split, waiting.pixels_TCEE))
+    return StepBatch(pending.step, tuple(rounds), tuple(failures))

@@ -1,0 +1,152 @@
+"""Records of every accepted form, and the exact words for those that are not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from nvlm_train.data.prompts import PROMPTS, PromptFamily, choose_prompt, choose_weighted
+from nvlm_train.data.records import Turn, read_turns
+
+
+def turns(record: Any, num_images: int = 0, family: PromptFamily = "sft") -> tuple[Turn, ...]:
+    return read_turns(json.dumps(record).encode(), "key", num_images, family)
+
+
+def said(question: str, answer: str) -> tuple[Turn, ...]:
+    return Turn("user", question), Turn("assistant", answer)
+
+
+def test_llava_conversation_with_system_turn() -> None:
+    record = {
+        "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "<image>\nWhat?"},
+            {"from": "gpt", "value": "A cat."},
+        ]
+    }
+    assert turns(record, 1) == (Turn("system", "Be brief."), *said("<image>\nWhat?", "A cat."))
+
+
+def test_openai_messages_with_parts() -> None:
+    parts = [{"type": "image_url"}, {"type": "text", "text": "What?"}]
+    record = {
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Hm."}]
+    }
+    assert turns(record, 1) == said("<image>\nWhat?", "Hm.")
+
+
+def test_caption_and_page() -> None:
+    caption = turns({"caption": "A red circle."}, 1)
+    assert caption[0].text.removeprefix("<image>\n") in PROMPTS["sft", "caption"]
+    assert caption[1] == Turn("assistant", "A red circle.")
+    page = turns({"text": "lorem"}, 1, "pretrain")
+    assert page[0].text.removeprefix("<image>\n") in PROMPTS["pretrain", "ocr"]
+
+
+def test_question_keeps_braces() -> None:
+    assert "a {b}?" in turns({"question": "a {b}?", "answer": "c"})[0].text
+
+
+def test_answer_weights_are_followed_and_fixed_per_key() -> None:
+    chosen = [choose_weighted([3.0, 1.0, 0.0], f"k{n}") for n in range(4000)]
+    assert abs(chosen.count(0) / 4000 - 0.75) < 0.03 and 2 not in chosen
+    record = {
+        "question": "q",
+        "answers": [{"answer": "x", "weight": 0}, {"answer": "y", "weight": 2}],
+    }
+    assert turns(record)[1].text == "y"
+    assert choose_weighted([1, 1], "same") == choose_weighted([1, 1], "same")
+    assert {choose_prompt("sft", "caption", f"k{n}") for n in range(200)} == set(
+        PROMPTS["sft", "caption"]
+    )
+
+
+def test_without_markers_the_first_user_turn_gets_them_all() -> None:
+    record = {
+        "messages": [
+            {"role": "user", "content": "Compare."},
+            {"role": "assistant", "content": "Same."},
+        ]
+    }
+    assert turns(record, 2)[0].text == "<image>\n<image>\nCompare."
+
+
+def chat(question: str, answer: str = "a") -> dict[str, Any]:
+    return {
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    }
+
+
+@pytest.mark.parametrize(
+    ("record", "num_images", "message"),
+    [
+        (
+            chat("<image> what?"),
+            0,
+            "image marker without image: the text has 1 <image> and the sample has 0 images; "
+            "add the image members or remove the markers",
+        ),
+        (
+            chat("<image> what?"),
+            2,
+            "image without image marker: the text has 1 <image> and the sample has 2 images; "
+            "write one marker for each image, or none at all",
+        ),
+        (
+            chat("what?", "<image>"),
+            1,
+            "image marker in a assistant turn: <image> belongs into user turns; remove it",
+        ),
+        (
+            {"caption": "x"},
+            0,
+            "image is missing: a caption or text record describes an image; add KEY.jpg or KEY.png",
+        ),
+        (
+            {"question": "q"},
+            1,
+            "record cannot be read: question without answer; add answer or answers",
+        ),
+        ({"caption": " "}, 1, "record cannot be read: caption=' ' must be text that is not empty"),
+        (
+            {"txet": "x"},
+            1,
+            "record cannot be read: fields ['txet'] hold none of conversations, messages, "
+            "question, caption, text",
+        ),
+        ([1], 0, "record cannot be read: it is a list, not an object"),
+        (
+            {"conversations": []},
+            0,
+            "record cannot be read: conversations must be a list of turns that is not empty",
+        ),
+        (
+            {"conversations": [{"from": "humam", "value": "x"}]},
+            0,
+            "record cannot be read: conversations[0].from='humam' is none of "
+            "system, human, user, gpt, assistant",
+        ),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            0,
+            "record cannot be read: messages[0].content must be text or a list of parts",
+        ),
+        (
+            {"question": "q", "answers": [{"answer": "a", "weight": -1}]},
+            0,
+            "record cannot be read: answer weights [-1.0] must be positive",
+        ),
+    ],
+)
+def test_messages(record: Any, num_images: int, message: str) -> None:
+    with pytest.raises(ValueError, match="^") as caught:
+        turns(record, num_images)
+    assert str(caught.value) == message
+
+
+def test_not_json() -> None:
+    with pytest.raises(ValueError, match="^record cannot be read: it is not JSON"):
+        read_turns(b'{"a": \xff', "key", 0, "sft")
