@@ -1,0 +1,75 @@
+"""metrics.jsonl: one JSON object a step, always written. Survives crashes and resumes without a duplicate step."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+Record = Mapping[str, float | int | str]
+"""What a step reports; holds `stage`, `step` (of the stage) and `global_step` (steps done in the run)."""
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends to a run's metrics.jsonl; one process of a run opens it.
+
+    Args:
+        run_dir: made when it is not there.
+        steps_done: steps of the whole run that the checkpoint holds. Records of later steps come from
+            a life that was cut short after its last save; they are dropped, since they will come again.
+    """
+
+    def __init__(self, run_dir: str | Path, steps_done: int) -> None:
+        self.path = Path(run_dir) / FILE_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _keep_until(self.path, steps_done)
+        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+
+    def append(self, record: Record) -> None:
+        """Writes one line and hands it to the operating system, so that a killed process loses none."""
+        self._file.write(json.dumps(dict(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file; may be called again."""
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> Iterator[dict[str, float | int | str]]:
+    """The records of a metrics.jsonl, oldest first; stops at a line that a crash tore."""
+    with Path(path).open("rb") as file:
+        for line in file:
+            record = _parse(line)
+            if record is None:
+                return
+            yield record
+
+
+def _parse(line: bytes) -> dict[str, float | int | str] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _keep_until(path: Path, steps_done: int) -> None:
+    """Rewrites the file beside itself and swaps it in, so that no moment has half of it."""
+    if not path.exists():
+        return
+    kept = [each for each in read_metrics(path) if int(each.get("global_step", 0)) <= steps_done]
+    content = "".join(json.dumps(each) + "\n" for each in kept)
+    if content.encode() == path.read_bytes():
+        return
+    partial = path.with_suffix(".jsonl.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

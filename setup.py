@@ -1,0 +1,72 @@
+"""Packaging. The recipes lie at the top of the repository and are installed inside the package."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"', (ROOT / "nvlm_train" / "__init__.py").read_text(), re.MULTILINE
+)
+
+REQUIRED = [
+    "torch==2.13.0",
+    "megatron-core>=0.16.1,<0.17",
+    "hydra-core>=1.3.2,<1.4",
+    "PyYAML>=6",
+    "numpy>=1.26",
+    "pillow>=10",
+    "simplejpeg>=1.7",
+    "webdataset>=1.0",
+    "fsspec>=2024.2",
+    "safetensors>=0.4",
+    "tokenizers>=0.20",
+    "rich>=13",
+    "wandb>=0.18",
+    # megatron-core imports these, and does not say so.
+    "psutil>=5.9",
+    "requests>=2.31",
+]
+
+EXTRAS = {
+    "gpu": ["transformer-engine[pytorch]>=2.4"],
+    "demo": ["easy-vqa==1.0", "matplotlib>=3.8", "transformers>=4.57"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.14",
+        "mypy>=1.14",
+        "types-PyYAML>=6.0.12",
+        "transformers>=4.57",
+    ],
+}
+
+setup(
+    name="nvlm-train",
+    version=VERSION.group(1) if VERSION else "0",
+    description="Trains NVLM-style multimodal language models on megatron-core",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=[
+        *find_packages(include=["nvlm_train", "nvlm_train.*"]),
+        "nvlm_train.recipes",
+        "nvlm_train.data_recipes",
+    ],
+    package_dir={"nvlm_train.recipes": "recipes", "nvlm_train.data_recipes": "data_recipes"},
+    package_data={
+        "nvlm_train": ["py.typed"],
+        "nvlm_train.demo": ["assets/**/*", "assets/*"],
+        "nvlm_train.recipes": ["*.yaml", "*/*.yaml"],
+        "nvlm_train.data_recipes": ["*.yaml"],
+    },
+    include_package_data=False,
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["nvlm = nvlm_train.cli:main"]},
+)
