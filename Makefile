@@ -1,0 +1,52 @@
+# `make` alone lists the targets. Everything runs in .venv, which is made on first use.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format backbones clean
+
+help: ## Lists the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Makes .venv and installs what is missing
+
+$(STAMP): setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: neither python3.11 nor python3 found; install Python 3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else \
+	  "make: $(PYTHON) is Python %d.%d; 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11" % v)'
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "make: $(PYTHON) lacks the venv module; install it (Debian: python3.11-venv)"; exit 1; }
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch"
+	@$(PIP) install -c constraints.txt torch==2.13.0
+	@echo "installing nvlm-train and what it needs"
+	@$(PIP) install -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: $(STAMP) ## Trains the small NVLM-D through both stages, evaluates it, writes runs/demo
+	@$(BIN)/nvlm demo
+
+test: lint ## Lint, types and the fast tests
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP) ## The tests that take minutes
+	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP) ## Formats the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+backbones: $(STAMP) ## Trains the demo's backbones again (hours)
+	$(BIN)/python -m nvlm_train.demo.backbones
+
+clean: ## Removes .venv and caches; keeps runs
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
