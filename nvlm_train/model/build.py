@@ -43,8 +43,9 @@ def transformer_config(recipe: Recipe, stage: StageConfig) -> TransformerConfig:
         pipeline_dtype=dtype,
         bf16=recipe.precision == "bf16",
         calculate_per_token_loss=True,
-        # Weights come from a checkpoint, from safetensors or from model/canonical.py.
-        perform_initialization=False,
+        # The values are overwritten (model/canonical.py), but only initialisation marks weights as
+        # tensor-parallel, and an unmarked one is left out of the gradient norm on all ranks but one.
+        perform_initialization=True,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,

@@ -5,7 +5,7 @@ Training and generation differ in which positions they want logits of, and in wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,12 +53,24 @@ def run_round(replica: Replica, work: Round, head: Head, forward_only: bool) -> 
         On the last pipeline stage the head's result of each microbatch, in order; elsewhere nothing.
     """
     features = encode_round(replica.encoder, work, replica.topology)
-    inputs = zip(work.microbatches, features or [None] * len(work.microbatches), strict=True)
+    known: Sequence[Tensor | None] = features or [None] * len(work.microbatches)
+    return run_features(replica, work.microbatches, known, head, forward_only)
+
+
+def run_features(
+    replica: Replica,
+    microbatches: Sequence[Microbatch],
+    features: Sequence[Tensor | None],
+    head: Head,
+    forward_only: bool,
+) -> list[Any]:
+    """`run_round` with features that were encoded before; None past the first pipeline stage."""
+    inputs = zip(microbatches, features, strict=True)
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, head=head),
         data_iterator=iter(inputs),
         model=[replica.model],
-        num_microbatches=len(work.microbatches),
+        num_microbatches=len(microbatches),
         seq_length=replica.sequence_length,
         micro_batch_size=1,
         forward_only=forward_only,

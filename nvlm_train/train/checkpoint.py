@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.transformer.module import MegatronModule
 
 from nvlm_train.config.schema import CheckpointConfig
 from nvlm_train.errors import CheckpointError
@@ -131,15 +132,14 @@ def load(engine: Engine, directory: Path, same_layout: bool) -> None:
         _restore_rng(loaded["rng"])
 
 
-def load_weights(engine: Engine, directory: Path) -> None:
-    """Hand-over between stages: weights only, the optimizer starts afresh.
+def load_weights(module: MegatronModule, directory: Path) -> None:
+    """Weights only: hand-over between stages, whose optimizer starts afresh, and generation.
 
     Raises:
-        CheckpointError: the checkpoint does not fit the engine's model.
+        CheckpointError: the checkpoint does not fit the model.
     """
-    loaded = _load({"model": _model_state(engine)}, directory)
-    engine.model.module.load_state_dict(loaded["model"], strict=True)
-    engine.reload_optimizer_weights()
+    loaded = _load({"model": module.sharded_state_dict(metadata=sharding_metadata())}, directory)
+    module.load_state_dict(loaded["model"], strict=True)
 
 
 def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:

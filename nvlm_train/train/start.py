@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from nvlm_train.data.assemble import build_data
 from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.data.loader import Loader
 from nvlm_train.data.plan import DataPlan
+from nvlm_train.errors import CheckpointError
 from nvlm_train.model import canonical
+from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel import kernels
-from nvlm_train.parallel.topology import Topology, build_topology
+from nvlm_train.parallel.topology import Topology, build_topology, device
+from nvlm_train.pipeline.run import Replica
 from nvlm_train.train import checkpoint
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.schedule import Position
@@ -29,6 +32,7 @@ from nvlm_train.train.state import (
     plain_recipe,
     read_state,
 )
+from nvlm_train.vision.build import build_vision_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +95,8 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
         checkpoint.load(engine, run.checkpoint, same_layout)
         logger.info("resumed %s%s", run.checkpoint, "" if same_layout else " in another layout")
     else:
-        checkpoint.load_weights(engine, run.checkpoint)
+        checkpoint.load_weights(engine.model.module, run.checkpoint)
+        engine.reload_optimizer_weights()
         logger.info("stage %s starts from the weights of %s", position.stage, run.checkpoint)
     if run.state is not None:
         canonical.check_fingerprint(engine.model.module, run.state.weights_fingerprint)
@@ -154,4 +159,28 @@ def run_state(recipe: Recipe, work: StageWork, done: Position, wandb_run_id: str
         weights_fingerprint=canonical.fingerprint(work.engine.model.module),
         wandb_run_id=wandb_run_id,
         versions=library_versions(),
+    )
+
+
+def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
+    """The newest weights of a run in a stage's layout, for generation: no optimizer, no dropout, no gradients.
+
+    Raises:
+        CheckpointError: the run has no complete checkpoint, or it does not fit.
+    """
+    run = open_run(recipe)
+    if run.checkpoint is None or run.state is None:
+        raise CheckpointError(
+            f"run_dir={recipe.run_dir} has no complete checkpoint; train it first: nvlm train"
+        )
+    stage = replace(recipe.stages[stage_name], trainable=())
+    topology = build_topology(stage.parallel, recipe.seed)
+    module = build_model(recipe, stage, topology, kernels.detect())
+    checkpoint.load_weights(module, run.checkpoint)
+    canonical.check_fingerprint(module, run.state.weights_fingerprint)
+    return Replica(
+        module.eval(),
+        build_vision_encoder(recipe.model.vision, DTYPES[recipe.precision], device(), recipe.seed),
+        topology,
+        stage.sequence_length,
     )

@@ -15,6 +15,7 @@ from nvlm_train.parallel.topology import build_topology
 from nvlm_train.train import step as step_module
 from nvlm_train.train.accounting import account, count_trained_tokens
 from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.vision.tile_parallel import encode_round
 from tests.parity import recipes
 
 
@@ -103,3 +104,31 @@ def losses_of_training(parallel: ParallelConfig, steps: int) -> tuple[list[float
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return losses, norms
+
+
+def what_training_changes(
+    parallel: ParallelConfig, trainable: tuple[str, ...]
+) -> tuple[list[str], list[str], bool]:
+    """Names of this rank's weights that three steps changed, of those they did not, and the encoder's fate."""
+    engine = start_engine(parallel, trainable=trainable)
+    before = _snapshot(engine)
+    encoder_before = [parameter.clone() for parameter in engine.encoder.parameters()]
+    for number in range(3):
+        batch = recipes.step_batch(recipes.MIXED, engine.topology.share, number)
+        step_module.run_step(engine, batch, num_sources=2)
+    after = _snapshot(engine)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    encoder_after = engine.encoder.parameters()
+    same = all(torch.equal(a, b) for a, b in zip(encoder_before, encoder_after, strict=True))
+    return changed, [name for name in before if name not in changed], same
+
+
+def _snapshot(engine: Engine) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in engine.model.module.named_parameters()}
+
+
+def features_of_round(parallel: ParallelConfig) -> list[Tensor] | None:
+    """Features of the mixed batch's microbatches as the first pipeline stage gets them."""
+    engine = start_engine(parallel)
+    (work,) = recipes.step_batch(recipes.MIXED, engine.topology.share, 0).rounds
+    return encode_round(engine.encoder, work, engine.topology)

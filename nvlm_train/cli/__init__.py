@@ -1,0 +1,105 @@
+"""Floor 7: the console script `nvlm`. Imports only what the chosen command needs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from nvlm_train.errors import ConfigError, NvlmError
+from nvlm_train.logs import set_up_logging
+
+EXIT_ERROR = 2
+"""The user's to fix; the message says what and how."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, 2 for a user's error, 75 for "saved, start me again"."""
+    options = _parser().parse_args(arguments)
+    set_up_logging(_environment("RANK"), _environment("WORLD_SIZE"))
+    try:
+        code: int = options.run(options)
+    except ConfigError as error:
+        _complain(f"{len(error.problems)} problem(s) in the recipe:\n{error}")
+        return EXIT_ERROR
+    except NvlmError as error:
+        _complain(f"{type(error).__name__}: {error}")
+        return EXIT_ERROR
+    return code
+
+
+def _environment(name: str) -> int | None:
+    value = os.environ.get(name)
+    return int(value) if value else None
+
+
+def _complain(message: str) -> None:
+    rank = os.environ.get("RANK")
+    sys.stderr.write(f"nvlm{f' (rank {rank})' if rank else ''}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="nvlm", description="Trains NVLM-style multimodal models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="run a recipe's schedule, or continue it")
+    _recipe_arguments(train)
+    train.set_defaults(run=_train)
+    chat = commands.add_parser("chat", help="ask a trained run about an image")
+    _recipe_arguments(chat)
+    chat.add_argument("--image", action="append", default=[], metavar="FILE")
+    chat.add_argument("--question", required=True)
+    chat.add_argument("--max-new-tokens", type=int, default=64)
+    chat.set_defaults(run=_chat)
+    prepare = commands.add_parser("data", help="make shards").add_subparsers(required=True)
+    _prepare_arguments(prepare.add_parser("prepare", help="raw files to WebDataset shards"))
+    demo = commands.add_parser("demo", help="train and judge the small NVLM-D of the README")
+    demo.add_argument("--run-dir", default="runs/demo")
+    demo.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _recipe_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    command.add_argument("--recipes", metavar="DIR", help="your own recipes, besides the shipped ones")
+
+
+def _prepare_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("format", choices=["llava", "jsonl"])
+    command.add_argument("input", help="the JSON or JSONL file")
+    command.add_argument("--images", default=".", metavar="DIR", help="where relative image paths start")
+    command.add_argument("--out", required=True, metavar="DIR")
+    command.add_argument("--name", required=True, help="shards are called NAME-000000.tar, ...")
+    command.add_argument("--samples-per-shard", type=int, default=1000)
+    command.set_defaults(run=_prepare)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from nvlm_train.config.load import load_recipe
+
+    recipe = load_recipe(options.overrides, options.recipes)
+    from nvlm_train.train.loop import train
+
+    return train(recipe)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from nvlm_train.config.load import load_recipe
+
+    recipe = load_recipe(options.overrides, options.recipes)
+    from nvlm_train.cli.chat import answer
+
+    return answer(recipe, options.image, options.question, options.max_new_tokens)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from nvlm_train.cli.prepare import prepare
+
+    return prepare(options)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from nvlm_train.demo.run import run_demo
+
+    return run_demo(options.run_dir, options.overrides)

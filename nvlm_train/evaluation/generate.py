@@ -1,0 +1,196 @@
+"""Greedy generation on the trained model in its layout, many prompts at once.
+
+Prompts are packed like training samples, each with room for its answer. Images are encoded once;
+every new token is one forward pass of the packs that still have an unfinished prompt. Keys and values are
+not cached yet: the cost of a token is a whole forward, which packing shares among the prompts.
+
+Shape legend: S tokens of a pack, L prompts of a pack, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from nvlm_train.batch import Microbatch, Round, SampleInfo
+from nvlm_train.data.encoding import EncodedSample
+from nvlm_train.data.loader import split_tiles
+from nvlm_train.data.packing import best_fit_decreasing
+from nvlm_train.parallel.topology import Topology, device
+from nvlm_train.pipeline.run import Head, Replica, run_features
+from nvlm_train.vision.tile_parallel import encode_round
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question: encoded up to the assistant's header, and the tiles of its images."""
+
+    encoded: EncodedSample
+    tiles_TCEE: Tensor
+    """uint8 [T, 3, E, E]."""
+
+
+@dataclass
+class _Slot:
+    """A prompt's place in a pack, and its answer so far."""
+
+    prompt: int
+    start: int
+    next: int
+    """Position of the next token to be written."""
+    answer: list[int] = field(default_factory=list)
+    is_done: bool = False
+
+
+@dataclass
+class _Pack:
+    """Prompts that share a sequence."""
+
+    microbatch: Microbatch
+    features: Tensor | None
+    slots: list[_Slot]
+
+    @property
+    def is_done(self) -> bool:
+        return all(slot.is_done for slot in self.slots)
+
+
+def generate(
+    replica: Replica, prompts: Sequence[Prompt], max_new_tokens: int, end_id: int
+) -> list[list[int]]:
+    """Answers every prompt. Called by all ranks with the same prompts.
+
+    Args:
+        replica: the model, in evaluation mode.
+        prompts: each with room for `max_new_tokens` within the model's sequence length.
+        max_new_tokens: longest answer.
+        end_id: ends an answer; it is not part of it.
+
+    Returns:
+        Token ids of each answer, on every rank.
+    """
+    topology = replica.topology
+    mine = range(topology.data_rank, len(prompts), topology.data_size)
+    packs = _make_packs(replica, prompts, mine, max_new_tokens)
+    for _ in range(max_new_tokens):
+        unfinished = [pack for pack in packs if not pack.is_done]
+        if not unfinished:
+            break
+        tokens = _next_tokens(replica, unfinished)
+        for pack, pack_tokens in zip(unfinished, tokens, strict=True):
+            _append(pack, pack_tokens, end_id)
+    own = [(slot.prompt, slot.answer) for pack in packs for slot in pack.slots]
+    everyone: list[list[tuple[int, list[int]]]] = [own] * topology.world_size
+    dist.all_gather_object(everyone, own)
+    answers = dict(pair for pairs in everyone for pair in pairs)
+    return [answers[number] for number in range(len(prompts))]
+
+
+def _make_packs(
+    replica: Replica, prompts: Sequence[Prompt], mine: range, max_new_tokens: int
+) -> list[_Pack]:
+    lengths = [len(prompts[number].encoded.token_ids) + max_new_tokens for number in mine]
+    bins = best_fit_decreasing(lengths, replica.sequence_length)
+    return [_make_pack(replica, prompts, [mine[i] for i in numbers], max_new_tokens) for numbers in bins]
+
+
+def _make_pack(
+    replica: Replica, prompts: Sequence[Prompt], numbers: list[int], max_new_tokens: int
+) -> _Pack:
+    length = replica.sequence_length
+    ids_S = torch.zeros(length, dtype=torch.int64)
+    bounds, slots, image_positions = [0], [], []
+    for number in numbers:
+        encoded, start = prompts[number].encoded, bounds[-1]
+        stop = start + len(encoded.token_ids)
+        ids_S[start:stop] = torch.from_numpy(encoded.token_ids)
+        image_positions.append(torch.from_numpy(encoded.image_positions) + start)
+        slots.append(_Slot(number, start, stop))
+        bounds.append(stop + max_new_tokens)
+    if bounds[-1] < length:
+        bounds.append(length)
+    none = torch.zeros(0, dtype=torch.int64)
+    tiles = torch.cat([prompts[number].tiles_TCEE for number in numbers])
+    microbatch = Microbatch(
+        token_ids_S=ids_S,
+        image_positions=torch.cat(image_positions),
+        label_positions_L=none,
+        label_ids_L=none,
+        label_samples_L=none,
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        samples=tuple(SampleInfo(0, "prompt", str(number)) for number in numbers),
+        num_tiles=len(tiles),
+    )
+    return _Pack(microbatch, _encode(replica, microbatch, tiles), slots)
+
+
+def _encode(replica: Replica, microbatch: Microbatch, tiles_TCEE: Tensor) -> Tensor | None:
+    """The pack's features on the first pipeline stage; every rank of the replica encodes its share."""
+    topology = replica.topology
+    split = split_tiles(len(tiles_TCEE), topology.replica_size)
+    own = tiles_TCEE.split(split)[topology.replica_rank]
+    features = encode_round(replica.encoder, Round((microbatch,), split, own), topology)
+    return features[0] if features else None
+
+
+def _next_tokens(replica: Replica, packs: list[_Pack]) -> list[list[int]]:
+    """The most likely next token of every slot, on every rank of the replica."""
+    wanted = {id(pack.microbatch): pack for pack in packs}
+
+    def positions(microbatch: Microbatch) -> Tensor:
+        slots = wanted[id(microbatch)].slots
+        return torch.tensor([slot.next - 1 for slot in slots], device=device())
+
+    def finish(microbatch: Microbatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return logits.sum(), vocab_parallel_argmax(logits[:, 0], replica.topology)
+
+    results = run_features(
+        replica,
+        [pack.microbatch for pack in packs],
+        [pack.features for pack in packs],
+        Head(positions, finish),
+        forward_only=True,
+    )
+    counts = [len(pack.slots) for pack in packs]
+    joined = torch.zeros(sum(counts), dtype=torch.int64, device=device())
+    if replica.topology.is_last_pp_stage:
+        joined.copy_(torch.cat(results))
+    dist.broadcast(joined, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+    return [part.tolist() for part in joined.split(counts)]
+
+
+def vocab_parallel_argmax(logits_LV: Tensor, topology: Topology) -> Tensor:
+    """Index of the largest logit over the whole vocabulary, int64 [L], on every tensor-parallel rank.
+
+    Args:
+        logits_LV: this rank's slice of the vocabulary, [L, V / TP].
+        topology: this rank's place.
+    """
+    values_L, indices_L = logits_LV.max(dim=-1)
+    indices_L = indices_L + topology.tensor_rank * logits_LV.shape[-1]
+    group = mpu.get_tensor_model_parallel_group()
+    all_values = [torch.empty_like(values_L) for _ in range(topology.tensor_size)]
+    all_indices = [torch.empty_like(indices_L) for _ in range(topology.tensor_size)]
+    dist.all_gather(all_values, values_L.contiguous(), group=group)
+    dist.all_gather(all_indices, indices_L.contiguous(), group=group)
+    best = torch.stack(all_values).argmax(dim=0)
+    return torch.stack(all_indices).gather(0, best[None])[0]
+
+
+def _append(pack: _Pack, tokens: list[int], end_id: int) -> None:
+    """Writes each slot's token, so that the next pass reads it; an end token finishes the slot."""
+    ids_S = pack.microbatch.token_ids_S
+    for slot, token in zip(pack.slots, tokens, strict=True):
+        if slot.is_done:
+            continue
+        if token == end_id:
+            slot.is_done = True
+            continue
+        slot.answer.append(token)
+        ids_S[slot.next] = token
+        slot.next += 1

@@ -1,0 +1,37 @@
+"""Questions about images as prompts for `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nvlm_train.data.encoding import SampleEncoder
+from nvlm_train.data.images import cut_tiles, decode_image, read_size
+from nvlm_train.data.records import Turn
+from nvlm_train.evaluation.generate import Prompt
+
+
+def make_prompt(encoder: SampleEncoder, question: str, images: Sequence[bytes]) -> Prompt:
+    """One user turn, tiled and encoded as in training.
+
+    Args:
+        encoder: of the stage that the model was trained in; its system message is used.
+        question: may hold `<image>` markers; without any the images come first.
+        images: image files.
+
+    Raises:
+        ValueError: an image that cannot be read, or a prompt that does not fit.
+    """
+    import torch
+
+    sizes = [read_size(image) for image in images]
+    encoded = encoder.encode_prompt([Turn("user", question)], sizes)
+    edge = encoder.spec.tile_size
+    tiles: list[Tensor] = [torch.zeros(0, 3, edge, edge, dtype=torch.uint8)]
+    for image, grid, num_tiles in zip(
+        images, encoded.grids, encoded.tiles_per_image, strict=True
+    ):
+        pixels = decode_image(image, encoder.spec.max_image_pixels)
+        tiles.append(cut_tiles(pixels, grid, num_tiles, edge))
+    return Prompt(encoded, torch.cat(tiles))

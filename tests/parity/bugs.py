@@ -1,0 +1,123 @@
+"""Deliberate bugs, each of which a loss test would let through or nearly so. Run on the workers."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+from torch import Tensor
+
+from nvlm_train.config.schema import ParallelConfig
+
+_SP = ParallelConfig(tensor=2, sequence_parallel=True)
+BUGS = {
+    "norm gradients not summed under sequence parallelism": (2, _SP),
+    "gather before the output layer sums its gradient twice": (2, _SP),
+    "samples of a pack attend to each other": (2, ParallelConfig(tensor=2)),
+    "tiles arrive in the wrong order": (2, ParallelConfig(pipeline=2)),
+    "loss divided by the rank's own tokens": (2, ParallelConfig()),
+    "positions are stretched": (2, ParallelConfig(tensor=2)),
+    "gradients of an earlier step are left in the buffer": (1, ParallelConfig()),
+}
+
+
+def gradients_with_bug(bug: str, parallel: ParallelConfig, steps: list) -> tuple:
+    """`gradients_of_step` while the named bug is in place."""
+    from tests.parity import gradients
+
+    with _PATCHES[bug]():
+        return gradients.gradients_of_step(parallel, steps)
+
+
+def _unmarked_norms():
+    from nvlm_train.model.layers import RMSNorm
+
+    original = RMSNorm.__init__
+
+    def broken(self, *args, **kwargs) -> None:
+        original(self, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    return mock.patch.object(RMSNorm, "__init__", broken)
+
+
+def _double_sum():
+    from megatron.core import tensor_parallel
+
+    original = tensor_parallel.gather_from_sequence_parallel_region
+
+    def broken(hidden: Tensor, **kwargs) -> Tensor:
+        return original(hidden, tensor_parallel_output_grad=True)
+
+    return mock.patch.object(tensor_parallel, "gather_from_sequence_parallel_region", broken)
+
+
+def _leaking_packs():
+    from nvlm_train.model.layers import SdpaAttention
+
+    original = SdpaAttention.forward
+
+    def broken(self, query, key, value, mask, packed_seq_params=None, **kwargs):
+        import copy
+
+        packed = copy.copy(packed_seq_params)
+        packed.cu_seqlens_q = packed.cu_seqlens_q[[0, -1]]
+        return original(self, query, key, value, mask, packed_seq_params=packed, **kwargs)
+
+    return mock.patch.object(SdpaAttention, "forward", broken)
+
+
+def _wrong_tile_order():
+    from nvlm_train.vision import tile_parallel
+
+    original = tile_parallel._to_first_stage
+
+    def broken(own, tile_split, topology):
+        features = original(own, tile_split, topology)
+        return None if features is None else features.flip(0)
+
+    return mock.patch.object(tile_parallel, "_to_first_stage", broken)
+
+
+def _own_tokens():
+    from tests.parity import gradients
+
+    def broken(batch, topology) -> int:
+        own = sum(len(m.label_ids_L) for work in batch.rounds for m in work.microbatches)
+        return own * topology.data_size
+
+    return mock.patch.object(gradients, "count_trained_tokens", broken)
+
+
+def _stretched_positions():
+    from nvlm_train.model.language import RotaryEmbedding
+
+    original = RotaryEmbedding.forward
+
+    def broken(self, max_seq_len: int, **kwargs) -> Tensor:
+        # Stretched positions: the distance between two tokens of a sample counts double.
+        return original(self, 2 * max_seq_len, **kwargs)[::2]
+
+    return mock.patch.object(RotaryEmbedding, "forward", broken)
+
+
+def _stale_gradients():
+    from nvlm_train.train.engine import DistributedDataParallel
+
+    return mock.patch.object(DistributedDataParallel, "zero_grad_buffer", lambda self: None)
+
+
+_PATCHES = dict(
+    zip(
+        BUGS,
+        (
+            _unmarked_norms,
+            _double_sum,
+            _leaking_packs,
+            _wrong_tile_order,
+            _own_tokens,
+            _stretched_positions,
+            _stale_gradients,
+        ),
+        strict=True,
+    )
+)
