@@ -9,9 +9,10 @@ from nvlm_train.data.data_recipe import Blend, SourceConfig, read_blend
 from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
 from nvlm_train.data.index import load_index
 from nvlm_train.data.lengths import load_lengths
-from nvlm_train.data.plan import DataPlan, Source
+from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.shards import join_root, open_shard
+from nvlm_train.data.sources import Source
 from nvlm_train.errors import ShardError
 from nvlm_train.geometry import tokens_per_tile
 from nvlm_train.tokens import Tokenizer
@@ -79,9 +80,13 @@ def _open_source(
             index = load_index(shard)
         except FileNotFoundError as error:
             raise ShardError(
-                f"missing shard={path}: blend={blend} source={source.name} names {name}, and relative "
-                f"names start at loader.data_root={data_root}; correct either, or write the shard with "
-                "`nvlm data prepare`"
+                f"missing shard={path}: blend={blend} source={source.name} names {name}, and "
+                f"relative names start at loader.data_root={data_root}; correct either, or write "
+                "the shard with `nvlm data prepare`"
+            ) from error
+        except OSError as error:
+            raise ShardError(
+                f"shard={path} cannot be read: {error}; blend={blend} source={source.name} names it"
             ) from error
         readers.append(ShardReader(name, shard, index))
     lengths = tuple(load_lengths(reader, encoder) for reader in readers)

@@ -2,8 +2,8 @@
 
 The released format is Qwen2's ChatML, `<|im_start|>role\\ncontent<|im_end|>\\n`. Trained are an
 assistant's content, its `<|im_end|>` and the newline after it. An image is `<Image>`, for each tile
-its tag and its slots, `</Image>`; tags are ordinary text, tokenised with what stands around them, so
-`<Image><tile_1>` is one string, as in the released Hugging Face code.
+its tag and its slots, `</Image>`; tags are ordinary text, tokenised with what stands around them,
+so `<Image><tile_1>` is one string, as in the released Hugging Face code.
 """
 
 from __future__ import annotations

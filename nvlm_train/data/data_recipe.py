@@ -103,7 +103,7 @@ def _shards(value: object, where: str, problems: list[str]) -> tuple[str, ...]:
         or not all(isinstance(p, str) for p in patterns)
     ):
         problems.append(
-            f"{where}.shards={value!r} must be a pattern such as x-{{000000..000003}}.tar, or a list"
+            f"{where}.shards={value!r} must be a pattern like x-{{000000..000003}}.tar, or a list"
         )
         return ()
     expanded: list[str] = []
@@ -122,9 +122,8 @@ def _check_keys(
 ) -> None:
     for key in item:
         if key not in known:
-            problems.append(
-                f"{where}: unknown key {key!r}{_nearest(str(key), known)}; known: {', '.join(known)}"
-            )
+            hint = _nearest(str(key), known)
+            problems.append(f"{where}: unknown key {key!r}{hint}; known: {', '.join(known)}")
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -78,7 +78,7 @@ class Layout:
 
 
 class SampleEncoder:
-    """Turns records into token ids, the same for the same record, key and image sizes. Thread-safe."""
+    """Records into token ids, the same for the same record, key and image sizes. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, spec: EncodingSpec) -> None:
         self.tokenizer = tokenizer
@@ -121,7 +121,7 @@ class SampleEncoder:
         return self.tokenizer.encode(piece.text)
 
     def encode(self, key: str, record: bytes, sizes: Sequence[ImageSize]) -> EncodedSample:
-        """The sample with as many tiles as fit, cut at `sequence_length` when even one each is too long.
+        """The sample with as many tiles as fit, cut at `sequence_length` when one each is too many.
 
         Raises:
             ValueError: unusable; see `turns`, and "every label is masked", "images do not fit".
@@ -135,8 +135,12 @@ class SampleEncoder:
         assert encoded is not None, "tile_limits is never empty"
         return self.check_labels(self._truncate(encoded))
 
-    def encode_prompt(self, turns: Sequence[Turn], sizes: Sequence[ImageSize]) -> EncodedSample:
+    def encode_prompt(
+        self, turns: Sequence[Turn], sizes: Sequence[ImageSize], room: int = 0
+    ) -> EncodedSample:
         """A question to answer: like `encode`, ending with the assistant's header, without labels.
+
+        `room` tokens of the sequence length are kept free for the answer.
 
         Raises:
             ValueError: markers that do not match the images, or a prompt that does not fit.
@@ -147,10 +151,11 @@ class SampleEncoder:
             grids, tiles = self._tiles(sizes, limit)
             encoded = self._assemble(Layout(self.format.prompt(shown, tiles), grids, tiles))
             length = len(encoded.token_ids)
-            if length <= self.spec.sequence_length:
+            if length + room <= self.spec.sequence_length:
                 return encoded
         raise ValueError(
-            f"prompt is too long: {length} tokens do not fit sequence_length={self.spec.sequence_length}"
+            f"prompt is too long: {length} tokens and {room} for the answer do not fit "
+            f"sequence_length={self.spec.sequence_length}"
         )
 
     def check_labels(self, encoded: EncodedSample) -> EncodedSample:
@@ -161,7 +166,8 @@ class SampleEncoder:
         """
         if len(encoded.label_ids) == 0:
             why = (
-                f"the answer lies behind sequence_length={self.spec.sequence_length}; raise it or shorten the prompt"
+                f"the answer lies behind sequence_length={self.spec.sequence_length}; "
+                "raise it or shorten the prompt"
                 if encoded.is_truncated
                 else "the conversation has no assistant turn"
             )
@@ -204,14 +210,14 @@ class SampleEncoder:
         )
 
     def _truncate(self, encoded: EncodedSample) -> EncodedSample:
-        """Cut at the end; image slots cannot be cut, since a tile's features come whole."""
+        """Cut at the end, never inside image slots: a tile's features come whole."""
         length = self.spec.sequence_length
         if len(encoded.token_ids) <= length:
             return encoded
         if len(encoded.image_positions) and encoded.image_positions[-1] >= length:
             raise ValueError(
-                f"images do not fit: with one tile each, {len(encoded.grids)} images reach position "
-                f"{encoded.image_positions[-1]}, behind sequence_length={length}"
+                f"images do not fit: with one tile each, {len(encoded.grids)} images reach "
+                f"position {encoded.image_positions[-1]}, behind sequence_length={length}"
             )
         kept = int(np.searchsorted(encoded.label_positions, length - 1))
         return EncodedSample(

@@ -102,16 +102,17 @@ def cut_tiles(image_CHW: Tensor, grid: Grid, num_tiles: int, tile_size: int) -> 
     import torch
 
     columns, rows = grid
-    whole_CHW = _resize(image_CHW, rows * tile_size, columns * tile_size)
-    tiles_TCEE = (
-        whole_CHW.reshape(-1, rows, tile_size, columns, tile_size)
-        .permute(1, 3, 0, 2, 4)
-        .reshape(rows * columns, -1, tile_size, tile_size)
+    whole_CHW = _resize(image_CHW, rows * tile_size, columns * tile_size).numpy()
+    # numpy moves the pixels: torch would start its thread team in every background thread.
+    tiles_TCEE = np.empty((num_tiles, 3, tile_size, tile_size), dtype=np.uint8)
+    tiles_TCEE[: rows * columns] = (
+        whole_CHW.reshape(3, rows, tile_size, columns, tile_size)
+        .transpose(1, 3, 0, 2, 4)
+        .reshape(-1, 3, tile_size, tile_size)
     )
-    if num_tiles == rows * columns:
-        return tiles_TCEE.contiguous()
-    thumbnail_CEE = _resize(image_CHW, tile_size, tile_size)
-    return torch.cat([tiles_TCEE, thumbnail_CEE[None]])
+    if num_tiles > rows * columns:
+        tiles_TCEE[-1] = _resize(image_CHW, tile_size, tile_size).numpy()
+    return torch.from_numpy(tiles_TCEE)
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -161,7 +162,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _decode_jpeg(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """uint8 [H, W, C]. `strict` makes libjpeg's warnings, truncation among them, errors."""
-    import simplejpeg  # type: ignore[import-untyped]
+    import simplejpeg
 
     pixels: np.ndarray[Any, np.dtype[np.uint8]] = simplejpeg.decode_jpeg(
         data, colorspace="RGB", strict=True

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nvlm_train.data.shards import Sample
-from nvlm_train.data.tar_scan import IMAGE_SUFFIXES
+from nvlm_train.data.shards import IMAGE_SUFFIXES, Sample
 from nvlm_train.errors import SampleError
 
 _IMAGE_FIELDS = ("image", "images")

@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import os
+import secrets
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -141,7 +142,7 @@ def _to_arrays(index: ShardIndex) -> dict[str, NDArray[np.generic]]:
 
 def _from_arrays(arrays: dict[str, NDArray[np.generic]]) -> ShardIndex | None:
     """The index, or None when another version of this code wrote it."""
-    if "version" not in arrays or int(arrays["version"]) != INDEX_VERSION:
+    if "version" not in arrays or arrays["version"].tolist() != INDEX_VERSION:
         return None
     texts = arrays["problem_texts"].tolist()
     size, version = arrays["stamp"].tolist()
@@ -157,7 +158,7 @@ def _from_arrays(arrays: dict[str, NDArray[np.generic]]) -> ShardIndex | None:
 
 
 def read_beside(shard: Shard, suffix: str) -> dict[str, NDArray[np.generic]] | None:
-    """Arrays of a cache file beside a local shard; None when it is missing or damaged. Never unpickles."""
+    """Arrays of a cache file beside a local shard; None when missing or damaged. No pickles."""
     if not isinstance(shard, LocalShard):
         return None
     path = Path(shard.sibling(suffix))
@@ -185,7 +186,7 @@ def write_beside(shard: Shard, suffix: str, arrays: dict[str, NDArray[np.generic
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         # Several ranks may write the same cache at once; each rename is atomic and all are equal.
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         partial.write_bytes(buffer.getvalue())
         partial.replace(path)
     except OSError as error:

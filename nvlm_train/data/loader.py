@@ -176,7 +176,7 @@ class Loader(Iterator[StepBatch]):
         return done
 
     def _load(self, job: _PackJob) -> _LoadedPack:
-        """Text of the whole pack; pixels of this rank's tiles, written into the round's tensor."""
+        """Text of the whole pack; pixels of this rank's tiles go into the round's tensor."""
         samples = job.pack.samples
         encoded = [self._encode(sample) for sample in samples]
         failures: list[tuple[int, str]] = []
@@ -200,8 +200,8 @@ class Loader(Iterator[StepBatch]):
         if (len(encoded.token_ids), encoded.num_tiles) != (sample.num_tokens, sample.num_tiles):
             raise ShardError(
                 f"sample={key} in shard={reader.name} has {len(encoded.token_ids)} tokens and "
-                f"{encoded.num_tiles} tiles, planned were {sample.num_tokens} and {sample.num_tiles}; "
-                "delete the shard's .lengths-* files and start again"
+                f"{encoded.num_tiles} tiles, planned were {sample.num_tokens} and "
+                f"{sample.num_tiles}; delete the shard's .lengths-* files and start again"
             )
         return encoded
 
@@ -221,7 +221,8 @@ class Loader(Iterator[StepBatch]):
             return str(error)
         tiles_TCEE = cut_tiles(decoded_CHW, grid, num_tiles, self._encoder.spec.tile_size)
         last = min(first + num_tiles, len(pixels_TCEE))
-        pixels_TCEE[max(first, 0) : last] = tiles_TCEE[max(-first, 0) : last - first]
+        own_TCEE = tiles_TCEE[max(-first, 0) : last - first]
+        pixels_TCEE.numpy()[max(first, 0) : last] = own_TCEE.numpy()
         return ""
 
 

@@ -9,62 +9,31 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nvlm_train.batch import PackPlan, SampleInfo, SampleRef, StepPlan
 from nvlm_train.config.schema import BatchConfig
 from nvlm_train.data.blend import BlendOrder, SourceOrder
-from nvlm_train.data.lengths import ShardLengths
 from nvlm_train.data.ordering import hashed_permutation, stable_hash
 from nvlm_train.data.packing import best_fit_decreasing, deal
 from nvlm_train.data.reader import ShardReader
+from nvlm_train.data.sources import Source, unusable_kinds
 from nvlm_train.errors import ShardError, TrainingError
 
-_EXAMPLES = 3
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source of the blend with all its shards open."""
-
-    name: str
-    weight: float
-    readers: tuple[ShardReader, ...]
-    lengths: tuple[ShardLengths, ...]
-
-    @property
-    def num_samples(self) -> int:
-        return sum(len(reader.index) for reader in self.readers)
-
-    @property
-    def num_unusable(self) -> int:
-        return sum(len(lengths.reasons) for lengths in self.lengths)
-
-    @property
-    def num_truncated(self) -> int:
-        return sum(int(lengths.is_truncated.sum()) for lengths in self.lengths)
-
-
-@dataclass(frozen=True)
-class UnusableKind:
-    """Samples of a blend that cannot be used for one kind of reason."""
-
-    kind: str
-    count: int
-    examples: tuple[str, ...]
-    """`sample=... in shard=...: reason`, a few."""
+PLAN_DIGEST = "(plan)"
+"""Name of the plan's own entry among the shards' digests."""
 
 
 class DataPlan:
     """Steps of one stage.
 
     Raises:
-        TrainingError: no usable sample in a source, or more unusable ones than `max_skipped_fraction`.
+        TrainingError: a source without usable samples, or more unusable ones than
+            `max_skipped_fraction` of what would be drawn.
     """
 
     def __init__(
@@ -79,7 +48,7 @@ class DataPlan:
         self.batch = batch
         self.sequence_length = sequence_length
         self.seed = seed
-        self.unusable = _unusable_kinds(self.sources)
+        self.unusable = unusable_kinds(self.sources)
         self._check_skipped(max_skipped_fraction)
         self._blend = BlendOrder([source.weight for source in self.sources], seed)
         self._orders = [
@@ -88,6 +57,17 @@ class DataPlan:
                 seed,
                 source.name,
             )
+            for source in self.sources
+        ]
+        # (num_tokens, num_tiles) of every row of a source, shard after shard.
+        self._sizes = [
+            np.concatenate(
+                [np.stack([one.num_tokens, one.num_tiles], axis=1) for one in source.lengths]
+            ).astype(np.int64)
+            for source in self.sources
+        ]
+        self._first_rows = [
+            np.cumsum([0, *(len(reader.index) for reader in source.readers)])
             for source in self.sources
         ]
         self._packs_before = [0]
@@ -99,12 +79,15 @@ class DataPlan:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Shard (as the data recipe names it) -> digest of its contents. Stored in checkpoints."""
-        return {
-            reader.name: reader.index.digest for source in self.sources for reader in source.readers
-        }
+        """Shard (as the data recipe names it) -> digest of its contents, and the plan's own.
 
-    @property
+        Stored in checkpoints; `check_digests` compares.
+        """
+        shards = [reader for source in self.sources for reader in source.readers]
+        contents = {reader.name: reader.index.digest for reader in shards}
+        return contents | {PLAN_DIGEST: self.fingerprint}
+
+    @cached_property
     def fingerprint(self) -> str:
         """Equal fingerprints make equal steps: hash of blend, contents, lengths, seed and batch."""
         parts: list[object] = [self.seed, self.batch.size, self.batch.unit, self.batch.window]
@@ -125,26 +108,31 @@ class DataPlan:
         """Compares with the digests of the run that is continued.
 
         Raises:
-            ShardError: a shard with other contents, a missing one, or a new one: all would change
-                which samples the remaining steps draw.
+            ShardError: other contents, a shard more or less, or another order of the samples.
         """
+        remedy = "or start a new run"
         now = self.digests
         for name, digest in recorded.items():
             if name not in now:
                 raise ShardError(
                     f"shard={name} was in the blend when the run began and is not any more; "
-                    "put it back, or start a new run"
+                    f"put it back, {remedy}"
                 )
-            if now[name] != digest:
+            if name != PLAN_DIGEST and now[name] != digest:
                 raise ShardError(
-                    f"changed shard={name}: digest={now[name][:12]}, the run began with {digest[:12]}; "
-                    "restore the shard, or start a new run"
+                    f"changed shard={name}: digest={now[name][:12]}, the run began with "
+                    f"{digest[:12]}; restore the shard, {remedy}"
                 )
         for name in now:
             if name not in recorded:
                 raise ShardError(
-                    f"shard={name} was not in the blend when the run began; take it out, or start a new run"
+                    f"shard={name} was not in the blend when the run began; take it out, {remedy}"
                 )
+        if now[PLAN_DIGEST] != recorded[PLAN_DIGEST]:
+            raise ShardError(
+                "the shards are those the run began with, but seed, batch, weights, order of the "
+                f"sources or encoding (tokenizer, tiling, prompts) are not; restore them, {remedy}"
+            )
 
     def reader(self, sample: SampleRef) -> ShardReader:
         """Where the sample is read."""
@@ -159,42 +147,49 @@ class DataPlan:
         """Everything of optimizer step `step` (from 0); its samples do not depend on `dp_size`."""
         size = self.batch.size
         if self.batch.unit == "samples":
-            packs = self._pack(self.draws(step * size, (step + 1) * size))
+            packs = self._pack(self._draw(step * size, (step + 1) * size))
         else:
             packs = self._packs(step * size, (step + 1) * size)
         return StepPlan(step, deal(packs, dp_size))
 
     def draws(self, start: int, stop: int) -> list[SampleRef]:
         """Samples [start, stop) of the stage in the order in which they are drawn."""
+        return self._refs(self._draw(start, stop))
+
+    def _draw(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The fields of `SampleRef` as columns: int64 [stop - start, 5]."""
         sources, numbers = self._blend.draws(start, stop)
-        refs: list[SampleRef | None] = [None] * (stop - start)
-        for number, source in enumerate(self.sources):
+        table = np.empty((stop - start, 5), dtype=np.int64)
+        for number, sizes in enumerate(self._sizes):
             places = np.flatnonzero(sources == number)
             if len(places) == 0:
                 continue
             # A source's draws inside a range of the blend follow each other.
             first = int(numbers[places[0]])
-            located = self._orders[number].locate(first, first + len(places))
-            for place, shard, row in zip(
-                places.tolist(), *(part.tolist() for part in located), strict=True
-            ):
-                lengths = source.lengths[shard]
-                refs[place] = SampleRef(
-                    number, shard, row, int(lengths.num_tokens[row]), int(lengths.num_tiles[row])
-                )
-        return [ref for ref in refs if ref is not None]
+            shards, rows = self._orders[number].locate(first, first + len(places))
+            table[places, 0] = number
+            table[places, 1] = shards
+            table[places, 2] = rows
+            table[places, 3:] = sizes[self._first_rows[number][shards] + rows]
+        return table
 
-    def _pack(self, samples: Sequence[SampleRef]) -> list[PackPlan]:
-        groups = best_fit_decreasing(
-            [sample.num_tokens for sample in samples], self.sequence_length
-        )
-        return [PackPlan(tuple(samples[index] for index in group)) for group in groups]
+    def _refs(self, table: NDArray[np.int64]) -> list[SampleRef]:
+        return [SampleRef(*fields) for fields in table.tolist()]
+
+    def _groups(self, table: NDArray[np.int64]) -> list[list[int]]:
+        return best_fit_decreasing(table[:, 3].tolist(), self.sequence_length)
+
+    def _pack(self, table: NDArray[np.int64]) -> list[PackPlan]:
+        samples = self._refs(table)
+        return [PackPlan(tuple(samples[i] for i in group)) for group in self._groups(table)]
 
     def _packs(self, start: int, stop: int) -> list[PackPlan]:
         """Packs [start, stop) of the stage when packs are the unit."""
         while self._packs_before[-1] < stop:
             window = len(self._packs_before) - 1
-            self._packs_before.append(self._packs_before[-1] + len(self._window(window)))
+            size = self.batch.window
+            num_packs = len(self._groups(self._draw(window * size, (window + 1) * size)))
+            self._packs_before.append(self._packs_before[-1] + num_packs)
         found: list[PackPlan] = []
         window = bisect_right(self._packs_before, start) - 1
         while len(found) < stop - start:
@@ -206,7 +201,7 @@ class DataPlan:
     def _make_window(self, window: int) -> list[PackPlan]:
         """Packs of one window of draws, shuffled: packing makes them from long to short samples."""
         size = self.batch.window
-        packs = self._pack(self.draws(window * size, (window + 1) * size))
+        packs = self._pack(self._draw(window * size, (window + 1) * size))
         order = hashed_permutation(len(packs), stable_hash("packs", self.seed, window))
         return [packs[index] for index in order.tolist()]
 
@@ -222,22 +217,6 @@ class DataPlan:
         if share > max_skipped_fraction:
             raise TrainingError(
                 f"{share:.2%} of the samples drawn cannot be used, more than "
-                f"loader.max_skipped_fraction={max_skipped_fraction}; mend them or raise the limit:\n{examples}"
+                f"loader.max_skipped_fraction={max_skipped_fraction}; mend them or raise the "
+                f"limit:\n{examples}"
             )
-
-
-def _unusable_kinds(sources: Sequence[Source]) -> tuple[UnusableKind, ...]:
-    """Reasons grouped by the text before their first colon, most frequent first."""
-    counts: Counter[str] = Counter()
-    examples: dict[str, list[str]] = {}
-    for source in sources:
-        for reader, lengths in zip(source.readers, source.lengths, strict=True):
-            for row, reason in lengths.reasons.items():
-                kind = reason.partition(":")[0]
-                counts[kind] += 1
-                shown = examples.setdefault(kind, [])
-                if len(shown) < _EXAMPLES:
-                    shown.append(f"sample={reader.key(row)} in shard={reader.name}: {reason}")
-    return tuple(
-        UnusableKind(kind, count, tuple(examples[kind])) for kind, count in counts.most_common()
-    )

@@ -1,11 +1,12 @@
 """Prompts for records that bring none: captions, questions, pages of text. Our own wording.
 
 The families follow the released ones (short prompts in pretraining, instructions in SFT). Which
-prompt a sample gets is a function of its key, so that a sample reads the same in every epoch and run.
+prompt a sample gets is a function of its key: it reads the same in every epoch and run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -65,7 +66,7 @@ def choose_weighted(weights: Sequence[float], key: str) -> int:
         ValueError: a negative weight, or no positive one.
     """
     total = sum(weights)
-    if not total > 0 or min(weights) < 0:
+    if not 0 < total < math.inf or min(weights) < 0:
         raise ValueError(f"record cannot be read: answer weights {list(weights)} must be positive")
     point = stable_hash("answer", key) / 2**64 * total
     for number, weight in enumerate(weights):

@@ -49,11 +49,12 @@ class ShardReader:
             data = self.shard.read(offset, size, self.index.stamp)
         except OSError as error:
             raise ShardError(
-                f"shard={self.shard.path} cannot be read any more: {error}; restore it and start again"
+                f"shard={self.shard.path} cannot be read any more: {error}; "
+                "restore it and start again"
             ) from error
         if len(data) != size or zlib.crc32(data) != crc:
             raise ShardError(
-                f"changed shard={self.shard.path}: sample={self.key(row)} holds other bytes than were "
-                "indexed; restore the shard, or delete its .index and start a new run"
+                f"changed shard={self.shard.path}: sample={self.key(row)} holds other bytes than "
+                "were indexed; restore the shard, or delete its .index and start a new run"
             )
         return data

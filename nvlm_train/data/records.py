@@ -1,8 +1,8 @@
 """A sample's JSON record as chat turns.
 
 Accepted: `{"conversations": [{"from", "value"}]}` (LLaVA), `{"messages": [{"role", "content"}]}`
-(OpenAI), `{"caption"}`, `{"question", "answer"}` or `{"question", "answers": [{"answer", "weight"}]}`,
-and `{"text"}` (a page to read). A record without images is text only.
+(OpenAI), `{"caption"}`, `{"question", "answer"}` or
+`{"question", "answers": [{"answer", "weight"}]}`, and `{"text"}` (a page to read).
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def place_images(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
     for turn in turns:
         if turn.role != "user" and IMAGE_MARKER in turn.text:
             raise ValueError(
-                f"image marker in a {turn.role} turn: {IMAGE_MARKER} belongs into user turns; remove it"
+                f"image marker in {turn.role} turn: {IMAGE_MARKER} belongs into user turns; "
+                "remove it"
             )
     markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
     if markers == num_images:
@@ -133,14 +134,14 @@ def _chat(value: object, name: str, role_field: str, text_field: str) -> tuple[T
 def _content(value: object, where: str) -> str:
     """Text, or OpenAI's list of parts in which an image part becomes a marker on its own line."""
     if isinstance(value, str):
-        return value
+        return _valid(value, where)
     if not isinstance(value, list):
         raise ValueError(f"record cannot be read: {where} must be text or a list of parts")
     texts: list[str] = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
+            texts.append(_valid(part["text"], where))
         elif kind in ("image", "image_url"):
             texts.append(f"{IMAGE_MARKER}\n")
         else:
@@ -149,7 +150,7 @@ def _content(value: object, where: str) -> str:
 
 
 def _answer(fields: Mapping[str, Any], key: str) -> str:
-    """`answer`, or one of `answers` (text, or objects with `answer` and `weight`) drawn by weight."""
+    """`answer`, or one of `answers` (texts or `{"answer", "weight"}`) drawn by weight."""
     if "answer" in fields:
         return _text(fields, "answer")
     answers = fields.get("answers")
@@ -173,4 +174,13 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"record cannot be read: {name}={value!r} must be text that is not empty")
-    return value
+    return _valid(value, name)
+
+
+def _valid(text: str, where: str) -> str:
+    """Half a surrogate pair (JSON's `\\ud800`) is no character and cannot be tokenised."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"record cannot be read: {where} is not Unicode text ({error})") from error
+    return text

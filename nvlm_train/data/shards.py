@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,9 @@ from typing import IO, Any, Protocol
 from nvlm_train.errors import ShardError
 
 SAMPLES_PER_SHARD = 1000
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_SUFFIX = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(IMAGE_SUFFIXES)})")
+"""`jpg`, or `0.jpg` where a sample has several images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,7 @@ class Stamp:
     size: int
     """Bytes."""
     version: str
-    """Modification time in nanoseconds, or what a remote store offers instead (ETag, generation)."""
+    """Modification time in nanoseconds, or what a remote store has instead (ETag, generation)."""
 
 
 class Shard(Protocol):
@@ -71,7 +75,7 @@ class RemoteShard:
     """A tar behind an fsspec URL."""
 
     def __init__(self, path: str) -> None:
-        import fsspec  # type: ignore[import-untyped]
+        import fsspec
 
         self.path = path
         self._files, self._name = fsspec.core.url_to_fs(path)
@@ -166,7 +170,9 @@ def write_shards(
     Raises:
         ShardError: a key that occurs twice or that WebDataset could not read back; no samples.
     """
-    import webdataset  # type: ignore[import-untyped]
+    if is_remote(pattern):
+        raise ShardError(f"pattern={pattern}: shards are written locally; copy them to the store")
+    import webdataset
 
     streams: dict[str, IO[bytes]] = {}
     written: list[WrittenShard] = []
@@ -190,6 +196,7 @@ def write_shards(
         with writer:
             for key, record, images in samples:
                 _check_key(key, seen)
+                _check_suffixes(key, images)
                 encoded = json.dumps(record, ensure_ascii=False).encode()
                 writer.write({"__key__": key, "json": encoded, **dict(images)})
             if not seen:
@@ -201,6 +208,17 @@ def write_shards(
             stream.close()
             Path(name + ".partial").unlink(missing_ok=True)
     return written
+
+
+def _check_suffixes(key: str, images: list[tuple[str, bytes]]) -> None:
+    """Members that the index would pass over would be lost without a word."""
+    suffixes = [suffix for suffix, _ in images]
+    unknown = [suffix for suffix in suffixes if not IMAGE_SUFFIX.fullmatch(suffix)]
+    if unknown or len(set(suffixes)) < len(suffixes):
+        raise ShardError(
+            f"key={key!r}: image suffixes {suffixes} must differ, and each be one of "
+            f"{', '.join(IMAGE_SUFFIXES)}, with a number and a dot before it if there are several"
+        )
 
 
 def _check_key(key: str, seen: set[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -10,12 +9,9 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from nvlm_train.data.images import read_size
-from nvlm_train.data.shards import Shard
+from nvlm_train.data.shards import IMAGE_SUFFIX, Shard
 from nvlm_train.errors import ShardError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-
-_IMAGE_SUFFIX = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(IMAGE_SUFFIXES)})")
 _BLOCK = 512
 _REFUSED = {
     tarfile.LNKTYPE: "a hard link",
@@ -25,6 +21,9 @@ _REFUSED = {
     tarfile.FIFOTYPE: "a named pipe",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
+
+_TORN = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
+"""What tarfile raises on damaged headers, extended ones included."""
 
 Place = tuple[int, int, int]
 """(offset, bytes, CRC-32) of a member's content."""
@@ -62,9 +61,11 @@ def scan_tar(shard: Shard) -> Iterator[TarSample]:
     last_good = "none"
     try:
         with shard.open() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            end = 0
+            end, total = 0, shard.stamp().size
             for member in tar:
                 end = member.offset_data + _padded(member.size)
+                if not 0 <= end <= total:
+                    raise EOFError(f"member={member.name!r} ends at byte {end} of {total}")
                 if _check_member(shard.path, member):
                     continue
                 key, suffix = split_name(member.name)
@@ -75,7 +76,7 @@ def scan_tar(shard: Shard) -> Iterator[TarSample]:
                     current = _new_sample(shard.path, key, seen)
                 _add_member(current, member, suffix, _content(stream, member))
             _check_end(stream, end)
-    except (tarfile.TarError, EOFError) as error:
+    except _TORN as error:
         raise ShardError(
             f"shard={shard.path} is torn or no plain tar: {error}; last good key={last_good}; "
             "write it again, or copy it again from its source"
@@ -101,6 +102,11 @@ def _padded(size: int) -> int:
 
 def _check_member(path: str, member: tarfile.TarInfo) -> bool:
     """True for a directory entry, which is passed over; raises for what has no place in a shard."""
+    if not member.name.isprintable():  # undecodable bytes are surrogates here
+        raise ShardError(
+            f"shard={path}: member={member.name!r} has a name that is no printable text; "
+            "write the shard again"
+        )
     if member.name.startswith("/") or ".." in member.name.split("/"):
         raise ShardError(
             f"shard={path}: member={member.name!r} points outside the archive; "
@@ -134,7 +140,7 @@ def _content(stream: IO[bytes], member: tarfile.TarInfo) -> bytes:
 
 def _add_member(sample: TarSample, member: tarfile.TarInfo, suffix: str, data: bytes) -> None:
     place = (member.offset_data, member.size, zlib.crc32(data))
-    match = _IMAGE_SUFFIX.fullmatch(suffix)
+    match = IMAGE_SUFFIX.fullmatch(suffix)
     if suffix == "json":
         sample.record = place
     elif match:

@@ -88,7 +88,8 @@ def write(tmp_path: Path, text: str) -> str:
 def test_data_recipe(tmp_path: Path) -> None:
     directory = write(
         tmp_path,
-        "sources:\n- {name: vqa, shards: 'v-{0..1}.tar', weight: 3}\n- {name: text, shards: [t.tar, u.tar]}\n",
+        "sources:\n- {name: vqa, shards: 'v-{0..1}.tar', weight: 3}\n"
+        "- {name: text, shards: [t.tar, u.tar]}\n",
     )
     blend = read_blend("sft", directory)
     assert blend.name == "sft"
@@ -117,7 +118,7 @@ def test_data_recipe(tmp_path: Path) -> None:
             "sources[0].weight=0 must be a positive number; leave unused sources out",
         ),
         ("sources: [{shards: a.tar}]", "sources[0].name=None must be text"),
-        ("sources: [{name: a}]", "sources[0].shards=None must be a pattern such as"),
+        ("sources: [{name: a}]", "sources[0].shards=None must be a pattern like"),
         ("sources: [{name: a, shards: 'a{0..}{.tar'}]", "balance the braces"),
         ("sources: [{name: a, shards: [a.tar, a.tar]}]", "sources[0].shards names a.tar twice"),
         ("sources: [{name: a, shards: a}, {name: a, shards: b}]", "sources[1].name=a occurs twice"),

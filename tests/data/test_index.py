@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import os
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nvlm_train.data.index import ShardIndex, load_index
+from nvlm_train.data.index import load_index
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.shards import LocalShard, expand_pattern, join_root, open_shard, write_shards
 from nvlm_train.errors import ShardError
@@ -240,8 +242,42 @@ def test_writer_refuses_repeated_keys_and_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_index_speed(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
-    samples = ((f"{n:07d}", chat("what is it?", "a cat"), []) for n in range(3000))
-    write_shards(samples, str(tmp_path / "s-%06d.tar"), 3000)
-    index: ShardIndex = load_index(LocalShard(str(tmp_path / "s-000000.tar")))
-    assert len(index) == 3000
+@pytest.mark.parametrize("suffixes", [["psd"], ["jpg", "jpg"], ["json"], ["a.jpg"]])
+def test_writer_refuses_members_that_would_be_lost(tmp_path: Path, suffixes: list[str]) -> None:
+    with pytest.raises(ShardError, match="key='k': image suffixes"):
+        write_shards([("k", {}, [(s, b"") for s in suffixes])], str(tmp_path / "s-%06d.tar"))
+    with pytest.raises(ShardError, match="shards are written locally"):
+        write_shards([("k", {}, [])], "s3://bucket/s-%06d.tar")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=8))
+def test_damaged_tars_are_indexed_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, edits: list[tuple[float, int]]
+) -> None:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("a.json", "b" * 120 + ".json", "c.jpg"):
+            tar.addfile(member(name, size=3), io.BytesIO(b"abc"))
+    data = bytearray(stream.getvalue())
+    used = 512 * 9
+    for where, value in edits:
+        data[int(where * (used - 1))] = value
+    path = tmp_path_factory.mktemp("fuzz") / "s.tar"
+    path.write_bytes(data)
+    with contextlib.suppress(ShardError):
+        index = load_index(LocalShard(str(path)))
+        reader = ShardReader("s", LocalShard(str(path)), index)
+        for row in range(len(index)):
+            with contextlib.suppress(ValueError):
+                reader.record(row)
+
+
+def test_claimed_sizes_are_not_believed(tmp_path: Path) -> None:
+    shard = tar_of(tmp_path / "s.tar", member("a.json", size=3))
+    data = bytearray(Path(shard.path).read_bytes())
+    lying = member("a.json", size=2**60)
+    data[:512] = lying.tobuf(tarfile.GNU_FORMAT)
+    Path(shard.path).write_bytes(data)
+    with pytest.raises(ShardError, match="is torn"):
+        load_index(shard)

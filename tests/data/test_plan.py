@@ -138,6 +138,8 @@ def test_recorded_digests(make_plan: MakePlan) -> None:
     )
     with pytest.raises(ShardError, match=message):
         plan.check_digests(changed)
+    with pytest.raises(ShardError, match="seed, batch, weights, order of the sources or encoding"):
+        make_plan(SAMPLES, seed=8).check_digests(recorded)
     with pytest.raises(ShardError, match=r"shard=z.tar was in the blend when the run began"):
         plan.check_digests(recorded | {"z.tar": ""})
     with pytest.raises(ShardError, match=r"shard=a-000000.tar was not in the blend"):

@@ -125,7 +125,7 @@ def test_from_recipe_to_batch(tmp_path: Path, tokenizer: Tokenizer) -> None:
     prepare_shards(mixed_samples(12, "k"), str(tmp_path / "data"), "train", 4)
     stage, recipe = recipe_for(tmp_path, tokenizer)
     plan, encoder = build_data(stage, recipe, str(tmp_path / "recipes"))
-    assert plan.source_names == ("all",) and len(plan.digests) == 3
+    assert plan.source_names == ("all",) and len(plan.digests) == 3 + 1
     with Loader(plan, encoder, RankShare(), recipe.loader, 64) as loader:
         batch = next(loader)
     assert sum(len(pack.samples) for part in batch.rounds for pack in part.microbatches) == 4

@@ -98,7 +98,7 @@ def chat(question: str, answer: str = "a") -> dict[str, Any]:
         (
             chat("what?", "<image>"),
             1,
-            "image marker in a assistant turn: <image> belongs into user turns; remove it",
+            "image marker in assistant turn: <image> belongs into user turns; remove it",
         ),
         (
             {"caption": "x"},
@@ -145,6 +145,18 @@ def test_messages(record: Any, num_images: int, message: str) -> None:
     with pytest.raises(ValueError, match="^") as caught:
         turns(record, num_images)
     assert str(caught.value) == message
+
+
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    for record in (b'{"question": "\\ud800", "answer": "a"}', json.dumps(chat("\ud800")).encode()):
+        with pytest.raises(ValueError, match="^record cannot be read: .* is not Unicode text"):
+            read_turns(record, "key", 0, "sft")
+
+
+def test_weights_without_a_finite_sum() -> None:
+    for weights in ([float("inf"), 1.0], [float("nan")], [0.0]):
+        with pytest.raises(ValueError, match="answer weights"):
+            choose_weighted(weights, "key")
 
 
 def test_not_json() -> None:
