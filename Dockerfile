@@ -16,7 +16,7 @@ COPY data_recipes data_recipes
 COPY launch launch
 RUN if python -c 'import torch' 2>/dev/null; then \
         pip install megatron-core==0.16.1 hydra-core==1.3.8 webdataset==1.0.2 simplejpeg==1.9.0 \
-            wandb==0.31.0 rich==15.0.0 safetensors tokenizers fsspec pillow psutil requests \
+            wandb==0.31.0 rich==15.0.0 safetensors tokenizers fsspec pillow psutil \
         && pip install --no-deps . ; \
     else \
         apt-get update && apt-get install -y --no-install-recommends make gcc g++ \

@@ -26,9 +26,8 @@ REQUIRED = [
     "tokenizers>=0.20",
     "rich>=13",
     "wandb>=0.18",
-    # megatron-core imports these, and does not say so.
+    # Without it megatron-core's checkpoint writer hangs silently; it does not require it.
     "psutil>=5.9",
-    "requests>=2.31",
 ]
 
 EXTRAS = {

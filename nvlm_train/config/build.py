@@ -35,7 +35,8 @@ class _Report:
 
     def add(self, path: str, claim: str, remedy: str) -> _Invalid:
         where = self.origin(path) if path else None
-        self.problems.append(f"{path or 'the document'}{claim}{f' (stated in {where})' if where else ''}; {remedy}")
+        source = f" (stated in {where})" if where else ""
+        self.problems.append(f"{path or 'the document'}{claim}{source}; {remedy}")
         return _INVALID
 
 

@@ -45,8 +45,9 @@ def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None)
     directories = _directories(recipes_dir)
     composed = _compose([_normalise(each, directories) for each in overrides], directories)
     sources = _Sources.of(composed, overrides, directories)
-    content = OmegaConf.create({key: value for key, value in composed.items_ex(resolve=False) if key != "hydra"})
+    stated = composed.items_ex(resolve=False)
     try:
+        content = OmegaConf.create({key: value for key, value in stated if key != "hydra"})
         plain = OmegaConf.to_container(content, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError([_first_line(error)]) from error
@@ -123,8 +124,10 @@ class _Sources:
     command_line: tuple[str, ...]
 
     @staticmethod
-    def of(composed: DictConfig, overrides: Sequence[str], directories: tuple[Path, ...]) -> _Sources:
-        found = []
+    def of(
+        composed: DictConfig, overrides: Sequence[str], directories: tuple[Path, ...]
+    ) -> _Sources:
+        found: list[tuple[str, str, Any]] = []
         choices = dict(composed.hydra.runtime.choices)
         for key, choice in [("", ROOT), *choices.items()]:
             group, _, mount = str(key).partition("@")
@@ -140,7 +143,7 @@ class _Sources:
         return _Sources(tuple(found), keys)
 
     def find(self, dotted: str) -> str | None:
-        """The command line or the file that states a key, the last one where there are several."""
+        """Who states a key: the command line or the file that states a key, the last one where there are several."""
         dotted = re.sub(r"\[\d+\]", "", dotted)
         if dotted in self.command_line:
             return "the command line"

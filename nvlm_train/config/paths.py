@@ -47,7 +47,9 @@ def find_data_recipe(name: str) -> Path:
     if path.is_file():
         return path
     known = ", ".join(sorted(each.stem for each in directory.glob("*.yaml")))
-    raise ConfigError([f"blend={name}: no such data recipe; use one of {known}, or a path to a .yaml file"])
+    raise ConfigError(
+        [f"blend={name}: no such data recipe; use one of {known}, or a path to a .yaml file"]
+    )
 
 
 def resolve_path(path: str) -> str:

@@ -84,7 +84,14 @@ def vision_shapes_fit(recipe: Recipe) -> Problems:
     """Patches cut a tile evenly, pixel shuffle finds pairs of them, heads cut the width evenly."""
     vision = recipe.model.vision
     name = "model.vision"
-    for key in ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "patch_size", "batch_tiles"):
+    for key in (
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "ffn_hidden_size",
+        "patch_size",
+        "batch_tiles",
+    ):
         yield from _in_range(f"{name}.{key}", getattr(vision, key), 1)
     if vision.patch_size < 1 or vision.num_heads < 1:
         return
@@ -96,8 +103,8 @@ def vision_shapes_fit(recipe: Recipe) -> Problems:
     elif vision.tile_size // vision.patch_size % 2:
         side = vision.tile_size // vision.patch_size
         yield (
-            f"{name}.tile_size={vision.tile_size} makes {side} patches a side, and pixel shuffle joins 2 x 2; "
-            f"use a multiple of {2 * vision.patch_size}"
+            f"{name}.tile_size={vision.tile_size} makes {side} patches a side; pixel shuffle "
+            f"joins 2 x 2: use a multiple of {2 * vision.patch_size}"
         )
     if vision.hidden_size % vision.num_heads:
         yield _heads(name, vision.num_heads, vision.hidden_size)
@@ -112,10 +119,19 @@ def language_shapes_fit(recipe: Recipe) -> Problems:
     """Heads cut the width evenly, KV groups cut the heads evenly, RoPE finds pairs of channels."""
     language = recipe.model.language
     name = "model.language"
-    keys = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")
+    keys = (
+        "num_layers",
+        "hidden_size",
+        "num_heads",
+        "num_kv_heads",
+        "ffn_hidden_size",
+        "vocab_size",
+    )
     for key in keys:
         yield from _in_range(f"{name}.{key}", getattr(language, key), 1)
-    yield from _in_range("model.projector.ffn_hidden_size", recipe.model.projector.ffn_hidden_size, 1)
+    yield from _in_range(
+        "model.projector.ffn_hidden_size", recipe.model.projector.ffn_hidden_size, 1
+    )
     heads, groups, hidden = language.num_heads, language.num_kv_heads, language.hidden_size
     if min(heads, groups, hidden) < 1:
         return
@@ -124,7 +140,8 @@ def language_shapes_fit(recipe: Recipe) -> Problems:
     elif hidden // heads % 2:
         yield f"{name}.num_heads={heads} makes heads of {hidden // heads} channels; RoPE needs an even number"
     if heads % groups:
-        yield f"{name}.num_kv_heads={groups} does not divide {name}.num_heads={heads}; {_use(divisors(heads))}"
+        remedy = _use(divisors(heads))
+        yield f"{name}.num_kv_heads={groups} does not divide {name}.num_heads={heads}; {remedy}"
 
 
 def counters_are_positive(recipe: Recipe) -> Problems:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step, always written. Survives crashes and resumes without a duplicate step."""
+"""metrics.jsonl: one JSON object a step. Survives crashes, and resumes without a duplicate step."""
 
 from __future__ import annotations
 
