@@ -37,8 +37,13 @@ def read_jsonl(jsonl_path: str, image_root: str) -> Iterator[Sample]:
     """
     with Path(jsonl_path).open() as lines:
         for number, line in enumerate(lines):
-            if line.strip():
-                yield _sample(jsonl_path, number, json.loads(line), image_root)
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{jsonl_path}: line {number + 1} is not JSON: {error}") from error
+            yield _sample(jsonl_path, number, item, image_root)
 
 
 def _sample(path: str, number: int, item: object, image_root: str) -> Sample:

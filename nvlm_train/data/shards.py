@@ -174,23 +174,13 @@ def write_shards(
         raise ShardError(f"pattern={pattern}: shards are written locally; copy them to the store")
     import webdataset
 
-    streams: dict[str, IO[bytes]] = {}
-    written: list[WrittenShard] = []
+    files = _PartialFiles()
     seen: set[str] = set()
-
-    def create(name: str) -> IO[bytes]:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        streams[name] = Path(name + ".partial").open("wb")  # noqa: SIM115  closed by `finish`
-        return streams[name]
-
-    def finish(name: str) -> None:
-        streams[name].close()
-        written.append(WrittenShard(name, writer.count))
-
     # Fixed times and names: the bytes depend on the samples alone.
-    writer = webdataset.ShardWriter(
-        pattern, samples_per_shard, maxsize=1 << 62, post=finish, opener=create, verbose=0,
+    writer: Any = webdataset.ShardWriter(
+        pattern, samples_per_shard, maxsize=1 << 62, opener=files.create, verbose=0,
         encoder=False, mtime=0, user="nvlm", group="nvlm",
+        post=lambda name: files.finish(name, writer.count),
     )  # fmt: skip
     try:
         with writer:
@@ -201,13 +191,38 @@ def write_shards(
                 writer.write({"__key__": key, "json": encoded, **dict(images)})
             if not seen:
                 raise ShardError(f"pattern={pattern}: there are no samples to write")
-        for shard in written:
-            os.replace(shard.path + ".partial", shard.path)
+        return files.publish()
     finally:
-        for name, stream in streams.items():
+        files.discard()
+
+
+class _PartialFiles:
+    """Shards under names that no pattern matches, until all of them are complete."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, IO[bytes]] = {}
+        self._written: list[WrittenShard] = []
+
+    def create(self, name: str) -> IO[bytes]:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        self._streams[name] = Path(name + ".partial").open("wb")  # noqa: SIM115  (closed in finish)
+        return self._streams[name]
+
+    def finish(self, name: str, num_samples: int) -> None:
+        self._streams[name].close()
+        self._written.append(WrittenShard(name, num_samples))
+
+    def publish(self) -> list[WrittenShard]:
+        """Gives every shard its name."""
+        for shard in self._written:
+            os.replace(shard.path + ".partial", shard.path)
+        return self._written
+
+    def discard(self) -> None:
+        """Removes what was not published."""
+        for name, stream in self._streams.items():
             stream.close()
             Path(name + ".partial").unlink(missing_ok=True)
-    return written
 
 
 def _check_suffixes(key: str, images: list[tuple[str, bytes]]) -> None:

@@ -68,6 +68,12 @@ def test_missing_and_unknown_images(llava: Path) -> None:
         list(read_llava(str(llava / "data.json"), str(llava / "images")))
 
 
+def test_jsonl_names_the_bad_line(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"caption": "a"}\n\n{"caption"\n')
+    with pytest.raises(ValueError, match=r"x.jsonl: line 3 is not JSON"):
+        list(read_jsonl(str(tmp_path / "x.jsonl"), str(tmp_path)))
+
+
 def test_manifest(tmp_path: Path) -> None:
     manifest = prepare_shards(mixed_samples(10, "k"), str(tmp_path / "out"), "train", 4)
     stored = json.loads((tmp_path / "out" / "train.manifest.json").read_text())
