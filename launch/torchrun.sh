@@ -16,4 +16,4 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Processes share the cores; without a limit each would take all of them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-exec torchrun --standalone --nproc-per-node "$num_processes" -m nvlm_train.cli train "$@"
+exec torchrun --standalone --nproc-per-node "$num_processes" -m nvlm_train train "$@"

@@ -9,7 +9,8 @@ Floors, lowest first; every import points downward (tests/test_floors.py keeps i
     4  pipeline                    a round of microbatches through megatron-core's schedule
     5  convert evaluation          Hugging Face tables; greedy generation and scorers
     6  train                       schedule, loop, optimizer, checkpoint, metrics
-    7  cli demo                    the console script `nvlm`; the demo's material
+    7  demo                        the demo's material, its run and its report
+    8  cli                         the console script `nvlm`
 """
 
 __version__ = "0.1.0"

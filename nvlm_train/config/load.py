@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nvlm_train.config.build import build
+from nvlm_train.config.origin import Sources
 from nvlm_train.config.paths import recipes_dir as shipped_recipes
 from nvlm_train.config.paths import resolve_path
 from nvlm_train.config.rules import check
@@ -28,8 +26,6 @@ ROOT = "train"
 
 _ADDITIVE = frozenset({"experiment"})
 """Groups that train.yaml does not choose: `experiment=demo` means `+experiment=demo`."""
-
-_PACKAGE_LINE = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
 
 
 def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None) -> Recipe:
@@ -44,7 +40,8 @@ def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None)
     """
     directories = _directories(recipes_dir)
     composed = _compose([_normalise(each, directories) for each in overrides], directories)
-    sources = _Sources.of(composed, overrides, directories)
+    choices = {"": ROOT, **composed.hydra.runtime.choices}
+    sources = Sources.read(choices, overrides, directories)
     stated = composed.items_ex(resolve=False)
     try:
         content = OmegaConf.create({key: value for key, value in stated if key != "hydra"})
@@ -76,8 +73,16 @@ def _compose(overrides: list[str], directories: tuple[Path, ...]) -> DictConfig:
             return compose(ROOT, overrides, return_hydra_config=True)
     except MissingConfigException as error:
         raise ConfigError([_missing_choice(error)]) from error
+    except OverrideParseException as error:
+        raise ConfigError([_not_an_override(error)]) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_first_line(error)]) from error
+
+
+def _not_an_override(error: OverrideParseException) -> str:
+    reason = error.message.splitlines()[0]
+    shown = str(error.override).lstrip("+")
+    return f"{shown}: not an override ({reason}); write KEY=VALUE, with quotes where needed"
 
 
 def _missing_choice(error: MissingConfigException) -> str:
@@ -114,56 +119,3 @@ def _resolve_paths(value: Any) -> Any:
     if isinstance(value, list):
         return [_resolve_paths(each) for each in value]
     return resolve_path(value) if isinstance(value, str) else value
-
-
-@dataclass(frozen=True)
-class _Sources:
-    """The files a recipe was composed of, each with the place it is mounted at; later ones win."""
-
-    files: tuple[tuple[str, str, Any], ...]
-    command_line: tuple[str, ...]
-
-    @staticmethod
-    def of(
-        composed: DictConfig, overrides: Sequence[str], directories: tuple[Path, ...]
-    ) -> _Sources:
-        found: list[tuple[str, str, Any]] = []
-        choices = dict(composed.hydra.runtime.choices)
-        for key, choice in [("", ROOT), *choices.items()]:
-            group, _, mount = str(key).partition("@")
-            if group.startswith("hydra") or choice is None:
-                continue
-            for directory in directories:
-                path = directory / group / f"{choice}.yaml"
-                if path.is_file():
-                    text = path.read_text(encoding="utf-8")
-                    name = path.relative_to(directory.parent).as_posix()
-                    found.append((_mount(group, mount, text), name, yaml.safe_load(text)))
-        keys = tuple(each.lstrip("+~").partition("=")[0] for each in overrides)
-        return _Sources(tuple(found), keys)
-
-    def find(self, dotted: str) -> str | None:
-        """Who states a key: the command line or the file that states a key, the last one where there are several."""
-        dotted = re.sub(r"\[\d+\]", "", dotted)
-        if dotted in self.command_line:
-            return "the command line"
-        for mount, name, content in reversed(self.files):
-            relative = dotted.removeprefix(f"{mount}.") if mount else dotted
-            if (not mount or relative != dotted) and _holds(content, relative.split(".")):
-                return name
-        return None
-
-
-def _mount(group: str, mount: str, text: str) -> str:
-    stated = _PACKAGE_LINE.search(text)
-    if stated:
-        return "" if stated.group(1) == "_global_" else stated.group(1)
-    return mount or group.replace("/", ".")
-
-
-def _holds(content: Any, keys: list[str]) -> bool:
-    for key in keys:
-        if not isinstance(content, Mapping) or key not in content:
-            return False
-        content = content[key]
-    return True

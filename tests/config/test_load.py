@@ -1,0 +1,150 @@
+"""Recipes as a user composes them: every shipped one is valid, and mistakes are explained."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvlm_train.config import rules
+from nvlm_train.config.load import load_recipe
+from nvlm_train.config.paths import PACKAGE, find_data_recipe, recipes_dir, resolve_path
+from nvlm_train.errors import ConfigError
+
+EXPERIMENTS = sorted(path.stem for path in (recipes_dir() / "experiment").glob("*.yaml"))
+
+
+def problems_of(*overrides: str, recipes: Path | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(list(overrides), recipes)
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_shipped_experiments_are_valid(name: str) -> None:
+    recipe = load_recipe([f"experiment={name}"])
+    assert recipe.name == name
+    assert recipe.run_dir == f"runs/{name}"
+    assert recipe == load_recipe([f"+experiment={name}"])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_say_how_to_run_them(name: str) -> None:
+    lines = (recipes_dir() / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert f"experiment={name}" in lines[1]
+
+
+@pytest.mark.parametrize(
+    "layout", sorted(path.stem for path in (recipes_dir() / "parallel").glob("*.yaml"))
+)
+def test_every_layout_fits_the_smoke_recipe(layout: str) -> None:
+    recipe = load_recipe(["experiment=smoke", f"parallel@stages.sft.parallel={layout}"])
+    parallel = recipe.stages["sft"].parallel
+    rules.check(recipe, parallel.tensor * parallel.pipeline)
+
+
+def test_fields_that_no_file_states_can_be_set() -> None:
+    recipe = load_recipe(
+        ["experiment=smoke", "checkpoint.keep_last=5", "stages.sft.optimizer.beta1=0.8"]
+    )
+    assert recipe.checkpoint.keep_last == 5
+    assert recipe.stages["sft"].optimizer.beta1 == 0.8
+    assert recipe.stages["pretrain"].optimizer.beta1 == 0.9
+
+
+def test_exponents_without_a_dot_are_numbers() -> None:
+    recipe = load_recipe(["experiment=smoke", "stages.sft.optimizer.min_lr=1e-5"])
+    assert recipe.stages["sft"].optimizer.min_lr == 1e-5
+
+
+def test_unknown_key_on_the_command_line() -> None:
+    assert problems_of("experiment=smoke", "stages.sft.optimizer.lrr=3") == [
+        "stages.sft.optimizer.lrr=3 is an unknown key (stated in the command line); did you mean lr?"
+    ]
+
+
+def test_all_problems_come_at_once() -> None:
+    found = problems_of("experiment=smoke", "sead=1", "stages.sft.steps=many", "model.visin.a=1")
+    assert len(found) == 3
+    assert "did you mean seed?" in found[0]
+    assert found[1].startswith("model.visin") or found[2].startswith("model.visin")
+
+
+def test_unknown_experiment_names_the_nearest() -> None:
+    assert problems_of("experiment=smoek") == [
+        "experiment=smoek: no such recipe file; did you mean smoke?"
+    ]
+
+
+def test_a_recipe_without_a_model() -> None:
+    (problem,) = problems_of()
+    assert "You must specify 'model'" in problem
+
+
+def test_broken_override() -> None:
+    (problem,) = problems_of("experiment=smoke", "seed=[")
+    assert problem.startswith("seed=[: not an override")
+
+
+def test_own_recipes_are_found_and_named(tmp_path: Path) -> None:
+    own = tmp_path / "mine"
+    (own / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /model: nvlm_d_smoke\nname: good\n"
+    stages = "stages:\n  pretrain: {blend: a}\n  sft: {blend: b}\n"
+    (own / "experiment" / "good.yaml").write_text(text + stages)
+    (own / "experiment" / "bad.yaml").write_text(text + stages + "chekpoint: {keep_last: 1}\n")
+    assert load_recipe(["experiment=good"], own).name == "good"
+    (problem,) = problems_of("experiment=bad", recipes=own)
+    assert problem == (
+        "chekpoint is an unknown key (stated in mine/experiment/bad.yaml); did you mean checkpoint?"
+    )
+
+
+def test_stage_file_is_named_at_its_mount() -> None:
+    found = problems_of(
+        "experiment=smoke", "+stage@stages.more=d_sft", "schedule=[pretrain,sft,more]"
+    )
+    assert found == [
+        "stages.more.blend is missing (stated in recipes/stage/d_sft.yaml); state a string for it"
+    ]
+
+
+def test_missing_directory_of_recipes() -> None:
+    (problem,) = problems_of("experiment=smoke", recipes=Path("nowhere-at-all"))
+    assert problem.startswith("recipes=nowhere-at-all: no such directory")
+
+
+def test_package_paths() -> None:
+    assert resolve_path("package://demo/assets") == str(PACKAGE / "demo" / "assets")
+    assert resolve_path("plain/path") == "plain/path"
+    path = load_recipe(["experiment=smoke"]).model.tokenizer.path
+    assert Path(path).is_relative_to(PACKAGE)
+
+
+def test_unknown_data_recipe_lists_the_known() -> None:
+    with pytest.raises(ConfigError, match="no such data recipe; use one of .*smoke"):
+        find_data_recipe("smoek")
+
+
+def test_a_recipe_loads_without_torch_and_leaves_no_files(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from nvlm_train.config.load import load_recipe\n"
+        "import nvlm_train.geometry, nvlm_train.batch, nvlm_train.tokens, nvlm_train.logs\n"
+        "load_recipe(['experiment=smoke'])\n"
+        "heavy = {'torch', 'megatron', 'numpy', 'wandb', 'transformers'}\n"
+        "sys.exit(','.join(sorted(heavy & set(sys.modules))) or 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
