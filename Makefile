@@ -45,8 +45,8 @@ format: $(STAMP) ## Formats the code
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-backbones: $(STAMP) ## Trains the demo's backbones again (hours)
-	$(BIN)/python -m nvlm_train.demo.backbones
+backbones: $(STAMP) ## Trains the demo's backbones again, in place (long)
+	$(BIN)/python -m nvlm_train.demo.backbones --out nvlm_train/demo/assets
 
 clean: ## Removes .venv and caches; keeps runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
