@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
+from nvlm_train.config.ranges import Problems, below_one, divisors, in_range, use
 from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
 from nvlm_train.errors import ConfigError
-
-Problems = Iterator[str]
 
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -35,32 +34,6 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
             problems += layout_fits_world(f"stages.{name}", stage, world_size)
     if problems:
         raise ConfigError(problems)
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending.
-
-    >>> divisors(6)
-    [1, 2, 3, 6]
-    """
-    return [value for value in range(1, number + 1) if number % value == 0]
-
-
-def _use(values: list[int]) -> str:
-    words = [str(value) for value in values]
-    return "use " + (f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0])
-
-
-def _in_range(name: str, value: float, low: float, high: float = math.inf) -> Problems:
-    """Closed at both ends."""
-    if not low <= value <= high:
-        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        yield f"{name}={value} is out of range; use {limits}"
-
-
-def _below_one(name: str, value: float) -> Problems:
-    if not 0.0 <= value < 1.0:
-        yield f"{name}={value} is out of range; use 0 or more and less than 1"
 
 
 # ---- the recipe ----
@@ -92,7 +65,7 @@ def vision_shapes_fit(recipe: Recipe) -> Problems:
         "patch_size",
         "batch_tiles",
     ):
-        yield from _in_range(f"{name}.{key}", getattr(vision, key), 1)
+        yield from in_range(f"{name}.{key}", getattr(vision, key), 1)
     if vision.patch_size < 1 or vision.num_heads < 1:
         return
     if vision.tile_size < 1 or vision.tile_size % vision.patch_size:
@@ -112,7 +85,9 @@ def vision_shapes_fit(recipe: Recipe) -> Problems:
 
 def _heads(name: str, heads: int, hidden: int) -> str:
     fitting = [value for value in divisors(hidden) if value <= heads]
-    return f"{name}.num_heads={heads} does not divide {name}.hidden_size={hidden}; {_use(fitting[-4:])}"
+    return (
+        f"{name}.num_heads={heads} does not divide {name}.hidden_size={hidden}; {use(fitting[-4:])}"
+    )
 
 
 def language_shapes_fit(recipe: Recipe) -> Problems:
@@ -128,8 +103,8 @@ def language_shapes_fit(recipe: Recipe) -> Problems:
         "vocab_size",
     )
     for key in keys:
-        yield from _in_range(f"{name}.{key}", getattr(language, key), 1)
-    yield from _in_range(
+        yield from in_range(f"{name}.{key}", getattr(language, key), 1)
+    yield from in_range(
         "model.projector.ffn_hidden_size", recipe.model.projector.ffn_hidden_size, 1
     )
     heads, groups, hidden = language.num_heads, language.num_kv_heads, language.hidden_size
@@ -140,21 +115,21 @@ def language_shapes_fit(recipe: Recipe) -> Problems:
     elif hidden // heads % 2:
         yield f"{name}.num_heads={heads} makes heads of {hidden // heads} channels; RoPE needs an even number"
     if heads % groups:
-        remedy = _use(divisors(heads))
+        remedy = use(divisors(heads))
         yield f"{name}.num_kv_heads={groups} does not divide {name}.num_heads={heads}; {remedy}"
 
 
 def counters_are_positive(recipe: Recipe) -> Problems:
     """Reading, saving and tracking: nothing negative, nothing that would never happen."""
     loader, checkpoint = recipe.loader, recipe.checkpoint
-    yield from _in_range("seed", recipe.seed, 0)
-    yield from _in_range("loader.workers", loader.workers, 0)
-    yield from _in_range("loader.prefetch_steps", loader.prefetch_steps, 1)
-    yield from _in_range("loader.max_skipped_fraction", loader.max_skipped_fraction, 0, 1)
-    yield from _in_range("loader.max_image_pixels", loader.max_image_pixels, 1)
-    yield from _in_range("checkpoint.interval_steps", checkpoint.interval_steps, 1)
-    yield from _in_range("checkpoint.keep_last", checkpoint.keep_last, 1)
-    yield from _in_range("tracking.log_every", recipe.tracking.log_every, 1)
+    yield from in_range("seed", recipe.seed, 0)
+    yield from in_range("loader.workers", loader.workers, 0)
+    yield from in_range("loader.prefetch_steps", loader.prefetch_steps, 1)
+    yield from in_range("loader.max_skipped_fraction", loader.max_skipped_fraction, 0, 1)
+    yield from in_range("loader.max_image_pixels", loader.max_image_pixels, 1)
+    yield from in_range("checkpoint.interval_steps", checkpoint.interval_steps, 1)
+    yield from in_range("checkpoint.keep_last", checkpoint.keep_last, 1)
+    yield from in_range("tracking.log_every", recipe.tracking.log_every, 1)
 
 
 # ---- one stage ----
@@ -171,12 +146,12 @@ def something_trains(path: str, stage: StageConfig, model: ModelConfig) -> Probl
 def steps_and_rates_fit(path: str, stage: StageConfig, model: ModelConfig) -> Problems:
     """Warm-up ends before the stage does, and the rate decays downward."""
     optimizer, name = stage.optimizer, f"{path}.optimizer"
-    yield from _in_range(f"{path}.steps", stage.steps, 1)
-    yield from _in_range(f"{name}.warmup_steps", optimizer.warmup_steps, 0)
-    yield from _in_range(f"{name}.min_lr", optimizer.min_lr, 0)
-    yield from _in_range(f"{name}.weight_decay", optimizer.weight_decay, 0)
-    yield from _below_one(f"{name}.beta1", optimizer.beta1)
-    yield from _below_one(f"{name}.beta2", optimizer.beta2)
+    yield from in_range(f"{path}.steps", stage.steps, 1)
+    yield from in_range(f"{name}.warmup_steps", optimizer.warmup_steps, 0)
+    yield from in_range(f"{name}.min_lr", optimizer.min_lr, 0)
+    yield from in_range(f"{name}.weight_decay", optimizer.weight_decay, 0)
+    yield from below_one(f"{name}.beta1", optimizer.beta1)
+    yield from below_one(f"{name}.beta2", optimizer.beta2)
     if optimizer.warmup_steps >= stage.steps:
         yield (
             f"{name}.warmup_steps={optimizer.warmup_steps} does not end before {path}.steps={stage.steps}; "
@@ -191,11 +166,11 @@ def steps_and_rates_fit(path: str, stage: StageConfig, model: ModelConfig) -> Pr
 
 def batch_is_possible(path: str, stage: StageConfig, model: ModelConfig) -> Problems:
     """Sizes of the batch and the tiling; an image of one tile must fit a pack."""
-    yield from _in_range(f"{path}.batch.size", stage.batch.size, 1)
-    yield from _in_range(f"{path}.batch.window", stage.batch.window, 1)
-    yield from _in_range(f"{path}.tiling.max_tiles", stage.tiling.max_tiles, 1)
-    yield from _below_one(f"{path}.hidden_dropout", stage.hidden_dropout)
-    yield from _below_one(f"{path}.attention_dropout", stage.attention_dropout)
+    yield from in_range(f"{path}.batch.size", stage.batch.size, 1)
+    yield from in_range(f"{path}.batch.window", stage.batch.window, 1)
+    yield from in_range(f"{path}.tiling.max_tiles", stage.tiling.max_tiles, 1)
+    yield from below_one(f"{path}.hidden_dropout", stage.hidden_dropout)
+    yield from below_one(f"{path}.attention_dropout", stage.attention_dropout)
     vision = model.vision
     tokens = (vision.tile_size // (2 * vision.patch_size)) ** 2 if vision.patch_size > 0 else 0
     if stage.sequence_length <= tokens:
@@ -209,7 +184,7 @@ def layout_fits_model(path: str, stage: StageConfig, model: ModelConfig) -> Prob
     """Tensor parallelism cuts heads, groups, feed-forward and vocabulary; the pipeline cuts layers."""
     layout, language, name = stage.parallel, model.language, f"{path}.parallel"
     for key in ("tensor", "pipeline", "max_tiles_in_flight"):
-        yield from _in_range(f"{name}.{key}", getattr(layout, key), 1)
+        yield from in_range(f"{name}.{key}", getattr(layout, key), 1)
     if layout.tensor < 1 or layout.pipeline < 1:
         return
     sizes = {
@@ -222,14 +197,14 @@ def layout_fits_model(path: str, stage: StageConfig, model: ModelConfig) -> Prob
     if layout.sequence_parallel:
         sizes[f"{path}.sequence_length"] = stage.sequence_length
     # Divisors of all sizes, so that following the remedy breaks no other rule.
-    remedy = _use(divisors(max(1, math.gcd(*sizes.values()))))
+    remedy = use(divisors(max(1, math.gcd(*sizes.values()))))
     for key, size in sizes.items():
         if size % layout.tensor:
             yield f"{name}.tensor={layout.tensor} does not divide {key}={size}; {remedy}"
     if language.num_layers % layout.pipeline:
         yield (
             f"{name}.pipeline={layout.pipeline} does not divide model.language.num_layers="
-            f"{language.num_layers}; {_use(divisors(max(1, language.num_layers)))}"
+            f"{language.num_layers}; {use(divisors(max(1, language.num_layers)))}"
         )
     if layout.sequence_parallel and layout.tensor == 1:
         yield f"{name}.sequence_parallel=true needs {name}.tensor above 1; set it to false or raise tensor"
