@@ -19,39 +19,63 @@ class WorkerPool:
     """Processes 0 .. size - 1; `run` returns what the function returned on each rank."""
 
     def __init__(self, size: int = 4) -> None:
+        self._size = size
+        self._start()
+
+    def _start(self) -> None:
         context = mp.get_context("spawn")
         self._connections: list[Connection] = []
         self._processes = []
-        for _ in range(size):
+        for _ in range(self._size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            # Not daemons: saving a checkpoint starts processes of its own.
+            process = context.Process(target=_serve, args=(theirs,))
             process.start()
+            theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
 
-    def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180) -> list[Any]:
+    def run(
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120
+    ) -> list[Any]:
         """Runs `function(*args)` on every rank of a new world.
 
         Raises:
-            AssertionError: a rank failed (with its traceback) or did not answer in time.
+            AssertionError: a rank failed (with its traceback) or did not answer in time; the
+                processes are then replaced, because the others may wait for it in a collective.
         """
         with tempfile.TemporaryDirectory() as directory:
             store = os.path.join(directory, "store")
             members = self._connections[:world_size]
             for rank, connection in enumerate(members):
                 connection.send((rank, world_size, store, function, args))
-            answers = []
-            for rank, connection in enumerate(members):
-                assert connection.poll(timeout), f"rank {rank} did not answer in {timeout} s"
-                answers.append(connection.recv())
-        errors = [answer for ok, answer in answers if not ok]
+            answers, errors = self._collect(members, timeout)
+        if errors:
+            self.close()
+            self._start()
         assert not errors, "\n".join(errors)
-        return [answer for _, answer in answers]
+        return answers
+
+    def _collect(self, members: list[Connection], timeout: float) -> tuple[list[Any], list[str]]:
+        answers, errors = [], []
+        for rank, connection in enumerate(members):
+            # Once a rank has failed, the others get only long enough to say how they failed.
+            if not connection.poll(2 if errors else timeout):
+                errors.append(f"rank {rank} did not answer in {timeout} s")
+                continue
+            try:
+                is_ok, answer = connection.recv()
+            except EOFError:
+                is_ok, answer = False, f"rank {rank} died"
+            (answers if is_ok else errors).append(answer)
+        return answers, errors
 
     def close(self) -> None:
         """Ends the processes."""
+        for connection in self._connections:
+            connection.close()
         for process in self._processes:
-            process.terminate()
+            process.kill()
             process.join()
 
 
@@ -60,7 +84,10 @@ def _serve(connection: Connection) -> None:
 
     torch.set_num_threads(1)
     while True:
-        rank, world_size, store, function, args = connection.recv()
+        try:
+            rank, world_size, store, function, args = connection.recv()
+        except EOFError:  # the pool was closed
+            return
         try:
             connection.send((True, _run(rank, world_size, store, function, args)))
         except BaseException:

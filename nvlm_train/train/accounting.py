@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ class StepResult:
     samples: int
     skipped_samples: int
     """Samples whose image could not be decoded."""
+    samples_hash: int
+    """Sum of the CRC-32 of the step's sample names: equal for equal samples, in whatever order and layout."""
 
 
 def count_trained_tokens(batch: StepBatch, topology: Topology) -> int:
@@ -57,19 +60,20 @@ def account(
         topology: this rank's place.
     """
     by_source = torch.zeros(2, num_sources, dtype=torch.float64, device=device())
-    counts = torch.zeros(5, dtype=torch.float64, device=device())
+    counts = torch.zeros(6, dtype=torch.float64, device=device())
     # One rank of each replica speaks for it: one that holds the losses.
     if topology.is_last_pp_stage and topology.tensor_rank == 0:
         for report in reports:
             sources = torch.tensor(report.sources, dtype=torch.int64, device=device())
             by_source[0].index_add_(0, sources, report.losses_L.double())
             by_source[1].index_add_(0, sources, torch.ones_like(report.losses_L.double()))
-        counts += torch.tensor([*_own_work(batch), skipped], dtype=torch.float64, device=device())
+        own = [*_own_work(batch), skipped, _hash_samples(batch)]
+        counts += torch.tensor(own, dtype=torch.float64, device=device())
     totals = torch.cat([by_source.flatten(), counts])
     dist.all_reduce(totals)
     sums = totals[:num_sources].tolist()
     tokens = [int(count) for count in totals[num_sources : 2 * num_sources].tolist()]
-    processed, pairs, tiles, samples, failed = (int(count) for count in totals[-5:].tolist())
+    processed, pairs, tiles, samples, failed, hashed = (int(n) for n in totals[-6:].tolist())
     return StepResult(
         loss=sum(sums) / max(sum(tokens), 1),
         grad_norm=grad_norm,
@@ -78,6 +82,7 @@ def account(
         work=StepWork(processed, pairs, sum(tokens), tiles),
         samples=samples,
         skipped_samples=failed,
+        samples_hash=hashed,
     )
 
 
@@ -92,6 +97,15 @@ def _own_work(batch: StepBatch) -> list[int]:
         tiles += microbatch.num_tiles
         samples += len(microbatch.samples)
     return [tokens, pairs, tiles, samples]
+
+
+def _hash_samples(batch: StepBatch) -> int:
+    """Sums of 32-bit values stay exact in fp64 for two million samples a step."""
+    return sum(
+        zlib.crc32(f"{sample.shard}/{sample.key}".encode())
+        for microbatch in _microbatches(batch)
+        for sample in microbatch.samples
+    )
 
 
 def _microbatches(batch: StepBatch) -> list[Microbatch]:

@@ -76,7 +76,6 @@ class Saver:
         target, writing = self._directory / name, self._directory / f"{_WRITING}{name}"
         if dist.get_rank() == 0:
             writing.mkdir(exist_ok=True)
-            write_state(state, writing)
         dist.barrier()
         request = dist_checkpointing.save(
             sharded_state(engine, is_loading=False),
@@ -84,7 +83,7 @@ class Saver:
             async_sharded_save=True,
         )
         assert request is not None
-        request.add_finalize_fn(lambda: self._publish(writing, target))
+        request.add_finalize_fn(lambda: self._publish(writing, target, state))
         self._queue.schedule_async_request(request)
         if not self._config.asynchronous:
             self.wait()
@@ -103,8 +102,9 @@ class Saver:
         self.wait()
         self._queue.close()
 
-    def _publish(self, writing: Path, target: Path) -> None:
+    def _publish(self, writing: Path, target: Path, state: RunState) -> None:
         if dist.get_rank() == 0:
+            write_state(state, writing)
             if target.exists():
                 shutil.rmtree(target)
             os.replace(writing, target)

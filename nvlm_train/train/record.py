@@ -42,7 +42,10 @@ def step_record(
     result: StepResult,
     seconds: tuple[float, float],
 ) -> dict[str, float | int | str]:
-    """The record of the step that led to `done`. Rates are over the world, TFLOP/s per rank."""
+    """The record of the step that led to `done`. Rates are over the world, TFLOP/s per rank.
+
+    `data_position` counts samples or packs drawn in the stage, whichever the stage's batch counts.
+    """
     loading, total = seconds
     stage = recipe.stages[done.stage]
     flops = step_flops(recipe.model, stage, result.work)
@@ -53,7 +56,9 @@ def step_record(
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "lr": lr,
+        "data_position": done.step * stage.batch.size,
         "samples": result.samples,
+        "samples_hash": result.samples_hash,
         "tokens": result.work.tokens,
         "trained_tokens": result.work.trained_tokens,
         "tiles": result.work.tiles,

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nvlm_train import __version__
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import CheckpointError
 from nvlm_train.train.schedule import Position
@@ -46,7 +47,7 @@ class RunState:
 
 def library_versions() -> dict[str, str]:
     """Of the libraries that decide what the numbers are."""
-    return {name: version(name) for name in ("torch", "megatron-core", "nvlm-train")}
+    return {"nvlm-train": __version__, **{name: version(name) for name in ("torch", "megatron-core")}}
 
 
 def plain_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,156 @@
+"""Interrupted and uninterrupted runs are the same run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvlm_train.train.signals import EXIT_REQUEUE
+from tests.train import runs
+from tests.train.smoke import make_smoke_data, read_metrics
+from tests.workers import WorkerPool
+
+PARALLEL = {
+    "single": (1, {}),
+    "TP2": (2, {"tensor": 2, "sequence_parallel": "true"}),
+    "PP2": (2, {"pipeline": 2}),
+    "DP2": (2, {}),
+    "TP2 PP2": (4, {"tensor": 2, "pipeline": 2}),
+    "PP2 DP2 overlapped": (4, {"pipeline": 2, "overlap_grad_reduce": "true"}),
+}
+NO_DROPOUT = ("stages.pretrain.hidden_dropout=0", "stages.pretrain.attention_dropout=0")
+
+
+def layout(name: str) -> tuple[int, list[str]]:
+    """World size and overrides that put both stages into a layout."""
+    world, fields = PARALLEL[name]
+    return world, [
+        f"stages.{stage}.parallel.{field}={value}"
+        for stage in ("pretrain", "sft")
+        for field, value in fields.items()
+    ]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("smoke")
+    make_smoke_data(root)
+    return root
+
+
+@pytest.mark.parametrize("name", ["single", "PP2", "TP2 PP2"])
+@pytest.mark.parametrize("stop_after", [1, 4, 6])
+def test_stopped_run_continues_bit_for_bit(
+    workers: WorkerPool, data: Path, tmp_path: Path, name: str, stop_after: int
+) -> None:
+    """With dropout, so that the RNG counts; 4 is the hand-over between the stages."""
+    world, overrides = layout(name)
+    assert workers.run(world, runs.run, data, tmp_path / "whole", *overrides) == [0] * world
+    stopped = tmp_path / "stopped"
+    codes = workers.run(world, _stop, data, stopped, stop_after, overrides)
+    assert codes == [EXIT_REQUEUE] * world
+    assert len(read_metrics(stopped)) == stop_after
+    assert workers.run(world, runs.run, data, stopped, *overrides) == [0] * world
+    assert read_metrics(stopped) == read_metrics(tmp_path / "whole")
+    whole, continued = (
+        workers.run(1, runs.final_weights, data, tmp_path / run)[0] for run in ("whole", "stopped")
+    )
+    assert all(torch.equal(whole[key], continued[key]) for key in whole)
+
+
+def _stop(data: Path, run_dir: Path, stop_after: int, overrides: list[str]) -> int:
+    return runs.run(data, run_dir, *overrides, stop_after=stop_after)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("single", "DP2"), ("DP2", "single"), ("DP2", "TP2"), ("TP2 PP2", "PP2 DP2 overlapped")],
+)
+def test_resume_in_another_layout(
+    workers: WorkerPool, data: Path, tmp_path: Path, before: str, after: str
+) -> None:
+    """The same samples, losses to 1e-4. Dropout masks depend on the layout, so there is none here."""
+    assert workers.run(1, runs.run, data, tmp_path / "whole", *NO_DROPOUT) == [0]
+    world, overrides = layout(before)
+    workers.run(world, _stop, data, tmp_path / "moved", 6, [*overrides, *NO_DROPOUT])
+    world, overrides = layout(after)
+    workers.run(world, runs.run, data, tmp_path / "moved", *overrides, *NO_DROPOUT)
+    expected, found = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "moved")
+    assert [each["samples_hash"] for each in found] == [each["samples_hash"] for each in expected]
+    assert [each["loss"] for each in found] == pytest.approx(
+        [each["loss"] for each in expected], rel=1e-4
+    )
+    assert [each["grad_norm"] for each in found] == pytest.approx(
+        [each["grad_norm"] for each in expected], rel=1e-3
+    )
+
+
+def test_stages_may_have_different_layouts(
+    workers: WorkerPool, data: Path, tmp_path: Path
+) -> None:
+    """Pretraining at TP2, SFT at PP2: the checkpoint itself reshards the weights."""
+    overrides = ["stages.pretrain.parallel.tensor=2", "stages.sft.parallel.pipeline=2", *NO_DROPOUT]
+    workers.run(2, runs.run, data, tmp_path / "two", *overrides)
+    workers.run(1, runs.run, data, tmp_path / "one", *NO_DROPOUT)
+    losses = [[each["loss"] for each in read_metrics(tmp_path / run)] for run in ("one", "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_finished_run_does_nothing(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
+    workers.run(1, runs.run, data, tmp_path / "run")
+    before = read_metrics(tmp_path / "run")
+    assert workers.run(1, runs.run, data, tmp_path / "run") == [0]
+    assert read_metrics(tmp_path / "run") == before
+
+
+def test_half_written_checkpoint_is_not_used(
+    workers: WorkerPool, data: Path, tmp_path: Path
+) -> None:
+    workers.run(1, _stop, data, tmp_path / "run", 3, [])
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(checkpoints / "pretrain-00000003", checkpoints / "writing-pretrain-00000004")
+    assert workers.run(1, runs.run, data, tmp_path / "run") == [0]
+    assert not list(checkpoints.glob("writing-*"))
+    assert [each["global_step"] for each in read_metrics(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_only_the_last_checkpoints_are_kept(
+    workers: WorkerPool, data: Path, tmp_path: Path
+) -> None:
+    workers.run(1, runs.run, data, tmp_path / "run", "checkpoint.keep_last=1")
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert kept == ["sft-00000004"]
+
+
+def test_another_recipe_is_refused(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
+    workers.run(1, _stop, data, tmp_path / "run", 6, [])
+    changed = ["stages.sft.batch.size=8", "seed=1", "model.projector.ffn_hidden_size=32"]
+    message = workers.run(1, _refusal, data, tmp_path / "run", changed)[0]
+    assert "stages.sft.batch.size=8, was 4" in message
+    assert "seed=1, was 1234" in message
+    assert "model.projector.ffn_hidden_size=32, was 64" in message
+    assert "another run_dir" in message
+
+
+def test_changed_shard_is_refused_by_name(
+    workers: WorkerPool, data: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "data"
+    make_smoke_data(own)
+    workers.run(1, _stop, own, tmp_path / "run", 6, [])
+    shutil.copy(own / "text-000001.tar", own / "text-000000.tar")
+    message = workers.run(1, _refusal, own, tmp_path / "run", [])[0]
+    assert "text-000000.tar" in message and "changed" in message
+
+
+def _refusal(data: Path, run_dir: Path, overrides: list[str]) -> str:
+    from nvlm_train.errors import NvlmError
+
+    with pytest.raises(NvlmError) as caught:
+        runs.run(data, run_dir, *overrides)
+    return str(caught.value)
+
+
