@@ -29,7 +29,9 @@ class Tokenizer:
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             raise ConfigError(
-                [f"model.tokenizer.path={config.path}: no such file; give a tokenizer.json or its directory"]
+                [
+                    f"model.tokenizer.path={config.path}: no such file; give a tokenizer.json or its directory"
+                ]
             )
         self.config = config
         self._path = path

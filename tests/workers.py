@@ -94,7 +94,9 @@ def _serve(connection: Connection) -> None:
             connection.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
 
 
-def _run(rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _run(
+    rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
     import torch.distributed as dist
 
     from nvlm_train.parallel.topology import start_process_group

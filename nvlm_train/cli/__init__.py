@@ -40,7 +40,9 @@ def _complain(message: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nvlm", description="Trains NVLM-style multimodal models.")
+    parser = argparse.ArgumentParser(
+        prog="nvlm", description="Trains NVLM-style multimodal models."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="run a recipe's schedule, or continue it")
     _recipe_arguments(train)
@@ -62,13 +64,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
-    command.add_argument("--recipes", metavar="DIR", help="your own recipes, besides the shipped ones")
+    command.add_argument(
+        "--recipes", metavar="DIR", help="your own recipes, besides the shipped ones"
+    )
 
 
 def _prepare_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("format", choices=["llava", "jsonl"])
     command.add_argument("input", help="the JSON or JSONL file")
-    command.add_argument("--images", default=".", metavar="DIR", help="where relative image paths start")
+    command.add_argument(
+        "--images", default=".", metavar="DIR", help="where relative image paths start"
+    )
     command.add_argument("--out", required=True, metavar="DIR")
     command.add_argument("--name", required=True, help="shards are called NAME-000000.tar, ...")
     command.add_argument("--samples-per-shard", type=int, default=1000)

@@ -40,7 +40,9 @@ def qwen2_source(language: LanguageConfig) -> Callable[[str, tuple[int, ...]], T
         row, parts = found
         missing = [part for part in parts if part not in files]
         if missing:
-            raise CheckpointError(f"model.language.weights={directory}: no tensor named {missing[0]}")
+            raise CheckpointError(
+                f"model.language.weights={directory}: no tensor named {missing[0]}"
+            )
         tensor = row.join(language, [_read(files[part], part) for part in parts])
         if tuple(tensor.shape) != shape:
             raise CheckpointError(

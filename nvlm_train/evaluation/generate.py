@@ -96,7 +96,9 @@ def _make_packs(
 ) -> list[_Pack]:
     lengths = [len(prompts[number].encoded.token_ids) + max_new_tokens for number in mine]
     bins = best_fit_decreasing(lengths, replica.sequence_length)
-    return [_make_pack(replica, prompts, [mine[i] for i in numbers], max_new_tokens) for numbers in bins]
+    return [
+        _make_pack(replica, prompts, [mine[i] for i in numbers], max_new_tokens) for numbers in bins
+    ]
 
 
 def _make_pack(
@@ -160,7 +162,11 @@ def _next_tokens(replica: Replica, packs: list[_Pack]) -> list[list[int]]:
     joined = torch.zeros(sum(counts), dtype=torch.int64, device=device())
     if replica.topology.is_last_pp_stage:
         joined.copy_(torch.cat(results))
-    dist.broadcast(joined, mpu.get_pipeline_model_parallel_last_rank(), group=mpu.get_pipeline_model_parallel_group())
+    dist.broadcast(
+        joined,
+        mpu.get_pipeline_model_parallel_last_rank(),
+        group=mpu.get_pipeline_model_parallel_group(),
+    )
     return [part.tolist() for part in joined.split(counts)]
 
 

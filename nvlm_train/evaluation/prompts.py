@@ -29,9 +29,7 @@ def make_prompt(encoder: SampleEncoder, question: str, images: Sequence[bytes]) 
     encoded = encoder.encode_prompt([Turn("user", question)], sizes)
     edge = encoder.spec.tile_size
     tiles: list[Tensor] = [torch.zeros(0, 3, edge, edge, dtype=torch.uint8)]
-    for image, grid, num_tiles in zip(
-        images, encoded.grids, encoded.tiles_per_image, strict=True
-    ):
+    for image, grid, num_tiles in zip(images, encoded.grids, encoded.tiles_per_image, strict=True):
         pixels = decode_image(image, encoder.spec.max_image_pixels)
         tiles.append(cut_tiles(pixels, grid, num_tiles, edge))
     return Prompt(encoded, torch.cat(tiles))

@@ -34,5 +34,7 @@ def edit_distance(first: str, second: str) -> int:
 
 def character_error_rate(answers: Sequence[str], references: Sequence[str]) -> float:
     """Edits over reference characters, over all pairs together; runs of white space count as one space."""
-    pairs = [(" ".join(a.split()), " ".join(r.split())) for a, r in zip(answers, references, strict=True)]
+    pairs = [
+        (" ".join(a.split()), " ".join(r.split())) for a, r in zip(answers, references, strict=True)
+    ]
     return sum(edit_distance(a, r) for a, r in pairs) / sum(len(r) for _, r in pairs)

@@ -32,7 +32,9 @@ def sharding_metadata() -> dict[str, bool]:
     return {"non_homogeneous_layers": True}
 
 
-def shards(model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]) -> Iterator[ShardedTensor]:
+def shards(
+    model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]
+) -> Iterator[ShardedTensor]:
     """The local slices of something that every parameter has, such as its data or its gradient.
 
     Args:

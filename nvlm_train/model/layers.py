@@ -94,7 +94,9 @@ class SdpaAttention(nn.Module):
             key_SGD.repeat_interleave(group, dim=1),
             value_SGD.repeat_interleave(group, dim=1),
         )
-        segments = zip(*(state.transpose(0, 1).split(lengths, dim=1) for state in states), strict=True)
+        segments = zip(
+            *(state.transpose(0, 1).split(lengths, dim=1) for state in states), strict=True
+        )
         outputs = [
             F.scaled_dot_product_attention(
                 query[None],

@@ -20,7 +20,11 @@ class Projector(MegatronModule):
     """LayerNorm, Linear, GELU, Linear without biases (released NVLM-D; paper section 4.5)."""
 
     def __init__(
-        self, config: TransformerConfig, projector: ProjectorConfig, feature_size: int, kernels: Kernels
+        self,
+        config: TransformerConfig,
+        projector: ProjectorConfig,
+        feature_size: int,
+        kernels: Kernels,
     ) -> None:
         projector_config = _projector_config(config, projector)
         super().__init__(projector_config)

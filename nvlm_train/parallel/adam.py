@@ -31,7 +31,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
     ) -> None:
         if not adam_w_mode:
-            raise ValueError("adam_w_mode=False: only decoupled weight decay (AdamW) is implemented")
+            raise ValueError(
+                "adam_w_mode=False: only decoupled weight decay (AdamW) is implemented"
+            )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 

@@ -20,9 +20,7 @@ class Kernels:
     adam: Literal["transformer_engine", "apex", "torch"]
 
     def __str__(self) -> str:
-        return (
-            f"linear={self.linear} attention={self.attention} norm={self.norm} adam={self.adam}"
-        )
+        return f"linear={self.linear} attention={self.attention} norm={self.norm} adam={self.adam}"
 
 
 def choose(has_cuda: bool, has_transformer_engine: bool, has_apex: bool) -> Kernels:
@@ -61,5 +59,7 @@ def install_adam() -> None:
         (distributed, "USING_APEX_OPTIMIZER", True),
     ):
         if not hasattr(owner, name):
-            raise RuntimeError(f"{owner.__name__}.{name} does not exist: update parallel/kernels.py")
+            raise RuntimeError(
+                f"{owner.__name__}.{name} does not exist: update parallel/kernels.py"
+            )
         setattr(owner, name, value)

@@ -73,5 +73,6 @@ def _numbers(recipe: Recipe, work: StageWork) -> list[NumberRow]:
 
 def _count(work: StageWork) -> str:
     return ", ".join(
-        f"{source.name} {source.num_samples - source.num_unusable:,}" for source in work.plan.sources
+        f"{source.name} {source.num_samples - source.num_unusable:,}"
+        for source in work.plan.sources
     )

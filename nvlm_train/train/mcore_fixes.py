@@ -12,7 +12,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """The distributed optimizers inside megatron-core's chain that own parameters on this rank."""
-    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    chained = (
+        optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    )
     return [
         each
         for each in chained
@@ -32,7 +34,9 @@ def keep_bucket_padding(optimizer: MegatronOptimizer) -> None:
         each.get_parameter_state_dp_zero = MethodType(_state_with_padding, each)
 
 
-def _state_with_padding(self: DistributedOptimizer, *args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+def _state_with_padding(
+    self: DistributedOptimizer, *args: Any, **kwargs: Any
+) -> dict[Any, Any] | None:
     state = DistributedOptimizer.get_parameter_state_dp_zero(self, *args, **kwargs)
     if state is None:
         return None

@@ -148,7 +148,9 @@ def layout_of(topology: Topology) -> tuple[int, int, int]:
     return topology.tensor_size, topology.pipeline_size, topology.data_size
 
 
-def run_state(recipe: Recipe, work: StageWork, done: Position, wandb_run_id: str | None) -> RunState:
+def run_state(
+    recipe: Recipe, work: StageWork, done: Position, wandb_run_id: str | None
+) -> RunState:
     """What a checkpoint made now says about itself. Called by every rank."""
     return RunState(
         stage=done.stage,

@@ -47,7 +47,10 @@ class RunState:
 
 def library_versions() -> dict[str, str]:
     """Of the libraries that decide what the numbers are."""
-    return {"nvlm-train": __version__, **{name: version(name) for name in ("torch", "megatron-core")}}
+    return {
+        "nvlm-train": __version__,
+        **{name: version(name) for name in ("torch", "megatron-core")},
+    }
 
 
 def plain_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -106,6 +109,8 @@ def _differences(then: Any, now: Any, path: str) -> list[str]:
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         keys = sorted({*then, *now})
         return [
-            line for key in keys for line in _differences(then.get(key), now.get(key), f"{path}.{key}")
+            line
+            for key in keys
+            for line in _differences(then.get(key), now.get(key), f"{path}.{key}")
         ]
     return [] if then == now else [f"{path}={now}, was {then}"]

@@ -80,8 +80,12 @@ def drop_failures(batch: StepBatch, topology: Topology) -> tuple[StepBatch, int]
     first, total = _number_samples(batch)
     flags = torch.zeros(total, dtype=torch.int32, device=device())
     for failure in batch.failures:
-        sample = batch.rounds[failure.round].microbatches[failure.microbatch].samples[failure.sample]
-        logger.warning("skipped sample=%s in shard=%s: %s", sample.key, sample.shard, failure.reason)
+        sample = (
+            batch.rounds[failure.round].microbatches[failure.microbatch].samples[failure.sample]
+        )
+        logger.warning(
+            "skipped sample=%s in shard=%s: %s", sample.key, sample.shard, failure.reason
+        )
         flags[first[failure.round, failure.microbatch] + failure.sample] = 1
     if topology.replica_size > 1 and total:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=topology.replica_group)

@@ -51,9 +51,7 @@ def encode_tiles(encoder: InternViT, tiles_TCEE: Tensor) -> Tensor:
     return features
 
 
-def _to_first_stage(
-    own: Tensor, tile_split: tuple[int, ...], topology: Topology
-) -> Tensor | None:
+def _to_first_stage(own: Tensor, tile_split: tuple[int, ...], topology: Topology) -> Tensor | None:
     if topology.replica_size == 1:
         return own
     # Replica ranks 0 .. TP - 1 are the first stage's; each receives every rank's share, in order.
@@ -63,7 +61,5 @@ def _to_first_stage(
     send_split = [len(own)] * receivers + [0] * (topology.replica_size - receivers)
     receive_split = list(tile_split) if topology.is_first_pp_stage else [0] * len(tile_split)
     received = own.new_empty((sum(receive_split), *own.shape[1:]))
-    dist.all_to_all_single(
-        received, send, receive_split, send_split, group=topology.replica_group
-    )
+    dist.all_to_all_single(received, send, receive_split, send_split, group=topology.replica_group)
     return received if topology.is_first_pp_stage else None

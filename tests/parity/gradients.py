@@ -79,7 +79,9 @@ def gradients_of_step(
     return losses, gradients
 
 
-def _one(engine: Engine, layouts: list, number: int, rounds: int) -> tuple[float, dict[str, Tensor]]:
+def _one(
+    engine: Engine, layouts: list, number: int, rounds: int
+) -> tuple[float, dict[str, Tensor]]:
     topology = engine.topology
     batch = recipes.step_batch(layouts, topology.share, number, rounds)
     trained = count_trained_tokens(batch, topology)

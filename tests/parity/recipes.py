@@ -65,7 +65,9 @@ def recipe(parallel: ParallelConfig, **changes: object) -> Recipe:
     )
 
 
-def pack(layout: list[tuple[int, int]], seed: int, trained: str = "some") -> tuple[Microbatch, torch.Tensor]:
+def pack(
+    layout: list[tuple[int, int]], seed: int, trained: str = "some"
+) -> tuple[Microbatch, torch.Tensor]:
     """A pack of samples given as (text tokens, tiles), and the pixels of its tiles.
 
     Args:
@@ -101,7 +103,9 @@ def pack(layout: list[tuple[int, int]], seed: int, trained: str = "some") -> tup
         num_tiles=num_tiles,
     )
     edge = VISION.tile_size
-    pixels = torch.randint(0, 256, (num_tiles, 3, edge, edge), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(
+        0, 256, (num_tiles, 3, edge, edge), dtype=torch.uint8, generator=generator
+    )
     return microbatch, pixels
 
 
@@ -114,7 +118,9 @@ MIXED = [
 TEXT_ONLY = [[(30, 0), (20, 0)], [(40, 0)], [(25, 0)], [(60, 0), (20, 0)]]
 
 
-def step_batch(layouts: list[list[tuple[int, int]]], share: RankShare, step: int, rounds: int = 1) -> StepBatch:
+def step_batch(
+    layouts: list[list[tuple[int, int]]], share: RankShare, step: int, rounds: int = 1
+) -> StepBatch:
     """This rank's view of a step made of the given packs, cut into rounds."""
     packs = [pack(layout, seed=100 * step + n) for n, layout in enumerate(layouts)]
     per_rank = len(packs) // share.dp_size

@@ -80,7 +80,9 @@ def test_deliberate_bugs_are_caught(workers: WorkerPool, reference, bug: str) ->
     assert worst_error(found, reference[1]) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("layout", ["TP2 SP", "PP2", "DP2", "DP2 overlapped", "TP2 SP PP2", "PP2 DP2"])
+@pytest.mark.parametrize(
+    "layout", ["TP2 SP", "PP2", "DP2", "DP2 overlapped", "TP2 SP PP2", "PP2 DP2"]
+)
 def test_losses_of_training_do_not_depend_on_layout(workers: WorkerPool, layout: str) -> None:
     world, parallel, _ = LAYOUTS[layout]
     expected, expected_norms = workers.run(1, gradients.losses_of_training, ParallelConfig(), 5)[0]
@@ -98,7 +100,9 @@ def test_frozen_parts_are_bitwise_unchanged(workers: WorkerPool) -> None:
         assert all(name.startswith("projector.") for name in changed)
         assert not any(name.startswith("projector.") for name in unchanged)
         assert encoder_unchanged
-    everything = workers.run(1, gradients.what_training_changes, ParallelConfig(), ("projector",))[0]
+    everything = workers.run(1, gradients.what_training_changes, ParallelConfig(), ("projector",))[
+        0
+    ]
     assert len(everything[0]) == 4 and len(everything[1]) == 31
 
 

@@ -78,7 +78,10 @@ def _questions(count: int) -> Iterator[tuple]:
                     {"from": "gpt", "value": "no"},
                 ]
             }
-            images = [("0.png", _picture((32, 32), number)), ("1.png", _picture((64, 32), number + 1))]
+            images = [
+                ("0.png", _picture((32, 32), number)),
+                ("1.png", _picture((64, 32), number + 1)),
+            ]
             yield f"vqa{number:04d}", two, images
         else:
             yield f"vqa{number:04d}", record, [("png", _picture((48, 48), number))]
@@ -113,6 +116,8 @@ def _write_tokenizer(path: Path) -> None:
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    fast.train_from_iterator([" ".join(_WORDS) + " <Image><tile_1></Image> question answer"] * 20, trainer)
+    fast.train_from_iterator(
+        [" ".join(_WORDS) + " <Image><tile_1></Image> question answer"] * 20, trainer
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     fast.save(str(path))

@@ -88,9 +88,7 @@ def test_resume_in_another_layout(
     )
 
 
-def test_stages_may_have_different_layouts(
-    workers: WorkerPool, data: Path, tmp_path: Path
-) -> None:
+def test_stages_may_have_different_layouts(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
     """Pretraining at TP2, SFT at PP2: the checkpoint itself reshards the weights."""
     overrides = ["stages.pretrain.parallel.tensor=2", "stages.sft.parallel.pipeline=2", *NO_DROPOUT]
     workers.run(2, runs.run, data, tmp_path / "two", *overrides)
@@ -135,9 +133,7 @@ def test_another_recipe_is_refused(workers: WorkerPool, data: Path, tmp_path: Pa
     assert "another run_dir" in message
 
 
-def test_changed_shard_is_refused_by_name(
-    workers: WorkerPool, data: Path, tmp_path: Path
-) -> None:
+def test_changed_shard_is_refused_by_name(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
     own = tmp_path / "data"
     make_smoke_data(own)
     workers.run(1, _stop, own, tmp_path / "run", 6, [])
@@ -152,5 +148,3 @@ def _refusal(data: Path, run_dir: Path, overrides: list[str]) -> str:
     with pytest.raises(NvlmError) as caught:
         runs.run(data, run_dir, *overrides)
     return str(caught.value)
-
-
