@@ -30,7 +30,8 @@ class Tokenizer:
         if not path.is_file():
             raise ConfigError(
                 [
-                    f"model.tokenizer.path={config.path}: no such file; give a tokenizer.json or its directory"
+                    f"model.tokenizer.path={config.path}: no such file; "
+                    "give a tokenizer.json or its directory"
                 ]
             )
         self.config = config

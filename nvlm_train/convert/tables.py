@@ -93,7 +93,7 @@ QWEN2: tuple[Row, ...] = (
 
 
 def find_row(canonical: str) -> tuple[Row, tuple[str, ...]] | None:
-    """The row of a canonical name and the Hugging Face names of its parts; None when not the language model's."""
+    """A canonical name's row and Hugging Face's names of its parts; None for other parts' tensors."""
     for row in QWEN2:
         match = re.fullmatch(re.escape(row.canonical).replace(r"\{n\}", r"(\d+)"), canonical)
         if match:

@@ -2,7 +2,8 @@
 
 megatron-core's sharded state dict says for every local tensor which slice of which global tensor it
 is. Whoever has global tensors (an importer, a seeded initialiser) fills any layout through it, so
-initial weights do not depend on TP, PP or DP; whoever wants them (an exporter, a parity test) reads them back.
+initial weights do not depend on TP, PP or DP; whoever wants them (an exporter, a parity test) reads
+them back.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from nvlm_train.config.schema import LanguageConfig
@@ -33,7 +35,7 @@ def sharding_metadata() -> dict[str, bool]:
 
 
 def shards(
-    model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]
+    model: MegatronModule, of: Callable[[nn.Parameter], Tensor | None]
 ) -> Iterator[ShardedTensor]:
     """The local slices of something that every parameter has, such as its data or its gradient.
 
@@ -53,7 +55,7 @@ def shards(
             yield entry
 
 
-def _entries(model: nn.Module) -> Iterator[ShardedTensor | ShardedTensorFactory]:
+def _entries(model: MegatronModule) -> Iterator[ShardedTensor | ShardedTensorFactory]:
     state = model.sharded_state_dict(prefix="", metadata=sharding_metadata())
     for entry in state.values():
         if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(
@@ -80,7 +82,9 @@ def own_slice(shard: ShardedTensor, full: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, source: Callable[[str, tuple[int, ...]], Tensor | None]) -> list[str]:
+def fill(
+    model: MegatronModule, source: Callable[[str, tuple[int, ...]], Tensor | None]
+) -> list[str]:
     """Writes global tensors into this rank's shard.
 
     Args:
@@ -121,7 +125,7 @@ def seeded_source(language: LanguageConfig, seed: int) -> Callable[[str, tuple[i
     return source
 
 
-def fingerprint(model: nn.Module) -> dict[str, float]:
+def fingerprint(model: MegatronModule) -> dict[str, float]:
     """Sum of magnitudes of each part's weights over the world, in fp64. Called by every rank."""
     parts = ("projector", "language_model")
     sums = torch.zeros(len(parts), dtype=torch.float64, device=device())
@@ -132,7 +136,7 @@ def fingerprint(model: nn.Module) -> dict[str, float]:
     return dict(zip(parts, sums.tolist(), strict=True))
 
 
-def check_fingerprint(model: nn.Module, saved: dict[str, float]) -> None:
+def check_fingerprint(model: MegatronModule, saved: dict[str, float]) -> None:
     """Compares loaded weights with the sums that were saved with them, in whatever layout.
 
     Raises:

@@ -1,6 +1,7 @@
 """The language model of one pipeline stage, on megatron-core's embedding, block and output layer.
 
-Shape legend: S tokens of a pack, B batch (always 1), H hidden, L positions whose logits are wanted, V vocabulary.
+Shape legend: S tokens of a pack, B batch (always 1), H hidden, L positions whose logits are wanted,
+V vocabulary.
 """
 
 from __future__ import annotations

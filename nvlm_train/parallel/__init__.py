@@ -1,1 +1,1 @@
-"""Floor 2: process groups, devices and kernels. Everything that megatron-core needs to know of the machine."""
+"""Floor 2: process groups, devices and kernels. All that megatron-core needs of the machine."""

@@ -112,7 +112,8 @@ def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
         pipeline_model_parallel_size=parallel.pipeline,
         create_gloo_process_groups=False,
     )
-    # Tensor-parallel ranks get their own dropout masks from megatron-core's tracker, pipeline stages from here.
+    # Tensor-parallel ranks get their own dropout masks from megatron-core's tracker, pipeline
+    # stages from here.
     stage_seed = seed + 100 * mpu.get_pipeline_model_parallel_rank()
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
     return Topology(

@@ -1,4 +1,4 @@
-"""What a run prints before it trains: the machine, what is frozen, and the numbers derived from the recipe."""
+"""What a run prints before it trains: the machine, what is frozen, and derived numbers."""
 
 from __future__ import annotations
 

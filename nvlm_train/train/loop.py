@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from nvlm_train.config import rules
 from nvlm_train.config.schema import Recipe
-from nvlm_train.data.loader import Loader
 from nvlm_train.errors import TrainingError
 from nvlm_train.parallel.topology import start_process_group
 from nvlm_train.train import announce, start

@@ -1,4 +1,4 @@
-"""Corrections of megatron-core 0.16.1 that do not depend on the device. Each names the defect and its test."""
+"""Corrections of megatron-core 0.16.1 on any device. Each names the defect and its test."""
 
 from __future__ import annotations
 

@@ -165,7 +165,9 @@ def run_state(
 
 
 def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
-    """The newest weights of a run in a stage's layout, for generation: no optimizer, no dropout, no gradients.
+    """The newest weights of a run in a stage's layout, for generation.
+
+    There is no optimizer, no dropout and no gradient.
 
     Raises:
         CheckpointError: the run has no complete checkpoint, or it does not fit.

@@ -91,7 +91,8 @@ def check_resumable(state: RunState, recipe: Recipe, directory: Path) -> None:
         wrong.append(f"seed={now['seed']}, was {then['seed']}")
     if state.stage not in now["stages"]:
         raise CheckpointError(
-            f"{directory} is in stage {state.stage}, which the recipe's schedule does not have; use another run_dir"
+            f"{directory} is in stage {state.stage}, which the recipe's schedule does not have; "
+            "use another run_dir"
         )
     if state.step < recipe.stages[state.stage].steps:
         before, after = then["stages"][state.stage], now["stages"][state.stage]

@@ -109,6 +109,9 @@ class Layer(nn.Module):
 class InternViT(nn.Module):
     """uint8 tiles to pixel-shuffled features. No final norm; the class token is dropped."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
@@ -129,7 +132,7 @@ class InternViT(nn.Module):
             [T, 1 + patches, hidden].
         """
         x_TPH = self.embeddings(pixels_TCEE)
-        for layer in self.encoder["layer"]:
+        for layer in self.encoder["layer"].children():
             x_TPH = layer(x_TPH)
         return x_TPH
 

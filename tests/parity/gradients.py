@@ -111,7 +111,7 @@ def losses_of_training(parallel: ParallelConfig, steps: int) -> tuple[list[float
 def what_training_changes(
     parallel: ParallelConfig, trainable: tuple[str, ...]
 ) -> tuple[list[str], list[str], bool]:
-    """Names of this rank's weights that three steps changed, of those they did not, and the encoder's fate."""
+    """Names of weights that three steps changed, of those they did not; whether the encoder stayed."""
     engine = start_engine(parallel, trainable=trainable)
     before = _snapshot(engine)
     encoder_before = [parameter.clone() for parameter in engine.encoder.parameters()]

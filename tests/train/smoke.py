@@ -13,7 +13,9 @@ from PIL import Image
 from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import Recipe
 
-_WORDS = "red green blue left right big small cat dog tree house car".split()
+_WORDS = [
+    "red", "green", "blue", "left", "right", "big", "small", "cat", "dog", "tree", "house", "car"
+]  # fmt: skip
 
 
 def make_smoke_data(root: Path, samples: int = 24) -> None:
