@@ -1,0 +1,16 @@
+"""A process in which megatron-core is still as it was installed."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+
+@pytest.fixture(scope="package")
+def fresh() -> Iterator[ProcessPoolExecutor]:
+    """One new process; nothing of nvlm_train has been installed there."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        yield executor

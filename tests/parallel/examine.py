@@ -1,0 +1,89 @@
+"""Runs in a fresh process: what cpu.install and kernels.install_adam find and change."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+from unittest import mock
+
+import torch
+
+from nvlm_train.parallel import cpu, kernels
+
+OPTIMIZER_MODULES = ("megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer")
+
+
+def before_and_after_install() -> dict[str, Any]:
+    """Everything test_cpu.py judges, in the order in which it must be looked at."""
+    symbols = cpu.patched_symbols()
+    report: dict[str, Any] = {
+        "symbols": [f"{owner.__name__}.{name}" for owner, name, _ in symbols],
+        "missing": [name for owner, name, _ in symbols if not hasattr(owner, name)],
+        "literals": {key: _literals(*key) for key in _table()},
+        "unpatched": _snapshot(),
+    }
+    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        cpu.install()
+    report["with CUDA"] = _snapshot()
+    report["errors"] = [_error_of(table) for table in ({"utils": (("no_such_function", 1),)},)]
+    function = cpu._find("utils", "local_multi_tensor_l2_norm")
+    original = function.__code__
+    report["errors"].append(_error_of({"utils": (("local_multi_tensor_l2_norm", 2),)}))
+    function.__code__ = original
+    gone = [(torch.cuda, "no_such_symbol", lambda: None)]
+    with mock.patch.object(cpu, "patched_symbols", lambda: gone):
+        report["errors"].append(_error_of({}))
+    cpu.install()
+    report["installed"] = _snapshot()
+    report["left"] = {key: _literals(*key) for key in _table()}
+    cpu.install()
+    report["installed twice"] = _snapshot()
+    report["device"] = str(torch.zeros(1).cuda().device), str(torch.cuda.current_device())
+    return report
+
+
+def what_install_adam_changes() -> set[str]:
+    """Names in the optimizer modules that are other objects afterwards."""
+    modules = [importlib.import_module(name) for name in OPTIMIZER_MODULES]
+    before = [dict(vars(module)) for module in modules]
+    kernels.install_adam()
+    return {
+        f"{module.__name__}.{name}"
+        for module, old in zip(modules, before, strict=True)
+        for name, value in vars(module).items()
+        if name not in old or old[name] is not value
+    }
+
+
+def _table() -> list[tuple[str, str]]:
+    return [(module, name) for module, names in cpu._LITERALS.items() for name, _ in names]
+
+
+def _literals(module: str, name: str) -> list[str]:
+    found: list[str] = []
+    cpu._replace_constants(cpu._find(module, name).__code__, found)
+    return found
+
+
+def _snapshot() -> list[int]:
+    """Identities of all that may be replaced."""
+    symbols: list[Callable | CodeType] = [getattr(o, name) for o, name, _ in cpu.patched_symbols()]
+    _KEPT.extend(symbols)
+    codes = [cpu._find(*key).__code__ for key in _table()]
+    _KEPT.extend(codes)
+    return [id(each) for each in (*symbols, *codes)]
+
+
+_KEPT: list[Any] = []
+"""So that no identity is used twice."""
+
+
+def _error_of(literals: dict) -> str:
+    with mock.patch.object(cpu, "_LITERALS", literals):
+        try:
+            cpu.install()
+        except RuntimeError as error:
+            return str(error)
+    return "no error"

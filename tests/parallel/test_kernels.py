@@ -1,0 +1,118 @@
+"""Which kernels run, without a GPU; and the Adam that stands in for the fused ones."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvlm_train.parallel import kernels
+from nvlm_train.parallel.adam import GroupStepAdamW
+from nvlm_train.parallel.kernels import Kernels, choose
+from tests.parallel import examine
+
+TORCH = Kernels(linear="megatron", attention="torch_sdpa", norm="torch", adam="torch")
+APEX = Kernels(linear="megatron", attention="torch_sdpa", norm="torch", adam="apex")
+ENGINE = Kernels(*["transformer_engine"] * 4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "engine", "apex", "expected"),
+    [
+        (False, False, False, TORCH),
+        (False, False, True, TORCH),
+        (False, True, False, TORCH),
+        (False, True, True, TORCH),
+        (True, False, False, TORCH),
+        (True, False, True, APEX),
+        (True, True, False, ENGINE),
+        (True, True, True, ENGINE),
+    ],
+)
+def test_choice(cuda: bool, engine: bool, apex: bool, expected: Kernels) -> None:
+    assert choose(cuda, engine, apex) == expected
+
+
+def test_the_choice_is_printed_by_name() -> None:
+    assert str(APEX) == "linear=megatron attention=torch_sdpa norm=torch adam=apex"
+
+
+def test_apex_of_pypi_is_not_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's `apex` is a package for web applications; NVIDIA's comes with the extension amp_C."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for absent in ("transformer_engine", "amp_C"):
+        monkeypatch.setitem(sys.modules, absent, None)
+    assert kernels.detect().adam == "torch"
+    monkeypatch.delitem(sys.modules, "amp_C")
+    (tmp_path / "amp_C.py").write_text("")
+    importlib.invalidate_caches()
+    assert kernels.detect().adam == "apex"
+
+
+def test_install_adam_swaps_these_names_only(fresh: ProcessPoolExecutor) -> None:
+    factory, distributed = examine.OPTIMIZER_MODULES
+    assert fresh.submit(examine.what_install_adam_changes).result(timeout=120) == {
+        f"{factory}.Adam",
+        f"{factory}.USING_PYTORCH_OPTIMIZER",
+        f"{distributed}.Adam",
+        f"{distributed}.HAVE_APEX_OR_TE",
+        f"{distributed}.USING_APEX_OPTIMIZER",
+    }
+
+
+def test_adam_is_torchs_with_the_step_in_the_group() -> None:
+    ours, theirs = _parameters(), _parameters()
+    optimizer, reference = GroupStepAdamW(_groups(ours)), torch.optim.AdamW(_groups(theirs))
+    generator = torch.Generator().manual_seed(1)
+    for step in range(20):
+        for group, other in zip(optimizer.param_groups, reference.param_groups, strict=True):
+            group["lr"] = other["lr"] = other["lr"] * 0.95
+        for own, other in zip(ours, theirs, strict=True):
+            own.grad = torch.randn(own.shape, generator=generator) * 10 ** (step % 3 - 1)
+            other.grad = own.grad.clone()
+        optimizer.step()
+        reference.step()
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
+        assert set(optimizer.state[own]) == {"exp_avg", "exp_avg_sq"}
+    assert [group["step"] for group in optimizer.param_groups] == [20, 20]
+
+
+def test_adam_goes_on_from_its_state() -> None:
+    whole, halves = _parameters(), _parameters()
+    optimizer = GroupStepAdamW(_groups(whole))
+    _train(optimizer, whole, range(6))
+    first = GroupStepAdamW(_groups(halves))
+    _train(first, halves, range(3))
+    second = GroupStepAdamW(_groups(halves))
+    second.load_state_dict(first.state_dict())
+    _train(second, halves, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole, halves, strict=True))
+
+
+def _parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(n, 3, generator=generator)) for n in (4, 1, 5)]
+
+
+def _groups(parameters: list[torch.nn.Parameter]) -> list[dict]:
+    settings = {"betas": (0.9, 0.95), "eps": 1e-8}
+    return [
+        {"params": parameters[:2], "lr": 1e-2, "weight_decay": 0.1, **settings},
+        {"params": parameters[2:], "lr": 3e-3, "weight_decay": 0.0, **settings},
+    ]
+
+
+def _train(optimizer: GroupStepAdamW, parameters: list[torch.nn.Parameter], steps: range) -> None:
+    for step in steps:
+        for number, parameter in enumerate(parameters):
+            generator = torch.Generator().manual_seed(100 * step + number)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()

@@ -1,0 +1,84 @@
+"""Who is who in a layout, and layouts that follow each other in the same processes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+
+from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.errors import ConfigError
+from nvlm_train.parallel.topology import build_topology
+from tests.workers import WorkerPool
+
+TP2_PP2 = ParallelConfig(tensor=2, pipeline=2)
+PP2 = ParallelConfig(pipeline=2)
+
+
+def _places(layouts: list[ParallelConfig]) -> list[dict]:
+    """On the workers: this rank's place in each layout, and the ranks it shares groups with."""
+    import torch.distributed as dist
+
+    places = []
+    for parallel in layouts:
+        topology = build_topology(parallel, seed=1)
+        groups = ("replica_group", "data_group")
+        shared = {name: dist.get_process_group_ranks(getattr(topology, name)) for name in groups}
+        ends = {"first": topology.is_first_pp_stage, "last": topology.is_last_pp_stage}
+        places.append({**topology.__dict__, **shared, **ends, **asdict(topology.share)})
+    return places
+
+
+def test_tensor_parallel_ranks_are_neighbours(workers: WorkerPool) -> None:
+    places = [own[0] for own in workers.run(4, _places, [TP2_PP2])]
+    assert [(p["pipeline_rank"], p["tensor_rank"]) for p in places] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    ]
+    assert [p["replica_rank"] for p in places] == [0, 1, 2, 3]
+    assert [p["first"] for p in places] == [True, True, False, False]
+    assert [p["last"] for p in places] == [False, False, True, True]
+    for rank, place in enumerate(places):
+        assert place["replica_group"] == [0, 1, 2, 3] and place["data_group"] == [rank]
+        assert (place["dp_size"], place["replica_size"]) == (1, 4)
+
+
+def test_data_parallel_ranks_lie_inside_pipeline_stages(workers: WorkerPool) -> None:
+    places = [own[0] for own in workers.run(4, _places, [PP2])]
+    assert [(p["pipeline_rank"], p["data_rank"]) for p in places] == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    ]
+    assert [p["replica_group"] for p in places] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [p["data_group"] for p in places] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [p["replica_rank"] for p in places] == [0, 0, 1, 1]
+
+
+def test_a_stage_may_have_another_layout(workers: WorkerPool) -> None:
+    """Sizes and groups of the last layout, with nothing left of the ones before."""
+    for earlier, again, alone in zip(
+        workers.run(4, _places, [TP2_PP2, PP2, TP2_PP2]),
+        workers.run(4, _places, [PP2, TP2_PP2]),
+        workers.run(4, _places, [TP2_PP2]),
+        strict=True,
+    ):
+        assert earlier[0] == earlier[2] == again[1] == alone[0]
+        assert earlier[1] == again[0] != alone[0]
+
+
+def _refusal() -> str:
+    with pytest.raises(ConfigError) as caught:
+        build_topology(TP2_PP2, seed=1)
+    return str(caught.value)
+
+
+def test_world_that_does_not_fit(workers: WorkerPool) -> None:
+    for message in workers.run(3, _refusal):
+        assert (
+            "world size 3 is not a multiple of parallel.tensor=2 x parallel.pipeline=2" in message
+        )
+        assert "start a multiple of 4 processes" in message
