@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nvlm_train.config.schema import LanguageConfig, ModelConfig, ProjectorConfig, StageConfig, VisionConfig
+from nvlm_train.config.schema import (
+    LanguageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    StageConfig,
+    VisionConfig,
+)
 
 PIXEL_SHUFFLE = 2
 """Pixel shuffle joins 2 x 2 neighbouring patches into one token (NVLM 1.0, section 4.1)."""
@@ -72,6 +78,31 @@ def part_parameters(model: ModelConfig) -> dict[str, int]:
     }
 
 
+def rank_memory(model: ModelConfig, stage: StageConfig, precision: str, data_size: int) -> int:
+    """Bytes of weights, gradients, optimizer state and encoder on the fullest pipeline stage.
+
+    Gradients are fp32; Adam keeps an fp32 copy and two moments, spread over data-parallel ranks by
+    the distributed optimizer. Activations and features in flight come on top.
+    """
+    width = 2 if precision == "bf16" else 4
+    tensor, pipeline = stage.parallel.tensor, stage.parallel.pipeline
+    spread = data_size if stage.parallel.distributed_optimizer else 1
+    language = model.language
+    table = language.vocab_size * language.hidden_size
+    layers = (language_parameters(language) - 2 * table) / pipeline
+    # Both ends hold a table; the first stage also holds the projector.
+    on_first = {
+        "projector": projector_parameters(model) / tensor,
+        "language_model": (layers + table * (2 if pipeline == 1 else 1)) / tensor,
+    }
+    total = float(vision_parameters(model.vision) * width)
+    for part, count in on_first.items():
+        total += count * width
+        if part in stage.trainable:
+            total += count * (4 + 12 / spread)
+    return round(total)
+
+
 @dataclass(frozen=True)
 class StepWork:
     """What one optimizer step processed, summed over the world."""
@@ -88,13 +119,16 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
     """Model FLOPs of one step; frozen parts count forward, and backward only where gradients flow through.
 
     The vision encoder is always frozen and nothing trainable lies before it: forward only. A frozen
-    language model still carries the gradient to the projector (2 of the 3 products), but forms no weight gradient.
+    language model still carries the gradient to the projector (2 of the 3 products), but forms no
+    weight gradient.
     """
     vision, language = model.vision, model.language
     patches = patches_per_side(vision) ** 2 + 1
     encoder = 2.0 * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size)
     encoder = vision.num_layers * patches * (encoder + 4.0 * patches * vision.hidden_size)
-    projector = 2.0 * projector_weights(tile_feature_size(vision), model.projector, language.hidden_size)
+    projector = 2.0 * projector_weights(
+        tile_feature_size(vision), model.projector, language.hidden_size
+    )
     per_token = 2.0 * language.num_layers * language_layer_weights(language)
     attention = 2.0 * language.num_layers * language.hidden_size * work.attention_pairs
     logits = 2.0 * language.hidden_size * language.vocab_size * work.trained_tokens
@@ -102,7 +136,10 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
     return (
         encoder * work.tiles
         # The projector's input needs no gradient: forward and weight gradient.
-        + projector * work.tiles * tokens_per_tile(vision) * (2 if "projector" in stage.trainable else 1)
+        + projector
+        * work.tiles
+        * tokens_per_tile(vision)
+        * (2 if "projector" in stage.trainable else 1)
         + (per_token * work.tokens + logits) * (3 if trains_language else 2)
         # Attention scores have no weights: backward is two products for each forward one either way.
         + attention * 3

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
-from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.model.nvlm import NVLM
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
@@ -56,9 +55,7 @@ def transformer_config(recipe: Recipe, stage: StageConfig) -> TransformerConfig:
     )
 
 
-def build_model(
-    recipe: Recipe, stage: StageConfig, topology: Topology, kernels: Kernels
-) -> NVLM:
+def build_model(recipe: Recipe, stage: StageConfig, topology: Topology, kernels: Kernels) -> NVLM:
     """This rank's shard of the model with uninitialised weights, frozen as the stage says."""
     config = transformer_config(recipe, stage)
     model = NVLM(config, recipe.model, stage.sequence_length, topology, kernels)
@@ -70,21 +67,3 @@ def freeze(model: NVLM, trainable: Collection[str]) -> None:
     """Turns gradients on for the named parts and off for all others."""
     for part, module in model.named_children():
         module.requires_grad_(part in trainable)
-
-
-@dataclass(frozen=True)
-class FreezeRow:
-    """One line of the table printed at stage start. Parameters are counted unsharded."""
-
-    part: str
-    num_parameters: int
-    is_trainable: bool
-
-
-def freeze_rows(model: ModelConfig, trainable: Collection[str]) -> list[FreezeRow]:
-    """What trains and what does not, over the whole model, the vision encoder included."""
-    from nvlm_train.geometry import part_parameters
-
-    return [
-        FreezeRow(part, count, part in trainable) for part, count in part_parameters(model).items()
-    ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -66,7 +67,13 @@ def install() -> None:
             _redirect(module, qualified_name, expected)
     # torch.compile costs 8 s a process here and gains nothing (docs/megatron-on-cpu.md).
     importlib.import_module("torch._dynamo").config.disable = True
+    # Its tracker warns when the CPU's RNG moves inside "the GPU's": here they are one and the same.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_no_rng_warning)
     install.done = True  # type: ignore[attr-defined]
+
+
+def _is_no_rng_warning(record: logging.LogRecord) -> bool:
+    return "CPU RNG state changed" not in record.getMessage()
 
 
 def patched_symbols() -> list[tuple[Any, str, Any]]:
@@ -76,7 +83,7 @@ def patched_symbols() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "current_device", lambda: CPU),
         (torch.cuda, "synchronize", lambda device=None: None),
         (torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
-        (torch.cuda, "manual_seed", lambda seed: torch.default_generator.manual_seed(seed)),
+        (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
         (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
         (random, "_get_cuda_rng_state", _get_rng_state),
         (random, "_set_cuda_rng_state", _set_rng_state),
@@ -106,9 +113,14 @@ def _redirect(module_name: str, qualified_name: str, expected: int) -> None:
 
 
 def _find(module_name: str, qualified_name: str) -> FunctionType:
-    target: Any = importlib.import_module(f"megatron.core.{module_name}")
-    for part in qualified_name.split("."):
-        target = getattr(target, part)
+    try:
+        target: Any = importlib.import_module(f"megatron.core.{module_name}")
+        for part in qualified_name.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"megatron.core.{module_name}.{qualified_name} does not exist: update parallel/cpu.py"
+        ) from error
     target = getattr(target, "__func__", target)  # a classmethod
     function = inspect.unwrap(target)
     assert isinstance(function, FunctionType)

@@ -81,6 +81,7 @@ class Saver:
             sharded_state(engine, is_loading=False),
             str(writing),
             async_sharded_save=True,
+            preprocess_common_before_consistancy_check=_without_optimizer,
         )
         assert request is not None
         request.add_finalize_fn(lambda: self._publish(writing, target, state))
@@ -187,6 +188,11 @@ def _restore_rng(data: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(data["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(data["tracker"])
+
+
+def _without_optimizer(common: dict[str, Any]) -> dict[str, Any]:
+    """What megatron-core compares between ranks: a stage that trains nothing has no optimizer."""
+    return {key: value for key, value in common.items() if key != "optimizer"}
 
 
 def _sync_directory(directory: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.transformer.module import MegatronModule
 
 from nvlm_train.config.paths import data_recipes_dir
 from nvlm_train.config.schema import Recipe
@@ -88,7 +89,8 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
     plan, encoder = _build_data_rank_0_first(recipe, position)
     engine = build_engine(recipe, stage, topology, kernels.detect())
     if run.checkpoint is None or run.state is None:
-        initial_weights(recipe, engine)
+        initial_weights(recipe, engine.model.module)
+        engine.reload_optimizer_weights()
     elif run.state.stage == position.stage:
         plan.check_digests(run.state.shard_digests)
         same_layout = run.state.layout == layout_of(topology)
@@ -125,13 +127,13 @@ def _build_data_rank_0_first(recipe: Recipe, position: Position) -> tuple[DataPl
     return built if dist.get_rank() == 0 else build_data(stage, recipe, blends)
 
 
-def initial_weights(recipe: Recipe, engine: Engine) -> None:
+def initial_weights(recipe: Recipe, module: MegatronModule) -> None:
     """The language model from Hugging Face weights where the recipe names some; the rest seeded by name.
 
     Raises:
         CheckpointError: the weights do not fit the recipe.
     """
-    module, language = engine.model.module, recipe.model.language
+    language = recipe.model.language
     seeded = canonical.seeded_source(language, recipe.seed)
     imported = qwen2_source(language) if language.weights else None
 
@@ -140,7 +142,6 @@ def initial_weights(recipe: Recipe, engine: Engine) -> None:
         return seeded(name, shape) if found is None else found
 
     canonical.fill(module, source)
-    engine.reload_optimizer_weights()
 
 
 def layout_of(topology: Topology) -> tuple[int, int, int]:
@@ -165,9 +166,7 @@ def run_state(
 
 
 def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
-    """The newest weights of a run in a stage's layout, for generation.
-
-    There is no optimizer, no dropout and no gradient.
+    """The newest weights of a run in a stage's layout, for generation: no optimizer, no dropout, no gradients.
 
     Raises:
         CheckpointError: the run has no complete checkpoint, or it does not fit.
@@ -177,14 +176,24 @@ def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
         raise CheckpointError(
             f"run_dir={recipe.run_dir} has no complete checkpoint; train it first: nvlm train"
         )
+    replica = _empty_replica(recipe, stage_name)
+    checkpoint.load_weights(replica.model, run.checkpoint)
+    canonical.check_fingerprint(replica.model, run.state.weights_fingerprint)
+    return replica
+
+
+def untrained_replica(recipe: Recipe, stage_name: str) -> Replica:
+    """The model before any training, in a stage's layout: what a run is compared with."""
+    replica = _empty_replica(recipe, stage_name)
+    initial_weights(recipe, replica.model)
+    return replica
+
+
+def _empty_replica(recipe: Recipe, stage_name: str) -> Replica:
     stage = replace(recipe.stages[stage_name], trainable=())
     topology = build_topology(stage.parallel, recipe.seed)
-    module = build_model(recipe, stage, topology, kernels.detect())
-    checkpoint.load_weights(module, run.checkpoint)
-    canonical.check_fingerprint(module, run.state.weights_fingerprint)
-    return Replica(
-        module.eval(),
-        build_vision_encoder(recipe.model.vision, DTYPES[recipe.precision], device(), recipe.seed),
-        topology,
-        stage.sequence_length,
+    encoder = build_vision_encoder(
+        recipe.model.vision, DTYPES[recipe.precision], device(), recipe.seed
     )
+    model = build_model(recipe, stage, topology, kernels.detect()).eval()
+    return Replica(model, encoder, topology, stage.sequence_length)

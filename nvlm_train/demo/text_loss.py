@@ -1,0 +1,45 @@
+"""Loss on held-out text-only chats: what training on pictures may not cost."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.distributed as dist
+
+from nvlm_train.batch import Round, SampleInfo
+from nvlm_train.config.schema import Recipe
+from nvlm_train.data.batches import pack_samples
+from nvlm_train.data.encoding import SampleEncoder
+from nvlm_train.data.packing import best_fit_decreasing
+from nvlm_train.demo.chats import draw_chat
+from nvlm_train.parallel.topology import device
+from nvlm_train.pipeline.loss import loss_head
+from nvlm_train.pipeline.run import Replica, run_round
+
+NUM_CHATS = 400
+
+
+def text_loss(recipe: Recipe, replica: Replica, encoder: SampleEncoder) -> float:
+    """Mean loss over the trained tokens of 400 held-out chats. Called by every rank."""
+    samples = [
+        encoder.encode(str(index), json.dumps({"conversations": turns}).encode(), [])
+        for index in range(NUM_CHATS)
+        for turns in [draw_chat(index, "heldout").conversations()]
+    ]
+    length, pad = replica.sequence_length, encoder.tokenizer.pad
+    bins = best_fit_decreasing([len(sample.token_ids) for sample in samples], length)
+    infos = [SampleInfo(0, "held-out chats", str(index)) for index in range(NUM_CHATS)]
+    packs = tuple(
+        pack_samples([samples[i] for i in pack], [infos[i] for i in pack], length, pad)
+        for pack in bins
+    )
+    edge = recipe.model.vision.tile_size
+    no_tiles = torch.zeros(0, 3, edge, edge, dtype=torch.uint8)
+    work = Round(packs, (0,) * replica.topology.replica_size, no_tiles)
+    sums = torch.zeros(2, dtype=torch.float64, device=device())
+    for report in run_round(replica, work, loss_head(1), forward_only=True):
+        sums += torch.tensor([report.losses_L.double().sum(), len(report.losses_L)])
+    # Every tensor-parallel rank of the last stage, in every replica, adds the same two numbers.
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
