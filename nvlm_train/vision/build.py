@@ -19,6 +19,8 @@ _CONFIG_FIELDS = {
     "layer_norm_eps": "norm_eps",
 }
 """Field of a Hugging Face InternVL vision config -> field of VisionConfig."""
+_NEEDED = {"norm_type": "rms_norm", "use_qk_norm": True, "hidden_act": "gelu"}
+"""What the code computes, whatever the sizes."""
 
 
 def build_vision_encoder(
@@ -66,11 +68,26 @@ def _load(encoder: InternViT, directory: Path) -> None:
 
 
 def _check_config(config: VisionConfig, path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(
+            f"model.vision.weights={path.parent}: no config.json there, so its sizes cannot be checked; "
+            "add the one that save_pretrained wrote"
+        )
     stored = json.loads(path.read_text())
+    fields = {
+        **{theirs: (ours, getattr(config, ours)) for theirs, ours in _CONFIG_FIELDS.items()},
+        "patch_size": ("patch_size", config.patch_size),
+        "image_size": ("tile_size", config.tile_size),
+    }
     wrong = [
-        f"model.vision.{ours}={getattr(config, ours)} but {path.name} has {theirs}={stored[theirs]}"
-        for theirs, ours in _CONFIG_FIELDS.items()
-        if stored[theirs] != getattr(config, ours)
+        f"model.vision.{ours}={value} but {path.name} has {theirs}={stored.get(theirs)}"
+        for theirs, (ours, value) in fields.items()
+        if stored.get(theirs) not in (value, [value, value])
+    ]
+    wrong += [
+        f"{path.name} has {name}={stored.get(name)}, the vision encoder of NVLM needs {value}"
+        for name, value in _NEEDED.items()
+        if stored.get(name) != value
     ]
     if wrong:
-        raise CheckpointError("; ".join(wrong))
+        raise CheckpointError(f"model.vision.weights={path.parent}: " + "; ".join(wrong))
