@@ -29,7 +29,8 @@ def answer(recipe: Recipe, images: Sequence[str], question: str, max_new_tokens:
     name = recipe.schedule[-1]
     encoder = build_encoder(recipe.stages[name], recipe)
     try:
-        prompt = make_prompt(encoder, question, [Path(image).read_bytes() for image in images])
+        files = [Path(image).read_bytes() for image in images]
+        prompt = make_prompt(encoder, question, files, max_new_tokens)
     except (ValueError, OSError) as error:
         raise SampleError("command line", "question", str(error)) from error
     end = encoder.tokenizer.turn_end

@@ -62,7 +62,7 @@ class Judge:
             self.encoder.tokenizer, replace(self.encoder.spec, tiling=tiling)
         )
         prompts = [
-            make_prompt(encoder, question, [image])
+            make_prompt(encoder, question, [image], max_new_tokens)
             for question, image in zip(questions, images, strict=True)
         ]
         end = encoder.tokenizer.turn_end

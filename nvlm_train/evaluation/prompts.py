@@ -12,13 +12,16 @@ from nvlm_train.data.records import Turn
 from nvlm_train.evaluation.generate import Prompt
 
 
-def make_prompt(encoder: SampleEncoder, question: str, images: Sequence[bytes]) -> Prompt:
+def make_prompt(
+    encoder: SampleEncoder, question: str, images: Sequence[bytes], max_new_tokens: int
+) -> Prompt:
     """One user turn, tiled and encoded as in training.
 
     Args:
         encoder: of the stage that the model was trained in; its system message is used.
         question: may hold `<image>` markers; without any the images come first.
         images: image files.
+        max_new_tokens: room that is kept for the answer.
 
     Raises:
         ValueError: an image that cannot be read, or a prompt that does not fit.
@@ -26,7 +29,7 @@ def make_prompt(encoder: SampleEncoder, question: str, images: Sequence[bytes]) 
     import torch
 
     sizes = [read_size(image) for image in images]
-    encoded = encoder.encode_prompt([Turn("user", question)], sizes)
+    encoded = encoder.encode_prompt([Turn("user", question)], sizes, max_new_tokens)
     edge = encoder.spec.tile_size
     tiles: list[Tensor] = [torch.zeros(0, 3, edge, edge, dtype=torch.uint8)]
     for image, grid, num_tiles in zip(images, encoded.grids, encoded.tiles_per_image, strict=True):

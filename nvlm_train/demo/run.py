@@ -1,0 +1,89 @@
+"""`nvlm demo`: shards, both stages by torchrun, the judgement, a table and a report.
+
+Each part is skipped when the run directory already has it, so an interrupted demo goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nvlm_train.demo.material import prepare_material
+from nvlm_train.demo.report import write_report
+from nvlm_train.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+NUM_PROCESSES = 4
+_ROWS = (
+    ("easy-VQA accuracy, 1,000 test questions", "vqa_accuracy", "at least 0.90"),
+    ("the same, pictures shuffled", "vqa_accuracy_shuffled_images", "near question-only"),
+    ("question-only baseline", "vqa_question_only", ""),
+    ("majority answer", "vqa_majority_answer", ""),
+    ("character error on held-out pages, with tiles", "page_cer_tiles", "at most half of the next"),
+    ("the same with the thumbnail only", "page_cer_thumbnail", ""),
+    ("text-only loss after SFT", "text_loss", "at most 1.02 x the next"),
+    ("text-only loss of the backbone", "text_loss_backbone", ""),
+    ("wall seconds in all", "wall_seconds", "at most 900"),
+)  # fmt: skip
+
+
+def run_demo(run_dir: str, overrides: Sequence[str]) -> int:
+    """Runs what is missing and prints the figures.
+
+    Raises:
+        TrainingError: one of the parts failed; its own message is above.
+    """
+    directory = Path(run_dir)
+    seconds: dict[str, float] = {}
+    seconds["prepare_seconds"] = _timed(prepare_material, directory / "data")
+    recipe = ["experiment=demo", f"run_dir={run_dir}", *overrides]
+    seconds["train_seconds"] = _timed(_launch, "nvlm_train", "train", *recipe)
+    judge = ("nvlm_train.demo.judge", "--run-dir", run_dir, *overrides)
+    seconds["judge_wall_seconds"] = _timed(_launch, *judge)
+    summary = json.loads((directory / "judgement.json").read_text()) | seconds
+    summary["wall_seconds"] = sum(seconds.values())
+    (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_report(directory, summary)
+    _print(summary, directory)
+    return 0
+
+
+def _timed(function: Any, *arguments: Any) -> float:
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
+
+
+def _launch(module: str, *arguments: str) -> None:
+    """Four processes by torchrun; one thread each, because there may be no more cores than two."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={NUM_PROCESSES}", "-m", module, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    logger.info("%s", " ".join(command[1:]))
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code:
+        raise TrainingError(f"{module} ended with code {code}; its message is above")
+
+
+def _print(summary: dict[str, Any], directory: Path) -> None:
+    table = Table(title="NVLM-D demo")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("wanted")
+    for name, key, wanted in _ROWS:
+        value = summary[key]
+        table.add_row(name, f"{value:.0f}" if key == "wall_seconds" else f"{value:.3f}", wanted)
+    console = Console()
+    console.print(table)
+    console.print(f"{directory}/summary.json and {directory}/report.html have the rest")
