@@ -77,13 +77,18 @@ def _read(path: Path, name: str) -> Tensor:
 
 
 def _check_config(language: LanguageConfig, path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(
+            f"model.language.weights={path.parent}: no config.json there, so its sizes cannot be checked; "
+            "add the one that save_pretrained wrote"
+        )
     stored = json.loads(path.read_text())
     if stored.get("tie_word_embeddings"):
         raise CheckpointError(
             f"{path}: tie_word_embeddings=true; NVLM's language models have an output table of their own"
         )
     theta = stored.get("rope_theta") or stored.get("rope_parameters", {}).get("rope_theta")
-    pairs = [(theirs, stored[theirs], ours) for theirs, ours in _CONFIG_FIELDS.items()]
+    pairs = [(theirs, stored.get(theirs), ours) for theirs, ours in _CONFIG_FIELDS.items()]
     pairs.append(("rope_theta", theta, "rope_theta"))
     wrong = [
         f"model.language.{ours}={getattr(language, ours)} but {path} has {theirs}={value}"

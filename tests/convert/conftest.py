@@ -1,0 +1,45 @@
+"""A small Qwen2 of transformers with random weights, and what save_pretrained made of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parity.recipes import LANGUAGE
+
+
+@pytest.fixture(scope="session")
+def qwen2() -> torch.nn.Module:
+    """Of the sizes of the parity tests' language model; norms and biases away from one and zero."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=LANGUAGE.vocab_size,
+            hidden_size=LANGUAGE.hidden_size,
+            num_hidden_layers=LANGUAGE.num_layers,
+            num_attention_heads=LANGUAGE.num_heads,
+            num_key_value_heads=LANGUAGE.num_kv_heads,
+            intermediate_size=LANGUAGE.ffn_hidden_size,
+            rms_norm_eps=LANGUAGE.norm_eps,
+            rope_theta=LANGUAGE.rope_theta,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            offset = 1.0 if "norm" in name else 0.0
+            parameter.copy_(offset + 0.15 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="session")
+def qwen2_dir(qwen2: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In several safetensors files, as large models come."""
+    directory = tmp_path_factory.mktemp("qwen2")
+    qwen2.save_pretrained(directory, max_shard_size="200KB")
+    assert len(list(directory.glob("*.safetensors"))) > 1
+    return directory

@@ -1,0 +1,54 @@
+"""Runs on the workers: our language model with imported Qwen2 weights, in some layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from megatron.core import tensor_parallel
+from torch import Tensor
+
+from nvlm_train.batch import Microbatch
+from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.parallel import kernels
+from nvlm_train.parallel.topology import build_topology
+from nvlm_train.pipeline.run import Head, run_round
+from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.train.start import initial_weights
+from tests.parity import recipes
+from tests.parity.gradients import gather
+
+
+def import_engine(parallel: ParallelConfig, weights: Path) -> Engine:
+    """The small model whose language part comes from `weights`."""
+    recipe = recipes.recipe(parallel)
+    language = replace(recipe.model.language, weights=str(weights))
+    recipe = replace(recipe, model=replace(recipe.model, language=language))
+    engine = build_engine(
+        recipe, recipe.stages["sft"], build_topology(parallel, recipe.seed), kernels.detect()
+    )
+    initial_weights(recipe, engine.model.module)
+    engine.model.eval()
+    return engine
+
+
+def logits_of(parallel: ParallelConfig, weights: Path, layouts: list) -> list[Tensor]:
+    """Logits [S, V] of text-only packs, on the ranks of the last pipeline stage."""
+    engine = import_engine(parallel, weights)
+    (work,) = recipes.step_batch(layouts, engine.topology.share, 0).rounds
+
+    def everywhere(microbatch: Microbatch) -> Tensor:
+        return torch.arange(len(microbatch.token_ids_S))
+
+    def finish(microbatch: Microbatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits[:, 0])
+        return logits.sum(), whole.detach().clone()
+
+    with torch.no_grad():
+        return run_round(engine.replica, work, Head(everywhere, finish), forward_only=True)
+
+
+def whole_weights(parallel: ParallelConfig, weights: Path) -> dict[str, Tensor]:
+    """Canonical tensors after the import."""
+    return gather(import_engine(parallel, weights), lambda parameter: parameter.data)

@@ -1,0 +1,146 @@
+"""Our language model against transformers' Qwen2 with the same weights, and the tables both ways."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvlm_train.batch import RankShare
+from nvlm_train.config.schema import LanguageConfig, ParallelConfig
+from nvlm_train.convert.qwen2 import qwen2_source
+from nvlm_train.convert.tables import to_hugging_face
+from nvlm_train.errors import CheckpointError
+from tests.convert import qwen_runs
+from tests.parity import recipes
+from tests.parity.recipes import LANGUAGE
+from tests.workers import WorkerPool
+
+PACKS = [[(30, 0), (20, 0), (40, 0)], [(96, 0)], [(25, 0)]]
+LAYOUTS = {
+    "single": (1, ParallelConfig()),
+    "TP2 SP": (2, ParallelConfig(tensor=2, sequence_parallel=True)),
+    "PP2": (2, ParallelConfig(pipeline=2)),
+}
+FIRST_LAYER = "language_model.decoder.layers.0"
+
+
+@pytest.fixture(scope="module")
+def expected(qwen2: torch.nn.Module) -> list[list[Tensor]]:
+    """transformers' logits of each sample of each pack, every sample run alone."""
+    (work,) = recipes.step_batch(PACKS, RankShare(), 0).rounds
+    with torch.no_grad():
+        return [
+            [
+                qwen2(sample[None]).logits[0]
+                for sample in pack.token_ids_S.split(pack.cu_seqlens.diff().tolist())
+            ]
+            for pack in work.microbatches
+        ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_are_those_of_transformers(
+    workers: WorkerPool, qwen2_dir: Path, expected: list[list[Tensor]], layout: str
+) -> None:
+    world, parallel = LAYOUTS[layout]
+    found = workers.run(world, qwen_runs.logits_of, parallel, qwen2_dir, PACKS)[-1]
+    for pack, samples in zip(found, expected, strict=True):
+        scale = torch.cat(samples).std()
+        assert scale > 0.5, "logits of about zero would prove nothing"
+        torch.testing.assert_close(pack, torch.cat(samples), rtol=0, atol=1e-4 * scale)
+
+
+def test_import_and_export_round_trip(
+    workers: WorkerPool, qwen2: torch.nn.Module, qwen2_dir: Path
+) -> None:
+    """Bitwise, through a layout that cuts every matrix."""
+    layout = ParallelConfig(tensor=2, pipeline=2)
+    whole = workers.run(4, qwen_runs.whole_weights, layout, qwen2_dir)[0]
+    exported, stored = to_hugging_face(LANGUAGE, whole), qwen2.state_dict()
+    assert exported.keys() == stored.keys()
+    assert all(torch.equal(exported[name], stored[name]) for name in stored)
+    assert sorted(name for name in whole if name.startswith("projector.")) == [
+        "projector.mlp.linear_fc1.weight",
+        "projector.mlp.linear_fc2.weight",
+        "projector.norm.bias",
+        "projector.norm.weight",
+    ]
+
+
+def test_a_padded_vocabulary_gets_zero_rows(qwen2: torch.nn.Module, qwen2_dir: Path) -> None:
+    source = qwen2_source(replace(LANGUAGE, weights=str(qwen2_dir), vocab_size=320))
+    table = source("language_model.output_layer.weight", (320, LANGUAGE.hidden_size))
+    assert table is not None
+    assert torch.equal(table[:256], qwen2.state_dict()["lm_head.weight"])
+    assert not table[256:].any()
+
+
+@pytest.fixture
+def broken(qwen2_dir: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return shutil.copytree(qwen2_dir, tmp_path / "broken")
+
+
+def error_of(weights: Path, **changes: object) -> str:
+    """The message of an import of the first layer's QKV weight."""
+    language: LanguageConfig = replace(LANGUAGE, weights=str(weights), **changes)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError) as caught:
+        qwen2_source(language)(f"{FIRST_LAYER}.self_attention.linear_qkv.weight", (128, 64))
+    return str(caught.value)
+
+
+def change_config(directory: Path, change: Callable[[dict], object]) -> None:
+    path = directory / "config.json"
+    stored = json.loads(path.read_text())
+    change(stored)
+    path.write_text(json.dumps(stored))
+
+
+def test_missing_tensor_is_named(broken: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.0.self_attn.k_proj.weight"
+    for path in broken.glob("*.safetensors"):
+        state = load_file(path)
+        state.pop(name, None)
+        save_file(state, path)
+    assert f"model.language.weights={broken}: no tensor named {name}" in error_of(broken)
+
+
+def test_wrong_sizes_are_all_named(qwen2_dir: Path) -> None:
+    message = error_of(qwen2_dir, num_layers=2, rope_theta=1e6)
+    assert (
+        f"model.language.num_layers=2 but {qwen2_dir}/config.json has num_hidden_layers=4"
+        in message
+    )
+    assert "model.language.rope_theta=1000000.0" in message and "rope_theta=10000.0" in message
+
+
+def test_wrong_shape_is_named(qwen2_dir: Path) -> None:
+    language = replace(LANGUAGE, weights=str(qwen2_dir), vocab_size=200)
+    name = "language_model.embedding.word_embeddings.weight"
+    with pytest.raises(CheckpointError, match=r"gives \(256, 64\) .* has \(200, 64\); correct"):
+        qwen2_source(language)(name, (200, 64))
+
+
+def test_tied_embeddings_are_refused(broken: Path) -> None:
+    change_config(broken, lambda stored: stored.update(tie_word_embeddings=True))
+    assert "tie_word_embeddings=true" in error_of(broken)
+
+
+def test_missing_files_are_named(broken: Path, tmp_path: Path) -> None:
+    assert "no *.safetensors there" in error_of(tmp_path / "nowhere")
+    (broken / "config.json").unlink()
+    assert f"model.language.weights={broken}: no config.json there" in error_of(broken)
+
+
+def test_config_without_a_field_is_refused(broken: Path) -> None:
+    change_config(broken, lambda stored: stored.pop("num_key_value_heads"))
+    assert "model.language.num_kv_heads=2" in error_of(broken)
