@@ -1,0 +1,91 @@
+"""Runs on the workers: optimizer states of the small model, saved and loaded in other layouts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch import Tensor
+
+from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.train import checkpoint
+from nvlm_train.train import engine as engine_module
+from nvlm_train.train.engine import Engine
+from nvlm_train.train.mcore_fixes import distributed_optimizers
+from nvlm_train.train.step import run_step
+from tests.parity import recipes
+from tests.parity.gradients import start_engine
+
+BUCKET = 2000
+"""Elements of a gradient bucket: the small model then has many, each padded."""
+Moments = dict[str, dict[str, Tensor]]
+
+
+def train_and_save(parallel: ParallelConfig, directory: Path, is_fixed: bool) -> list[int]:
+    """Three steps with several buckets, then a save. Returns the padding behind each bucket but the last."""
+    with _small_buckets():
+        engine = _trained(parallel)
+    if dist.get_rank() == 0:
+        directory.mkdir()
+    dist.barrier()
+    with _fix(is_fixed):
+        dist_checkpointing.save(checkpoint.sharded_state(engine, is_loading=False), str(directory))
+    buckets = [bucket for buffer in engine.model.buffers for bucket in buffer.buckets[:-1]]
+    return [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buckets]
+
+
+def load(directory: Path) -> Moments:
+    """Moments after a load into a single process."""
+    engine = start_engine(ParallelConfig())
+    checkpoint.load(engine, directory, same_layout=False)
+    return _moments(engine)
+
+
+def trained_moments() -> Moments:
+    """Moments of the same training in a single process, never saved."""
+    return _moments(_trained(ParallelConfig()))
+
+
+def _trained(parallel: ParallelConfig) -> Engine:
+    engine = start_engine(parallel)
+    for step in range(3):
+        batch = recipes.step_batch(recipes.MIXED, engine.topology.share, step)
+        run_step(engine, batch, num_sources=2)
+    return engine
+
+
+def _moments(engine: Engine) -> Moments:
+    """By the module's own parameter names; in a single process every parameter is whole."""
+    (optimizer,) = distributed_optimizers(engine.optimizer)
+    found: Moments = {}
+    for name, parameter in engine.model.module.named_parameters():
+        state = optimizer._get_main_param_and_optimizer_states(parameter)
+        found[name] = {
+            kind: state[kind].detach().clone() for kind in ("exp_avg", "exp_avg_sq", "param")
+        }
+    return found
+
+
+@contextlib.contextmanager
+def _small_buckets() -> Iterator[None]:
+    original = engine_module.ddp_config
+
+    def small(stage):
+        return dataclasses.replace(original(stage), overlap_grad_reduce=True, bucket_size=BUCKET)
+
+    with mock.patch.object(engine_module, "ddp_config", small):
+        yield
+
+
+@contextlib.contextmanager
+def _fix(is_fixed: bool) -> Iterator[None]:
+    if is_fixed:
+        yield
+        return
+    with mock.patch.object(checkpoint, "keep_bucket_padding", lambda optimizer: None):
+        yield
