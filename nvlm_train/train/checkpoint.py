@@ -24,7 +24,7 @@ from nvlm_train.errors import CheckpointError
 from nvlm_train.model.canonical import sharding_metadata
 from nvlm_train.parallel.topology import Topology
 from nvlm_train.train.engine import Engine
-from nvlm_train.train.mcore_fixes import keep_bucket_padding
+from nvlm_train.train.mcore_fixes import keep_bucket_padding, report_writes_through_files
 from nvlm_train.train.state import FILE_NAME, RunState, write_state
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class Saver:
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         self._directory = checkpoint_dir(run_dir)
         self._config = config
+        report_writes_through_files()
         self._queue = AsyncCallsQueue()
         if dist.get_rank() == 0:
             self._directory.mkdir(parents=True, exist_ok=True)

@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import queue
+import tempfile
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+class ResultFile:
+    """Carries one object from a forked checkpoint writer to the process that forked it.
+
+    Stands in for a queue of a `multiprocessing.Manager`, which costs a spawned interpreter a rank
+    (seconds at the first save) and outlives a rank that is killed.
+    """
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="nvlm-writer-")
+        self._path = Path(self._directory.name) / "result"
+
+    def put(self, result: Any) -> None:
+        """Called in the writer; the rename makes the result visible at once."""
+        partial = self._path.with_suffix(".partial")
+        partial.write_bytes(pickle.dumps(result))
+        os.replace(partial, self._path)
+
+    def get_nowait(self) -> Any:
+        """Called after the writer has ended.
+
+        Raises:
+            queue.Empty: it wrote nothing, so it died.
+        """
+        if not self._path.exists():
+            raise queue.Empty
+        result = pickle.loads(self._path.read_bytes())
+        self._path.unlink()
+        return result
+
+
+def report_writes_through_files() -> None:
+    """Makes megatron-core's checkpoint writers report through a `ResultFile`.
+
+    Raises:
+        RuntimeError: megatron-core keeps its queue elsewhere.
+    """
+    if not hasattr(filesystem_async, "_results_queue"):
+        raise RuntimeError("filesystem_async._results_queue does not exist: update mcore_fixes.py")
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = ResultFile()
 
 
 def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
