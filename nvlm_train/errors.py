@@ -29,6 +29,10 @@ class SampleError(NvlmError):
         super().__init__(f"sample={key} in shard={shard}: {reason}")
 
 
+class PromptError(NvlmError):
+    """A prompt that cannot be answered."""
+
+
 class CheckpointError(NvlmError):
     """A checkpoint that does not fit the recipe, or none where one is needed."""
 

@@ -21,6 +21,7 @@ from nvlm_train.batch import Microbatch, Round, SampleInfo
 from nvlm_train.data.encoding import EncodedSample
 from nvlm_train.data.loader import split_tiles
 from nvlm_train.data.packing import best_fit_decreasing
+from nvlm_train.errors import PromptError
 from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.pipeline.run import Head, Replica, run_features
 from nvlm_train.vision.tile_parallel import encode_round
@@ -73,8 +74,12 @@ def generate(
 
     Returns:
         Token ids of each answer, on every rank.
+
+    Raises:
+        PromptError: a prompt leaves no room for its answer; on all ranks alike.
     """
     topology = replica.topology
+    _check_room(prompts, max_new_tokens, replica.sequence_length)
     mine = range(topology.data_rank, len(prompts), topology.data_size)
     packs = _make_packs(replica, prompts, mine, max_new_tokens)
     for _ in range(max_new_tokens):
@@ -89,6 +94,16 @@ def generate(
     dist.all_gather_object(everyone, own)
     answers = dict(pair for pairs in everyone for pair in pairs)
     return [answers[number] for number in range(len(prompts))]
+
+
+def _check_room(prompts: Sequence[Prompt], max_new_tokens: int, sequence_length: int) -> None:
+    for number, prompt in enumerate(prompts):
+        length = len(prompt.encoded.token_ids)
+        if length + max_new_tokens > sequence_length:
+            raise PromptError(
+                f"prompt={number}: {length} tokens and max_new_tokens={max_new_tokens} do not fit "
+                f"sequence_length={sequence_length}; shorten the prompt or lower max_new_tokens"
+            )
 
 
 def _make_packs(
