@@ -17,7 +17,7 @@ from nvlm_train.data.assemble import build_data
 from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.data.loader import Loader
 from nvlm_train.data.plan import DataPlan
-from nvlm_train.errors import CheckpointError
+from nvlm_train.errors import CheckpointError, NvlmError
 from nvlm_train.model import canonical
 from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel import kernels
@@ -119,11 +119,21 @@ def open_loader(recipe: Recipe, position: Position, work: StageWork) -> Loader:
 
 
 def _build_data_rank_0_first(recipe: Recipe, position: Position) -> tuple[DataPlan, SampleEncoder]:
-    """Rank 0 indexes shards that are not indexed yet; the others then read the files it wrote."""
+    """Rank 0 indexes shards that are not indexed yet; the others then read the files it wrote.
+
+    Where rank 0 fails, all ranks fail: none waits for it.
+    """
     stage, blends = recipe.stages[position.stage], str(data_recipes_dir())
+    failed: list[str | None] = [None]
     if dist.get_rank() == 0:
-        built = build_data(stage, recipe, blends)
-    dist.barrier()
+        try:
+            built = build_data(stage, recipe, blends)
+        except NvlmError as error:
+            dist.broadcast_object_list([str(error)], src=0)
+            raise
+    dist.broadcast_object_list(failed, src=0)
+    if failed[0] is not None:
+        raise NvlmError(f"rank 0 could not open the data:\n{failed[0]}")
     return built if dist.get_rank() == 0 else build_data(stage, recipe, blends)
 
 
@@ -166,7 +176,9 @@ def run_state(
 
 
 def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
-    """The newest weights of a run in a stage's layout, for generation: no optimizer, no dropout, no gradients.
+    """The newest weights of a run in a stage's layout, for generation.
+
+    There is no optimizer, no dropout and no gradient.
 
     Raises:
         CheckpointError: the run has no complete checkpoint, or it does not fit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,53 +11,46 @@ import torch
 
 from nvlm_train.train.signals import EXIT_REQUEUE
 from tests.train import runs
+from tests.train.layouts import NO_DROPOUT, layout
 from tests.train.smoke import make_smoke_data, read_metrics
 from tests.workers import WorkerPool
 
-PARALLEL = {
-    "single": (1, {}),
-    "TP2": (2, {"tensor": 2, "sequence_parallel": "true"}),
-    "PP2": (2, {"pipeline": 2}),
-    "DP2": (2, {}),
-    "TP2 PP2": (4, {"tensor": 2, "pipeline": 2}),
-    "PP2 DP2 overlapped": (4, {"pipeline": 2, "overlap_grad_reduce": "true"}),
-}
-NO_DROPOUT = ("stages.pretrain.hidden_dropout=0", "stages.pretrain.attention_dropout=0")
+WholeRun = Callable[..., Path]
+slow = pytest.mark.slow
 
 
-def layout(name: str) -> tuple[int, list[str]]:
-    """World size and overrides that put both stages into a layout."""
-    world, fields = PARALLEL[name]
-    return world, [
-        f"stages.{stage}.parallel.{field}={value}"
-        for stage in ("pretrain", "sft")
-        for field, value in fields.items()
-    ]
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("smoke")
-    make_smoke_data(root)
-    return root
-
-
-@pytest.mark.parametrize("name", ["single", "PP2", "TP2 PP2"])
-@pytest.mark.parametrize("stop_after", [1, 4, 6])
+@pytest.mark.parametrize(
+    ("name", "stop_after"),
+    [
+        ("single", 6),
+        ("TP2 PP2", 4),
+        pytest.param("single", 1, marks=slow),
+        pytest.param("single", 4, marks=slow),
+        pytest.param("PP2", 1, marks=slow),
+        pytest.param("PP2", 4, marks=slow),
+        pytest.param("PP2", 6, marks=slow),
+        pytest.param("TP2 PP2", 1, marks=slow),
+        pytest.param("TP2 PP2", 6, marks=slow),
+    ],
+)
 def test_stopped_run_continues_bit_for_bit(
-    workers: WorkerPool, data: Path, tmp_path: Path, name: str, stop_after: int
+    workers: WorkerPool,
+    data: Path,
+    tmp_path: Path,
+    whole_run: WholeRun,
+    name: str,
+    stop_after: int,
 ) -> None:
     """With dropout, so that the RNG counts; 4 is the hand-over between the stages."""
     world, overrides = layout(name)
-    assert workers.run(world, runs.run, data, tmp_path / "whole", *overrides) == [0] * world
     stopped = tmp_path / "stopped"
     codes = workers.run(world, _stop, data, stopped, stop_after, overrides)
     assert codes == [EXIT_REQUEUE] * world
     assert len(read_metrics(stopped)) == stop_after
     assert workers.run(world, runs.run, data, stopped, *overrides) == [0] * world
-    assert read_metrics(stopped) == read_metrics(tmp_path / "whole")
+    assert read_metrics(stopped) == read_metrics(whole_run(name))
     whole, continued = (
-        workers.run(1, runs.final_weights, data, tmp_path / run)[0] for run in ("whole", "stopped")
+        workers.run(1, runs.final_weights, data, run)[0] for run in (whole_run(name), stopped)
     )
     assert all(torch.equal(whole[key], continued[key]) for key in whole)
 
@@ -67,18 +61,25 @@ def _stop(data: Path, run_dir: Path, stop_after: int, overrides: list[str]) -> i
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("single", "DP2"), ("DP2", "single"), ("DP2", "TP2"), ("TP2 PP2", "PP2 DP2 overlapped")],
+    [
+        ("DP2", "TP2"),
+        pytest.param("single", "DP2", marks=slow),
+        pytest.param("DP2", "single", marks=slow),
+        pytest.param("TP2 PP2", "PP2 DP2 overlapped", marks=slow),
+    ],
 )
 def test_resume_in_another_layout(
-    workers: WorkerPool, data: Path, tmp_path: Path, before: str, after: str
+    workers: WorkerPool, data: Path, tmp_path: Path, whole_run: WholeRun, before: str, after: str
 ) -> None:
     """The same samples, losses to 1e-4. Dropout masks depend on the layout, so there is none here."""
-    assert workers.run(1, runs.run, data, tmp_path / "whole", *NO_DROPOUT) == [0]
     world, overrides = layout(before)
     workers.run(world, _stop, data, tmp_path / "moved", 6, [*overrides, *NO_DROPOUT])
     world, overrides = layout(after)
     workers.run(world, runs.run, data, tmp_path / "moved", *overrides, *NO_DROPOUT)
-    expected, found = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "moved")
+    expected, found = (
+        read_metrics(whole_run("single", *NO_DROPOUT)),
+        read_metrics(tmp_path / "moved"),
+    )
     assert [each["samples_hash"] for each in found] == [each["samples_hash"] for each in expected]
     assert [each["loss"] for each in found] == pytest.approx(
         [each["loss"] for each in expected], rel=1e-4
@@ -88,15 +89,19 @@ def test_resume_in_another_layout(
     )
 
 
-def test_stages_may_have_different_layouts(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
+@slow
+def test_stages_may_have_different_layouts(
+    workers: WorkerPool, data: Path, tmp_path: Path, whole_run: WholeRun
+) -> None:
     """Pretraining at TP2, SFT at PP2: the checkpoint itself reshards the weights."""
     overrides = ["stages.pretrain.parallel.tensor=2", "stages.sft.parallel.pipeline=2", *NO_DROPOUT]
     workers.run(2, runs.run, data, tmp_path / "two", *overrides)
-    workers.run(1, runs.run, data, tmp_path / "one", *NO_DROPOUT)
-    losses = [[each["loss"] for each in read_metrics(tmp_path / run)] for run in ("one", "two")]
+    both = (whole_run("single", *NO_DROPOUT), tmp_path / "two")
+    losses = [[each["loss"] for each in read_metrics(run)] for run in both]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@slow
 def test_finished_run_does_nothing(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
     workers.run(1, runs.run, data, tmp_path / "run")
     before = read_metrics(tmp_path / "run")
@@ -115,6 +120,7 @@ def test_half_written_checkpoint_is_not_used(
     assert [each["global_step"] for each in read_metrics(tmp_path / "run")] == list(range(1, 9))
 
 
+@slow
 def test_only_the_last_checkpoints_are_kept(
     workers: WorkerPool, data: Path, tmp_path: Path
 ) -> None:
@@ -140,6 +146,15 @@ def test_changed_shard_is_refused_by_name(workers: WorkerPool, data: Path, tmp_p
     shutil.copy(own / "text-000001.tar", own / "text-000000.tar")
     message = workers.run(1, _refusal, own, tmp_path / "run", [])[0]
     assert "text-000000.tar" in message and "changed" in message
+
+
+def test_missing_shard_stops_every_rank(workers: WorkerPool, tmp_path: Path) -> None:
+    """Rank 0 indexes alone; the others must not wait for one that gave up."""
+    own = tmp_path / "data"
+    make_smoke_data(own)
+    (own / "vqa-000001.tar").unlink()
+    for message in workers.run(2, _refusal, own, tmp_path / "run", []):
+        assert f"missing shard={own}/vqa-000001.tar" in message
 
 
 def _refusal(data: Path, run_dir: Path, overrides: list[str]) -> str:

@@ -1,0 +1,147 @@
+"""Derived numbers against the paper's model and against real parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nvlm_train import geometry
+from nvlm_train.config.schema import (
+    LanguageConfig,
+    ModelConfig,
+    ParallelConfig,
+    ProjectorConfig,
+    TokenizerConfig,
+    VisionConfig,
+)
+from nvlm_train.geometry import StepWork
+from tests.parity import recipes
+from tests.workers import WorkerPool
+
+VISION_6B = VisionConfig(
+    num_layers=45, hidden_size=3200, num_heads=25, ffn_hidden_size=12800, tile_size=448, patch_size=14
+)  # fmt: skip
+QWEN2_72B = LanguageConfig(
+    num_layers=80, hidden_size=8192, num_heads=64, num_kv_heads=8, ffn_hidden_size=29568,
+    vocab_size=152064,
+)  # fmt: skip
+D_72B = ModelConfig(
+    "d", VISION_6B, ProjectorConfig(ffn_hidden_size=29568), QWEN2_72B, TokenizerConfig(path="unused")
+)  # fmt: skip
+
+
+def test_tokens_of_a_tile() -> None:
+    assert geometry.patches_per_side(VISION_6B) == 32
+    assert geometry.tokens_per_tile(VISION_6B) == 256
+    assert geometry.tile_feature_size(VISION_6B) == 12800
+
+
+def test_parameters_of_the_72b_model() -> None:
+    """The projector's 620.7 M are the fact sheet's; Qwen2-72B has 72.7 B, InternViT 5.5 B."""
+    parts = geometry.part_parameters(D_72B)
+    assert parts["projector"] / 1e6 == pytest.approx(620.7, abs=0.1)
+    assert parts["language_model"] == 72_706_203_648
+    assert parts["vision_encoder"] / 1e9 == pytest.approx(5.54, abs=0.01)
+
+
+def test_language_parameters_are_those_of_transformers() -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    language = QWEN2_72B
+    config = Qwen2Config(
+        vocab_size=language.vocab_size,
+        hidden_size=language.hidden_size,
+        num_hidden_layers=language.num_layers,
+        num_attention_heads=language.num_heads,
+        num_key_value_heads=language.num_kv_heads,
+        intermediate_size=language.ffn_hidden_size,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+    assert geometry.language_parameters(language) == _count(model)
+
+
+def test_vision_parameters_are_those_of_transformers_and_ours() -> None:
+    from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+    from transformers.models.internvl.modeling_internvl import InternVLVisionModel
+
+    from nvlm_train.vision.intern_vit import InternViT
+
+    config = InternVLVisionConfig(
+        num_hidden_layers=VISION_6B.num_layers,
+        hidden_size=VISION_6B.hidden_size,
+        num_attention_heads=VISION_6B.num_heads,
+        intermediate_size=VISION_6B.ffn_hidden_size,
+        use_qk_norm=True,
+        norm_type="rms_norm",
+    )
+    with torch.device("meta"):
+        models = [InternVLVisionModel(config), InternViT(VISION_6B)]
+    assert [_count(model) for model in models] == [geometry.vision_parameters(VISION_6B)] * 2
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _counts_of_parts() -> dict[str, int]:
+    """On a worker: parameters of the model that is really built."""
+    from tests.parity.gradients import start_engine
+
+    engine = start_engine(ParallelConfig())
+    parts = {name: _count(part) for name, part in engine.model.module.named_children()}
+    return {"vision_encoder": _count(engine.encoder), **parts}
+
+
+def test_parameters_of_the_small_model(workers: WorkerPool) -> None:
+    assert workers.run(1, _counts_of_parts)[0] == geometry.part_parameters(recipes.MODEL)
+
+
+def test_memory_falls_with_the_layout() -> None:
+    """Weights, gradients and Adam of everything on one rank; then shared by more and more ranks."""
+    everything = recipes.stage(ParallelConfig())
+    parts = geometry.part_parameters(recipes.MODEL)
+    trained = parts["projector"] + parts["language_model"]
+    expected = parts["vision_encoder"] * 4 + trained * (4 + 4 + 12)
+    assert geometry.rank_memory(recipes.MODEL, everything, "fp32", 1) == expected
+
+    def memory(parallel: ParallelConfig, data_size: int = 1) -> int:
+        return geometry.rank_memory(recipes.MODEL, recipes.stage(parallel), "fp32", data_size)
+
+    whole = ParallelConfig(distributed_optimizer=False)
+    assert memory(whole, 8) == expected
+    assert memory(ParallelConfig(), 8) < memory(ParallelConfig(), 2) < expected
+    assert memory(ParallelConfig(tensor=2)) - parts["vision_encoder"] * 4 == trained * 20 / 2
+    assert memory(ParallelConfig(pipeline=2)) < expected
+    frozen = replace(everything, trainable=("projector",))
+    assert expected - geometry.rank_memory(recipes.MODEL, frozen, "fp32", 1) == (
+        parts["language_model"] * 16
+    )
+
+
+def test_flops_count_what_is_computed() -> None:
+    """Six per weight and token where all trains; less where parts are frozen."""
+    work = StepWork(tokens=1000, attention_pairs=0, trained_tokens=0, tiles=0)
+    stage = recipes.stage(ParallelConfig())
+    weights = recipes.LANGUAGE.num_layers * geometry.language_layer_weights(recipes.LANGUAGE)
+    assert geometry.step_flops(recipes.MODEL, stage, work) == 6 * weights * 1000
+    frozen = recipes.stage(ParallelConfig(), trainable=("projector",))
+    assert geometry.step_flops(recipes.MODEL, frozen, work) == 4 * weights * 1000
+    logits = replace(work, trained_tokens=10)
+    table = recipes.LANGUAGE.hidden_size * recipes.LANGUAGE.vocab_size
+    assert geometry.step_flops(recipes.MODEL, stage, logits) == 6 * (weights * 1000 + table * 10)
+    tiles = replace(work, tiles=1)
+    nothing = recipes.stage(ParallelConfig(), trainable=())
+    patches = geometry.patches_per_side(recipes.VISION) ** 2 + 1
+    vision = recipes.VISION
+    layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
+    encoder = vision.num_layers * patches * (2 * layer + 4 * patches * vision.hidden_size)
+    projector = 2 * geometry.projector_weights(
+        geometry.tile_feature_size(vision), recipes.MODEL.projector, recipes.LANGUAGE.hidden_size
+    ) * geometry.tokens_per_tile(vision)  # fmt: skip
+    assert geometry.step_flops(recipes.MODEL, nothing, tiles) == pytest.approx(
+        4 * weights * 1000 + encoder + projector
+    )
