@@ -41,7 +41,7 @@ SYSTEM_PROMPT = "Answer the questions."
 MAX_TOKENS = 256  # of a sample; longer ones lose their end
 IGNORED = -100
 # kind -> samples of one step
-MIXTURE = {"page": 14, "short": 32, "chat": 16, "text": 6}
+MIXTURE = {"page": 16, "short": 16, "chat": 16, "text": 6}
 PEAK_LR = 3e-3
 WARMUP_STEPS = 30
 CONTINUED_FROM_STEP = 100_000  # so that a continued run draws other samples

@@ -48,7 +48,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHARS = LEGIBLE + ILLEGIBLE
 IGNORED = -100
 NOTHING = 0  # class of a tile without a drawing; shapes and colours count from 1
-NUM_PAGES, NUM_STRIPS, NUM_DRAWINGS = 1500, 3000, 3000
+NUM_PAGES, NUM_STRIPS, NUM_DRAWINGS = 1500, 3000, 12000
 BATCH, PEAK_LR, WARMUP_STEPS = 128, 2e-3, 30
 
 
@@ -90,11 +90,11 @@ def draw_shape(rng: random.Random) -> tuple[Image.Image, int, int]:
     """One drawing in easy-vqa's manner, its shape class and its colour class."""
     image = Image.new("RGB", (TILE, TILE), tuple(rng.randint(228, 255) for _ in range(3)))
     shape, colour = rng.randrange(len(SHAPES)), rng.randrange(len(COLOURS))
-    width, height = rng.randint(8, 32), rng.randint(8, 32)
+    width, height = rng.randint(9, 33), rng.randint(9, 33)
     if SHAPES[shape] != "rectangle":
-        height = width
-    x, y = rng.randint(-width // 4, TILE - width), rng.randint(-height // 4, TILE - height)
-    fill = "lime" if COLOURS[colour] == "green" and rng.random() < 0.5 else COLOURS[colour]
+        height = width if SHAPES[shape] == "circle" else round(0.87 * width)
+    x, y = rng.randint(-width // 4, TILE - width), rng.randint(-height // 4, TILE - height * 3 // 4)
+    fill = "lime" if COLOURS[colour] == "green" else COLOURS[colour]  # easy-vqa's green
     draw = ImageDraw.Draw(image)
     if SHAPES[shape] == "circle":
         draw.ellipse((x, y, x + width, y + height), fill=fill)

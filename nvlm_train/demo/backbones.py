@@ -21,7 +21,7 @@ from nvlm_train.demo.backbone_vision import heldout_accuracy, train_vision
 logger = logging.getLogger(__name__)
 
 NUM_LANGUAGE_STEPS = 900
-NUM_VISION_STEPS = 400
+NUM_VISION_STEPS = 700
 
 
 def build_language(folder: Path, num_steps: int, start: Path | None) -> dict[str, float]:
