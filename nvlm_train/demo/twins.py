@@ -11,7 +11,7 @@ from collections import defaultdict
 
 from nvlm_train.demo.captions import (
     CAPTION_PROMPT,
-    COLOURS,
+    NEGATIONS,
     READ_PROMPT,
     SHAPES,
     Question,
@@ -72,29 +72,48 @@ def strip_twin(rng: random.Random) -> Twin:
 
 def _shape_slots(caption: str, rng: random.Random) -> list[str]:
     """Blanks, and the words of the caption in at least two of the slots."""
-    words = [f" {word}" if word in COLOURS else word for word in caption.split()[1:]]
+    words = [f" {word}" for word in caption.split()[1:]]  # the tokens that questions use, too
     slots = [rng.choice([" ", *words]) for _ in range(NUM_SLOTS)]
     for slot, word in zip(rng.sample(range(NUM_SLOTS), len(words)), words, strict=True):
         slots[slot] = word
     return slots
 
 
+def _kind_of(question: Question, caption: str) -> str:
+    """`open`, or for yes/no questions: is the thing `present`, and is the question `negated`."""
+    if question.answer not in ("yes", "no"):
+        return "open"
+    words = question.text[:-1].split()
+    kind = "absent" if set(caption.split()[1:]).isdisjoint(words) else "present"
+    return kind if NEGATIONS.isdisjoint(words) else f"negated {kind}"
+
+
 class ShapeTwins:
-    """Twins of easy-vqa's training pictures: captions and training questions about them."""
+    """Twins of easy-vqa's training pictures: captions and training questions about them.
+
+    Four yes/no questions in five ask for something that is not there, and half of them are
+    negated. Drawn as they come they teach to answer without looking. So present and absent things
+    are drawn equally often, and most questions are plain: present XOR negated gives no gradient to
+    start from while both are even.
+    """
+
+    KINDS = ("caption", "open", *(3 * ("present", "absent")), "negated present", "negated absent")
 
     def __init__(self) -> None:
-        self.questions: dict[int, list[Question]] = defaultdict(list)
-        for question in read_questions("train"):
-            self.questions[question.image_id].append(question)
         # Only pictures of which both colour and shape are known can be written down.
-        known = {i: c for i, c in read_captions().items() if len(c.split()) == 3}
-        self.captions = [(i, c) for i, c in known.items() if c.endswith(SHAPES)]
+        captions = {i: c for i, c in read_captions().items() if len(c.split()) == 3}
+        captions = {i: c for i, c in captions.items() if c.endswith(SHAPES)}
+        self.captions = list(captions.values())
+        self.questions: dict[str, list[tuple[str, Question]]] = defaultdict(list)
+        for question in read_questions("train"):
+            if caption := captions.get(question.image_id):
+                self.questions[_kind_of(question, caption)].append((caption, question))
 
     def draw(self, rng: random.Random) -> Twin:
-        """A caption (one time in five) or a question about one picture."""
-        image_id, caption = rng.choice(self.captions)
-        slots = _shape_slots(caption, rng)
-        if rng.random() < 0.2:
-            return one_tile(slots, CAPTION_PROMPT, rng), caption
-        question = rng.choice(self.questions[image_id])
-        return one_tile(slots, question.text, rng), question.answer
+        """A caption or a question about one picture."""
+        kind = rng.choice(self.KINDS)
+        if kind == "caption":
+            caption = rng.choice(self.captions)
+            return one_tile(_shape_slots(caption, rng), CAPTION_PROMPT, rng), caption
+        caption, question = rng.choice(self.questions[kind])
+        return one_tile(_shape_slots(caption, rng), question.text, rng), question.answer
