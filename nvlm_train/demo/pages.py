@@ -91,7 +91,7 @@ def blank_paper(grid: tuple[int, int], rng: random.Random) -> Image.Image:
 
 
 def render_page(index: int, split: Split) -> Page:
-    """Page `index` of a split: several tiles of text, 36 to 64 characters."""
+    """Page `index` of a split: several tiles of text, at most 64 characters of whole words."""
     rng = random.Random(f"page/{split}/{index}")
     grid = rng.choice(GRIDS)
     text = draw_text(rng, split, MIN_PAGE_CHARS, MAX_PAGE_CHARS)
@@ -101,7 +101,7 @@ def render_page(index: int, split: Split) -> Page:
 
 
 def render_strip(index: int, split: Split) -> Page:
-    """Strip `index` of a split: one tile of text, 6 to 16 characters, legible without tiling."""
+    """Strip `index` of a split: one tile of text, at most 16 characters, legible without tiling."""
     rng = random.Random(f"strip/{split}/{index}")
     text = draw_text(rng, split, 6, CELLS_PER_TILE_SIDE**2)
     image = blank_paper((1, 1), rng)

@@ -65,7 +65,7 @@ def one_tile(slots: list[str], question: str, rng: random.Random) -> list[Piece]
 
 
 def strip_twin(rng: random.Random) -> Twin:
-    """A tile of 6 to 16 characters, to be read out."""
+    """A tile of at most 16 characters, to be read out."""
     text = draw_text(rng, "train", 6, NUM_SLOTS)
     return one_tile(list(text.ljust(NUM_SLOTS)), READ_PROMPT, rng), text
 
