@@ -121,7 +121,9 @@ def make_inputs() -> tuple[Tensor, Tensor]:
     text = torch.randint(0, 30_000, (TEXT,), generator=generator)
     ids = torch.cat([text[:16], torch.full((SLOTS,), IMAGE_ID), text[16:]])
     edge = VISION.tile_size
-    return ids, torch.randint(0, 256, (TILES, 3, edge, edge), dtype=torch.uint8, generator=generator)
+    return ids, torch.randint(
+        0, 256, (TILES, 3, edge, edge), dtype=torch.uint8, generator=generator
+    )
 
 
 def reference_step(model: InternVLForConditionalGeneration, dtype: torch.dtype) -> Step:
@@ -222,7 +224,9 @@ def measure(precision: str, repeats: int) -> dict[str, float]:
     first = own(), reference()
     tolerance = 1e-4 if precision == "fp32" else 2e-2
     if abs(first[0] - first[1]) > tolerance * first[1]:
-        raise SystemExit(f"{precision}: first losses differ: ours {first[0]}, transformers {first[1]}")
+        raise SystemExit(
+            f"{precision}: first losses differ: ours {first[0]}, transformers {first[1]}"
+        )
     seconds: dict[str, list[float]] = {"own": [], "reference": []}
     for _ in range(repeats):
         for side, step in (("own", own), ("reference", reference)):

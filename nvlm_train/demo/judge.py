@@ -1,6 +1,6 @@
 """Judges the demo's run: answers, their scores, and the baselines beside them. Runs on every rank.
 
-    torchrun --nproc-per-node 4 -m nvlm_train.demo.judge --run-dir runs/demo
+torchrun --nproc-per-node 4 -m nvlm_train.demo.judge --run-dir runs/demo
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ class Judge:
     ) -> list[str]:
         """One answer per question and picture, with at most `max_tiles` tiles a picture."""
         tiling = replace(self.encoder.spec.tiling, max_tiles=max_tiles)
-        encoder = SampleEncoder(
-            self.encoder.tokenizer, replace(self.encoder.spec, tiling=tiling)
-        )
+        encoder = SampleEncoder(self.encoder.tokenizer, replace(self.encoder.spec, tiling=tiling))
         prompts = [
             make_prompt(encoder, question, [image], max_new_tokens)
             for question, image in zip(questions, images, strict=True)
@@ -117,7 +115,9 @@ def _baselines(chosen: Sequence[Question]) -> tuple[float, float]:
     majority = overall.most_common(1)[0][0]
     references = [question.answer for question in chosen]
     guesses = [
-        by_question[question.text].most_common(1)[0][0] if question.text in by_question else majority
+        by_question[question.text].most_common(1)[0][0]
+        if question.text in by_question
+        else majority
         for question in chosen
     ]
     return exact_match([majority] * len(chosen), references), exact_match(guesses, references)

@@ -86,8 +86,12 @@ def _chart(curves: Sequence[Curve]) -> str:
     for number, (name, points) in enumerate(curves):
         colour = _COLOURS[number % len(_COLOURS)]
         path = " ".join(place(step, value) for step, value in points)
-        lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        legend.append(f'<span style="color:{colour}">{html.escape(name)} {points[-1][1]:.2f}</span>')
+        lines.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
+        )
+        legend.append(
+            f'<span style="color:{colour}">{html.escape(name)} {points[-1][1]:.2f}</span>'
+        )
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(lines)}</svg>'
     return f'{svg}<p class="legend">{" ".join(legend)}</p>'
 
