@@ -16,7 +16,7 @@ from nvlm_train.parallel.topology import Topology
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformer_config(recipe: Recipe, stage: StageConfig) -> TransformerConfig:
+def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> TransformerConfig:
     """megatron-core's config of the language model in one stage's layout."""
     language, parallel = recipe.model.language, stage.parallel
     dtype = DTYPES[recipe.precision]
@@ -45,10 +45,10 @@ def transformer_config(recipe: Recipe, stage: StageConfig) -> TransformerConfig:
         # The values are overwritten (model/canonical.py), but only initialisation marks weights as
         # tensor-parallel, and an unmarked one is left out of the gradient norm on all ranks but one.
         perform_initialization=True,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=kernels.weight_gradient != "separate",
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=True,
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
@@ -57,7 +57,7 @@ def transformer_config(recipe: Recipe, stage: StageConfig) -> TransformerConfig:
 
 def build_model(recipe: Recipe, stage: StageConfig, topology: Topology, kernels: Kernels) -> NVLM:
     """This rank's shard of the model with uninitialised weights, frozen as the stage says."""
-    config = transformer_config(recipe, stage)
+    config = transformer_config(recipe, stage, kernels)
     model = NVLM(config, recipe.model, stage.sequence_length, topology, kernels)
     freeze(model, stage.trainable)
     return model

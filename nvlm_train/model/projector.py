@@ -54,6 +54,7 @@ def _projector_config(config: TransformerConfig, projector: ProjectorConfig) -> 
     own.sequence_parallel = False
     own.gated_linear_unit = False
     own.activation_func = F.gelu
+    own.bias_activation_fusion = False  # the fused GELU exists with a bias only
     own.add_bias_linear = False
     own.ffn_hidden_size = projector.ffn_hidden_size
     return own

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from nvlm_train.parallel import cpu_kernels
+
 CPU = torch.device("cpu")
 
 _LITERALS: dict[str, tuple[tuple[str, int], ...]] = {
@@ -79,6 +81,12 @@ def _is_no_rng_warning(record: logging.LogRecord) -> bool:
 def patched_symbols() -> list[tuple[Any, str, Any]]:
     """(owner, attribute, replacement) for every function that is replaced."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
+    buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    mlp = importlib.import_module("megatron.core.transformer.mlp")
+    # Absent without apex: megatron-core then names it nowhere but where it is called.
+    layers.__dict__.setdefault("fused_weight_gradient_mlp_cuda", None)
     return [
         (torch.cuda, "current_device", lambda: CPU),
         (torch.cuda, "synchronize", lambda device=None: None),
@@ -87,6 +95,12 @@ def patched_symbols() -> list[tuple[Any, str, Any]]:
         (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
         (random, "_get_cuda_rng_state", _get_rng_state),
         (random, "_set_cuda_rng_state", _set_rng_state),
+        (buffers, "dist_all_gather_func", cpu_kernels.all_gather),
+        (buffers, "dist_reduce_scatter_func", cpu_kernels.reduce_scatter),
+        (clip_grads, "multi_tensor_scale_impl", cpu_kernels.scale_in_place),
+        (layers, "_grad_accum_fusion_available", True),
+        (layers, "fused_weight_gradient_mlp_cuda", cpu_kernels.WeightGradient),
+        (mlp, "bias_swiglu_impl", cpu_kernels.swiglu),
     ]
 
 

@@ -18,29 +18,54 @@ class Kernels:
     attention: Literal["transformer_engine", "torch_sdpa"]
     norm: Literal["transformer_engine", "torch"]
     adam: Literal["transformer_engine", "apex", "torch"]
+    weight_gradient: Literal["apex", "torch", "separate"]
+    """What adds a linear's weight gradient to the fp32 buffer inside its matrix product; or nothing does."""
 
     def __str__(self) -> str:
-        return f"linear={self.linear} attention={self.attention} norm={self.norm} adam={self.adam}"
+        return " ".join(f"{name}={value}" for name, value in vars(self).items())
 
 
-def choose(has_cuda: bool, has_transformer_engine: bool, has_apex: bool) -> Kernels:
-    """The rule, as a function of what the machine has, so that it is tested without a GPU.
+@dataclass(frozen=True)
+class Available:
+    """What the machine and its Python have."""
 
-    Both libraries run on CUDA only: on a CPU they are ignored, installed or not.
+    cuda: bool
+    transformer_engine: bool
+    apex: bool
+    apex_weight_gradient: bool
+
+
+def choose(available: Available) -> Kernels:
+    """The rule, as a function of what there is, so that it is tested without a GPU.
+
+    The libraries run on CUDA only: on a CPU they are ignored, installed or not.
     """
-    if has_cuda and has_transformer_engine:
+    if not available.cuda:
+        return Kernels("megatron", "torch_sdpa", "torch", "torch", weight_gradient="torch")
+    weight_gradient: Literal["apex", "separate"] = (
+        "apex" if available.apex_weight_gradient else "separate"
+    )
+    if available.transformer_engine:
         engine: Literal["transformer_engine"] = "transformer_engine"
-        return Kernels(linear=engine, attention=engine, norm=engine, adam=engine)
-    adam: Literal["apex", "torch"] = "apex" if has_cuda and has_apex else "torch"
-    return Kernels(linear="megatron", attention="torch_sdpa", norm="torch", adam=adam)
+        return Kernels(engine, engine, engine, engine, weight_gradient)
+    adam: Literal["apex", "torch"] = "apex" if available.apex else "torch"
+    return Kernels("megatron", "torch_sdpa", "torch", adam, weight_gradient)
 
 
 def detect() -> Kernels:
-    """`choose` for this machine. PyPI's `apex` is another package: NVIDIA's has `apex.optimizers`."""
-    apex = importlib.util.find_spec("apex")
-    has_apex = apex is not None and importlib.util.find_spec("amp_C") is not None
-    has_engine = importlib.util.find_spec("transformer_engine") is not None
-    return choose(torch.cuda.is_available(), has_engine, has_apex)
+    """`choose` for this machine. PyPI's `apex` is another package: NVIDIA's brings the extension amp_C."""
+    return choose(
+        Available(
+            cuda=torch.cuda.is_available(),
+            transformer_engine=_is_installed("transformer_engine"),
+            apex=_is_installed("apex") and _is_installed("amp_C"),
+            apex_weight_gradient=_is_installed("fused_weight_gradient_mlp_cuda"),
+        )
+    )
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def install_adam() -> None:

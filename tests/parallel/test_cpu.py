@@ -29,6 +29,12 @@ def test_patched_symbols_exist(report: dict[str, Any]) -> None:
         "Tensor.cuda",
         f"{random}._get_cuda_rng_state",
         f"{random}._set_cuda_rng_state",
+        "megatron.core.distributed.param_and_grad_buffer.dist_all_gather_func",
+        "megatron.core.distributed.param_and_grad_buffer.dist_reduce_scatter_func",
+        "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl",
+        "megatron.core.tensor_parallel.layers._grad_accum_fusion_available",
+        "megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda",
+        "megatron.core.transformer.mlp.bias_swiglu_impl",
     }
 
 

@@ -12,33 +12,43 @@ import torch
 
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.adam import GroupStepAdamW
-from nvlm_train.parallel.kernels import Kernels, choose
+from nvlm_train.parallel.kernels import Available, Kernels, choose
 from tests.parallel import examine
 
-TORCH = Kernels(linear="megatron", attention="torch_sdpa", norm="torch", adam="torch")
-APEX = Kernels(linear="megatron", attention="torch_sdpa", norm="torch", adam="apex")
-ENGINE = Kernels(*["transformer_engine"] * 4)  # type: ignore[arg-type]
+CPU = Kernels("megatron", "torch_sdpa", "torch", "torch", "torch")
+TORCH = Kernels("megatron", "torch_sdpa", "torch", "torch", "separate")
+APEX = Kernels("megatron", "torch_sdpa", "torch", "apex", "apex")
+ENGINE = Kernels(*["transformer_engine"] * 4, "separate")  # type: ignore[arg-type]
+ENGINE_APEX = Kernels(*["transformer_engine"] * 4, "apex")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("cuda", "engine", "apex", "expected"),
     [
-        (False, False, False, TORCH),
-        (False, False, True, TORCH),
-        (False, True, False, TORCH),
-        (False, True, True, TORCH),
+        (False, False, False, CPU),
+        (False, False, True, CPU),
+        (False, True, False, CPU),
+        (False, True, True, CPU),
         (True, False, False, TORCH),
         (True, False, True, APEX),
         (True, True, False, ENGINE),
-        (True, True, True, ENGINE),
+        (True, True, True, ENGINE_APEX),
     ],
 )
 def test_choice(cuda: bool, engine: bool, apex: bool, expected: Kernels) -> None:
-    assert choose(cuda, engine, apex) == expected
+    assert choose(Available(cuda, engine, apex, apex_weight_gradient=apex)) == expected
+
+
+def test_apex_may_lack_its_optional_extension() -> None:
+    chosen = choose(
+        Available(cuda=True, transformer_engine=False, apex=True, apex_weight_gradient=False)
+    )
+    assert (chosen.adam, chosen.weight_gradient) == ("apex", "separate")
 
 
 def test_the_choice_is_printed_by_name() -> None:
-    assert str(APEX) == "linear=megatron attention=torch_sdpa norm=torch adam=apex"
+    text = "linear=megatron attention=torch_sdpa norm=torch adam=apex weight_gradient=apex"
+    assert str(APEX) == text
 
 
 def test_apex_of_pypi_is_not_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
