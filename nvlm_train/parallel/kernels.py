@@ -64,6 +64,11 @@ def detect() -> Kernels:
     )
 
 
+def multiplies_bf16() -> bool:
+    """Whether bf16 matrix products run at the device's speed, and not through a scalar loop."""
+    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 

@@ -17,11 +17,16 @@ from nvlm_train.train.start import StageWork
 logger = logging.getLogger(__name__)
 
 
-def machine() -> None:
-    """World size, device and kernels."""
+def machine(precision: str) -> None:
+    """World size, device and kernels; a warning where the precision is a bad choice for them."""
     logger.info(
         "world size %d on %s; kernels: %s", dist.get_world_size(), device().type, kernels.detect()
     )
+    if precision == "bf16" and not kernels.multiplies_bf16():
+        logger.warning(
+            "precision=bf16: this CPU has no bf16 matrix products (AVX512-BF16 or AMX), and torch's "
+            "stand-in is about 100 times slower than fp32; set precision=fp32"
+        )
 
 
 def stage(recipe: Recipe, position: Position, work: StageWork) -> None:

@@ -36,7 +36,7 @@ def train(recipe: Recipe) -> int:
     """
     start_process_group()
     rules.check(recipe, dist.get_world_size())
-    announce.machine()
+    announce.machine(recipe.precision)
     stop, run = StopRequest(), start.open_run(recipe)
     steps_done = global_step(recipe, run.position) if run.position else 0
     run_id = run.state.wandb_run_id if run.state else None

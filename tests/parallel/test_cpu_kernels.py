@@ -1,0 +1,56 @@
+"""The CPU's fused operations against their plain forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nvlm_train.parallel import cpu_kernels, kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 1, 12), (0, 12), (7, 12)])
+def test_swiglu_is_silu_times_up(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ours = torch.randn(shape, dtype=dtype, requires_grad=True)
+    plain = ours.detach().clone().requires_grad_()
+    gate, up = plain.chunk(2, dim=-1)
+    expected = F.silu(gate) * up
+    output = cpu_kernels.swiglu(ours, None, False, False)
+    weight = torch.randn_like(output)
+    (output * weight).sum().backward()
+    (expected * weight).sum().backward()
+    torch.testing.assert_close(output, expected)
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_swiglu_passes_gradcheck() -> None:
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda value: cpu_kernels.swiglu(value, None), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 6])
+def test_weight_gradient_is_added(rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    inputs, grad = torch.randn(rows, 4).to(dtype), torch.randn(rows, 3).to(dtype)
+    main_grad = torch.randn(3, 4)
+    expected = main_grad + (grad.t() @ inputs).float()
+    cpu_kernels.WeightGradient.wgrad_gemm_accum_fp32(inputs, grad, main_grad)
+    torch.testing.assert_close(main_grad, expected)
+
+
+def test_gradients_are_scaled_where_they_are() -> None:
+    gradients = [torch.ones(3), torch.full((2, 2), 4.0)]
+    places = [gradient.data_ptr() for gradient in gradients]
+    cpu_kernels.scale_in_place(1, torch.zeros(1), [gradients, gradients], 0.25)
+    assert [gradient.data_ptr() for gradient in gradients] == places
+    assert torch.equal(gradients[0], torch.full((3,), 0.25))
+    assert torch.equal(gradients[1], torch.ones(2, 2))
+
+
+def test_bf16_products_are_known_to_be_slow_or_fast() -> None:
+    expected = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert kernels.multiplies_bf16() == expected
