@@ -6,6 +6,7 @@ and zeroed page by page on every use.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,26 +54,19 @@ def swiglu(x: Tensor, bias: Tensor | None, *options: bool) -> Tensor:
     return output
 
 
-def reduce_scatter(
-    output: Tensor, tensor: Tensor, *, group: dist.ProcessGroup, **options: Any
-) -> dist.Work | None:
-    """NCCL's is free on a group of one; gloo's copies the whole gradient buffer twice."""
-    if _is_in_place(output, tensor, group):
-        return None
-    return dist.reduce_scatter_tensor(output, tensor, group=group, **options)
+def _free_on_one_rank(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """NCCL's is free on a group of one; gloo's copies the whole gradient or weight buffer."""
+
+    def call(output: Tensor, tensor: Tensor, *, group: dist.ProcessGroup, **options: Any) -> Any:
+        if group.size() == 1 and output.data_ptr() == tensor.data_ptr():
+            return None
+        return collective(output, tensor, group=group, **options)
+
+    return call
 
 
-def all_gather(
-    output: Tensor, tensor: Tensor, *, group: dist.ProcessGroup, **options: Any
-) -> dist.Work | None:
-    """The same for the updated weights."""
-    if _is_in_place(output, tensor, group):
-        return None
-    return dist.all_gather_into_tensor(output, tensor, group=group, **options)
-
-
-def _is_in_place(output: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> bool:
-    return group.size() == 1 and output.data_ptr() == tensor.data_ptr()
+reduce_scatter = _free_on_one_rank(dist.reduce_scatter_tensor)
+all_gather = _free_on_one_rank(dist.all_gather_into_tensor)
 
 
 def scale_in_place(

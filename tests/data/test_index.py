@@ -223,7 +223,7 @@ def test_remote_shard(shard: LocalShard, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_names() -> None:
     assert expand_pattern("x-{000008..000010}.tar") == [f"x-{n:06d}.tar" for n in (8, 9, 10)]
     assert join_root("root", "a.tar") == "root/a.tar"
-    assert join_root("s3://bucket/root/", "a.tar") == "s3://bucket/root/a.tar"
+    assert join_root("s3://bucket/shards/", "a.tar") == "s3://bucket/shards/a.tar"
     assert join_root("root", "/abs/a.tar") == "/abs/a.tar"
 
 
