@@ -1,0 +1,45 @@
+"""Rules about what an architecture needs: a table of routes is only as good as the parts behind it."""
+
+from __future__ import annotations
+
+from nvlm_train.config.ranges import Problems, in_range
+from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+
+
+def architecture_has_its_parts(recipe: Recipe) -> Problems:
+    """X and H read tiles through cross-attention; D has none."""
+    model = recipe.model
+    name, cross = f"model.architecture={model.architecture}", model.cross_attention
+    if model.architecture == "d" and cross is not None:
+        yield f"{name} sends every tile to the decoder; remove model.cross_attention, or use x or h"
+    if model.architecture != "d" and cross is None:
+        yield f"{name} needs model.cross_attention; state model.cross_attention.every, or use d"
+    if cross is None:
+        return
+    yield from in_range("model.cross_attention.every", cross.every, 1)
+    if cross.every > model.language.num_layers:
+        yield (
+            f"model.cross_attention.every={cross.every} is more than model.language.num_layers="
+            f"{model.language.num_layers}: no layer would have cross-attention; use at most that"
+        )
+
+
+def cross_attention_trains_where_it_is(
+    path: str, stage: StageConfig, model: ModelConfig
+) -> Problems:
+    """Gates that start at zero and never train would keep the tiles out for good."""
+    has_it, trains_it = model.cross_attention is not None, "cross_attention" in stage.trainable
+    if trains_it and not has_it:
+        yield (
+            f"{path}.trainable names cross_attention, which model.architecture={model.architecture} "
+            "does not have; remove it, or use x or h"
+        )
+
+
+def thumbnail_is_there(path: str, stage: StageConfig, model: ModelConfig) -> Problems:
+    """H's decoder sees an image through its thumbnail only."""
+    if model.architecture == "h" and not stage.tiling.thumbnail:
+        yield (
+            f"{path}.tiling.thumbnail=false leaves nothing of a tiled image in the decoder of "
+            "model.architecture=h; set it to true, or use x"
+        )
