@@ -17,9 +17,12 @@ def start_engine(
     name: str, parallel: ParallelConfig, trainable: tuple[str, ...] = ALL_PARTS
 ) -> Engine:
     """One of `cross_recipes.MODELS` with weights that depend on names only, gates open."""
+    model = (cross_recipes.MODELS | cross_recipes.PLAIN)[name]
+    if model.cross_attention is None:
+        trainable = tuple(part for part in trainable if part != "cross_attention")
     return gradients.start_engine(
         parallel,
-        model=cross_recipes.MODELS[name],
+        model=model,
         sequence_length=cross_recipes.SEQUENCE_LENGTH,
         trainable=trainable,
     )

@@ -42,6 +42,12 @@ MODELS: dict[str, ModelConfig] = {
     ),
 }  # fmt: skip
 
+PLAIN: dict[str, ModelConfig] = {
+    f"d beside {name}": replace(model, architecture="d", cross_attention=None)
+    for name, model in MODELS.items()
+}
+"""What X and H are when nothing crosses."""
+
 WIDE, TALL, SMALL = (96, 64), (32, 96), (32, 32)
 """Seven tiles, four, and one."""
 Sample = tuple[int, list[tuple[int, int]]]
@@ -70,7 +76,7 @@ def encoder(architecture: Architecture) -> SampleEncoder:
     return SampleEncoder(Tokenizer(TOKENIZER), spec)
 
 
-def encode(architecture: Architecture, sample: Sample, seed: int) -> EncodedSample:
+def record(sample: Sample, seed: int) -> dict[str, object]:
     """A question around each image, a longer answer at the end."""
     num_words, sizes = sample
     words = random.Random(seed).choices(
@@ -78,8 +84,13 @@ def encode(architecture: Architecture, sample: Sample, seed: int) -> EncodedSamp
     )
     question = "look " + " then <image> and".join(["", *[" this" for _ in sizes]]) + " what?"
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": " ".join(words)}]
-    record = json.dumps({"conversations": turns}).encode()
-    return encoder(architecture).encode(str(seed), record, sizes)
+    return {"conversations": turns}
+
+
+def encode(architecture: Architecture, sample: Sample, seed: int) -> EncodedSample:
+    """`record` as the stage's encoder reads it."""
+    raw = json.dumps(record(sample, seed)).encode()
+    return encoder(architecture).encode(str(seed), raw, sample[1])
 
 
 def pack(
