@@ -24,15 +24,16 @@ def architecture_has_its_parts(recipe: Recipe) -> Problems:
         )
 
 
-def cross_attention_trains_where_it_is(
-    path: str, stage: StageConfig, model: ModelConfig
-) -> Problems:
-    """Gates that start at zero and never train would keep the tiles out for good."""
-    has_it, trains_it = model.cross_attention is not None, "cross_attention" in stage.trainable
-    if trains_it and not has_it:
+def gates_open_at_some_time(recipe: Recipe) -> Problems:
+    """Gates start at zero: cross-attention that never trains would keep the tiles out for good."""
+    stages = [recipe.stages[name] for name in recipe.schedule if name in recipe.stages]
+    if recipe.model.cross_attention is None or not stages:
+        return
+    if not any("cross_attention" in stage.trainable for stage in stages):
         yield (
-            f"{path}.trainable names cross_attention, which model.architecture={model.architecture} "
-            "does not have; remove it, or use x or h"
+            f"model.architecture={recipe.model.architecture}: no stage of the schedule trains "
+            "cross_attention, whose gates start at 0, so that cross-routed tiles would never be seen; "
+            "add cross_attention to a stage's trainable"
         )
 
 

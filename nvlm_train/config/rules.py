@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from nvlm_train.config.cross_rules import (
     architecture_has_its_parts,
-    cross_attention_trains_where_it_is,
+    gates_open_at_some_time,
     thumbnail_is_there,
 )
 from nvlm_train.config.ranges import Problems, below_one, divisors, in_range, use
@@ -233,6 +233,7 @@ _RECIPE_RULES: tuple[Callable[[Recipe], Problems], ...] = (
     language_shapes_fit,
     counters_are_positive,
     architecture_has_its_parts,
+    gates_open_at_some_time,
 )
 
 _STAGE_RULES: tuple[Callable[[str, StageConfig, ModelConfig], Problems], ...] = (
@@ -240,6 +241,5 @@ _STAGE_RULES: tuple[Callable[[str, StageConfig, ModelConfig], Problems], ...] = 
     steps_and_rates_fit,
     batch_is_possible,
     layout_fits_model,
-    cross_attention_trains_where_it_is,
     thumbnail_is_there,
 )

@@ -150,6 +150,7 @@ class StageConfig:
     """One training stage: what trains, on which data, how long, laid out how."""
 
     trainable: tuple[TrainablePart, ...]
+    """Parts that the architecture does not have are passed over: D has no cross_attention."""
     blend: str
     """A data recipe: name of a file in data_recipes/ without .yaml, or a path to one."""
     steps: int

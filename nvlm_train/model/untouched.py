@@ -21,10 +21,11 @@ class _ZerosFor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         parameters = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:]
-        return None, *(
-            torch.zeros_like(parameter) if wanted else None
-            for parameter, wanted in zip(parameters, needed, strict=True)
+        # Zeros for `like` too: behind it lies a norm, whose weight would be left without a gradient.
+        inputs = (grad, *parameters)
+        return tuple(
+            torch.zeros_like(each) if needed else None
+            for each, needed in zip(inputs, ctx.needs_input_grad, strict=True)
         )
 
 
