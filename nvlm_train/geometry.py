@@ -150,11 +150,11 @@ class StepWork:
     """Sum over samples of length squared; causal attention computes half of the pairs."""
     trained_tokens: int
     tiles: int
-    cross_tokens: int
+    cross_tokens: int = 0
     """Decoder tokens of packs that have a cross-attention context."""
-    context_tokens: int
+    context_tokens: int = 0
     """Tokens of those contexts."""
-    cross_pairs: int
+    cross_pairs: int = 0
     """Pairs of a decoder token and a context token that it sees."""
 
 
