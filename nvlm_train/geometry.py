@@ -26,6 +26,11 @@ def tokens_per_tile(vision: VisionConfig) -> int:
     return (patches_per_side(vision) // PIXEL_SHUFFLE) ** 2
 
 
+def context_tokens_per_tile(model: ModelConfig) -> int:
+    """Tokens of one tile in the cross-attention context: its latents where there is a resampler."""
+    return model.resampler.num_latents if model.resampler else tokens_per_tile(model.vision)
+
+
 def tile_feature_size(vision: VisionConfig) -> int:
     """Channels of one token after pixel shuffle: 12,800 for the paper's encoder."""
     return vision.hidden_size * PIXEL_SHUFFLE**2
@@ -45,7 +50,17 @@ def vision_parameters(vision: VisionConfig) -> int:
 def projector_parameters(model: ModelConfig) -> int:
     """LayerNorm and two linears without biases: 620.7 M at 72B; NVLM-X has one linear."""
     inputs, projector = tile_feature_size(model.vision), model.projector
-    return 2 * inputs + projector_weights(inputs, projector, model.language.hidden_size)
+    weights = projector_weights(inputs, projector, model.language.hidden_size)
+    return 2 * inputs + weights + resampler_parameters(model)
+
+
+def resampler_parameters(model: ModelConfig) -> int:
+    """Latents, and layers of attention and feed-forward with three norms; one norm at the end."""
+    resampler, language = model.resampler, model.language
+    if resampler is None:
+        return 0
+    layer = language_layer_weights(language) + 3 * language.hidden_size
+    return resampler.num_layers * layer + (resampler.num_latents + 1) * language.hidden_size
 
 
 def projector_weights(inputs: int, projector: ProjectorConfig, outputs: int) -> int:
@@ -85,6 +100,19 @@ def cross_attention_parameters(model: ModelConfig) -> int:
         norms_and_gates += hidden + 1
     layer = cross_query_weights(model) + cross_context_weights(model.language) + norms_and_gates
     return num_cross_layers(model) * layer
+
+
+def resampler_products(model: ModelConfig) -> int:
+    """Multiplications of the resampler for one tile."""
+    resampler, language = model.resampler, model.language
+    if resampler is None:
+        return 0
+    hidden, latents = language.hidden_size, resampler.num_latents
+    read = tokens_per_tile(model.vision) + latents
+    on_latents = 2 * hidden**2 + 3 * hidden * language.ffn_hidden_size
+    scores = 2 * latents * read * hidden
+    layer = latents * on_latents + read * cross_context_weights(language) + scores
+    return resampler.num_layers * layer
 
 
 def language_layer_weights(language: LanguageConfig) -> int:
@@ -181,6 +209,7 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
         + cross_context_weights(language) * work.context_tokens
     )
     cross_scores = 2.0 * cross * language.hidden_size * work.cross_pairs
+    projector += 2.0 * resampler_products(model) / tokens_per_tile(vision)
     trains_language = "language_model" in stage.trainable
     return (
         encoder * work.tiles

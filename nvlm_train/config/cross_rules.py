@@ -14,6 +14,14 @@ def architecture_has_its_parts(recipe: Recipe) -> Problems:
         yield f"{name} sends every tile to the decoder; remove model.cross_attention, or use x or h"
     if model.architecture != "d" and cross is None:
         yield f"{name} needs model.cross_attention; state model.cross_attention.every, or use d"
+    if model.resampler is not None:
+        yield from in_range("model.resampler.num_latents", model.resampler.num_latents, 1)
+        yield from in_range("model.resampler.num_layers", model.resampler.num_layers, 1)
+        if model.architecture != "x":
+            yield (
+                f"{name} splices tokens into the decoder, which model.resampler would replace; "
+                "use x, or remove model.resampler"
+            )
     if cross is None:
         return
     yield from in_range("model.cross_attention.every", cross.every, 1)

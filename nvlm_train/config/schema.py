@@ -43,6 +43,15 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True)
+class ResamplerConfig:
+    """Perceiver resampler behind the projector: for a Flamingo-style baseline; NVLM has none."""
+
+    num_latents: int
+    """Tokens that remain of a tile."""
+    num_layers: int = 2
+
+
+@dataclass(frozen=True)
 class CrossAttentionConfig:
     """Gated cross-attention in some layers of the language model (NVLM 1.0, sections 4.3 to 4.5)."""
 
@@ -94,6 +103,8 @@ class ModelConfig:
     tokenizer: TokenizerConfig
     cross_attention: CrossAttentionConfig | None = None
     """Needed by `x` and `h`, absent from `d`."""
+    resampler: ResamplerConfig | None = None
+    """For `x` only: cross-attention then reads latents instead of a tile's tokens."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class EncodingSpec:
 
     tile_size: int
     tokens_per_tile: int
+    context_tokens_per_tile: int
+    """Tokens of a tile in the cross-attention context: a resampler leaves fewer."""
     routes: Routes
     tiling: TilingConfig
     sequence_length: int
@@ -256,7 +258,7 @@ class SampleEncoder:
             for tag in self.format.context_tags(images)
         ]
         return CrossTiles(
-            self.spec.tokens_per_tile,
+            self.spec.context_tokens_per_tile,
             np.array([route == "cross" for route in routes], dtype=np.bool_),
             tuple(tags),
             np.array(_merged(views), dtype=np.int64).reshape(-1, 4),

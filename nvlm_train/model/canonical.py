@@ -38,7 +38,8 @@ def part_of(name: str) -> str:
     """The part that a parameter belongs to, as a stage's `trainable` names it."""
     if ".cross_" in name or ".pre_cross_" in name:
         return "cross_attention"
-    return name.split(".", 1)[0]
+    # The resampler is a part of how features are projected.
+    return "projector" if name.startswith("resampler.") else name.split(".", 1)[0]
 
 
 def shards(

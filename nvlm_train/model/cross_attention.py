@@ -69,21 +69,10 @@ class GatedCrossAttention(MegatronModule):
         self._channels = channels
         self._heads_per_group = config.num_attention_heads // groups
         width = config.num_attention_heads * channels
-        self.linear_q = _column(config, submodules, width)
+        self.linear_q = column_linear(config, submodules, width)
         self.context_norm = RMSNorm(context_config, config.hidden_size, config.layernorm_epsilon)
-        self.linear_kv = _column(context_config, submodules, 2 * groups * channels)
-        self.linear_proj = build_module(
-            submodules.row,
-            width,
-            config.hidden_size,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="cross_proj",
-        )
+        self.linear_kv = column_linear(context_config, submodules, 2 * groups * channels)
+        self.linear_proj = row_linear(config, submodules, width)
         self.gate = Gate(config)
 
     def forward(
@@ -117,7 +106,24 @@ class GatedCrossAttention(MegatronModule):
         return self.gate(output_SBH), None
 
 
-def _column(config: TransformerConfig, submodules: CrossSubmodules, width: int) -> nn.Module:
+def row_linear(config: TransformerConfig, submodules: CrossSubmodules, width: int) -> nn.Module:
+    """From `width` channels, sharded over tensor-parallel ranks, to the hidden size; no bias."""
+    return build_module(  # type: ignore[no-any-return]
+        submodules.row,
+        width,
+        config.hidden_size,
+        config=config,
+        init_method=config.output_layer_init_method,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=True,
+        is_expert=False,
+        tp_comm_buffer_name="cross_proj",
+    )
+
+
+def column_linear(config: TransformerConfig, submodules: CrossSubmodules, width: int) -> nn.Module:
+    """From the hidden size to `width` channels, sharded over tensor-parallel ranks; no bias."""
     return build_module(  # type: ignore[no-any-return]
         submodules.column,
         config.hidden_size,

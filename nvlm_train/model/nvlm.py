@@ -17,6 +17,7 @@ from nvlm_train.geometry import tile_feature_size
 from nvlm_train.model import relay
 from nvlm_train.model.language import LanguageModel
 from nvlm_train.model.projector import Projector
+from nvlm_train.model.resampler import Resampler
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
 
@@ -40,6 +41,9 @@ class NVLM(MegatronModule):
         if self.pre_process:
             self.projector = Projector(
                 config, model.projector, tile_feature_size(model.vision), kernels
+            )
+            self.resampler = (
+                Resampler(config, model.resampler, kernels) if model.resampler else None
             )
         self.language_model = LanguageModel(
             config, model.language, model.cross_attention, sequence_length, topology, kernels
@@ -95,6 +99,8 @@ class NVLM(MegatronModule):
         # A text-only pack runs the projector on no rows: its gradients are then zeros instead of
         # missing, which is what overlapped gradient reduction and a frozen language model need.
         projected = self.projector(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        if self.resampler is not None:
+            projected = self.resampler(projected)
         text_SBH = self.language_model.embed(token_ids_S)
         states_CBH = None
         if context is not None:

@@ -57,6 +57,7 @@ def make_encoder(tokenizer: Tokenizer) -> Callable[..., SampleEncoder]:
             "tile_size": TILE,
             "routes": ROUTES["d"],
             "tokens_per_tile": SLOTS,
+            "context_tokens_per_tile": SLOTS,
             "tiling": TilingConfig(),
             "sequence_length": LENGTH,
             "prompts": "sft",

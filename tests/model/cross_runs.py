@@ -22,9 +22,9 @@ from tests.parity import cross_gradients, cross_recipes, gradients
 from tests.parity.cross_recipes import Sample
 
 
-def sight(architecture: str, samples: Sequence[Sample], seed: int) -> Tensor:
-    """Who may see which tile of `cross_recipes.pack(architecture, samples, seed)`: bool [S, T]."""
-    encoder: SampleEncoder = cross_recipes.encoder(architecture)  # type: ignore[arg-type]
+def sight(name: str, samples: Sequence[Sample], seed: int) -> Tensor:
+    """Who may see which tile of `cross_recipes.pack(name, samples, seed)`: bool [S, T]."""
+    encoder: SampleEncoder = cross_recipes.encoder(name)
     pieces_of, images_of = [], []
     for number, (words, sizes) in enumerate(samples):
         record = cross_recipes.record((words, sizes), 10 * seed + number)
@@ -39,12 +39,9 @@ def real_and_dense(name: str) -> tuple[list[float], dict[str, tuple[Tensor, Tens
     engine = cross_gradients.start_engine(name, ParallelConfig())
     model = cross_recipes.MODELS[name]
     packs = [
-        cross_recipes.pack(model.architecture, samples, seed)
-        for seed, samples in enumerate(cross_recipes.MIXED)
+        cross_recipes.pack(name, samples, seed) for seed, samples in enumerate(cross_recipes.MIXED)
     ]
-    batch = cross_recipes.step_batch(
-        model.architecture, cross_recipes.MIXED, engine.topology.share, 0, 1
-    )
+    batch = cross_recipes.step_batch(name, cross_recipes.MIXED, engine.topology.share, 0, 1)
     loss, found = gradients.of_batch(engine, batch)
     weights = gradients.gather(engine, lambda parameter: parameter.data)
     weights = {key: value.requires_grad_() for key, value in weights.items()}
@@ -52,7 +49,7 @@ def real_and_dense(name: str) -> tuple[list[float], dict[str, tuple[Tensor, Tens
     for seed, (microbatch, pixels) in enumerate(packs):
         logits = dense.forward(
             model, weights, microbatch, encode_tiles(engine.encoder, pixels),
-            sight(model.architecture, cross_recipes.MIXED[seed], seed),
+            sight(name, cross_recipes.MIXED[seed], seed),
         )  # fmt: skip
         positions = microbatch.label_positions_L
         total = total + F.cross_entropy(logits[positions], microbatch.label_ids_L, reduction="sum")
@@ -69,11 +66,10 @@ def who_notices(name: str, num_packs: int) -> list[str]:
     problems: list[str] = []
     for seed in range(num_packs):
         samples = _random_samples(random.Random(f"{name}/{seed}"))
-        architecture = cross_recipes.MODELS[name].architecture
-        microbatch, pixels = cross_recipes.pack(architecture, samples, seed)
+        microbatch, pixels = cross_recipes.pack(name, samples, seed)
         if microbatch.context is None:
             continue
-        allowed_ST = sight(architecture, samples, seed)
+        allowed_ST = sight(name, samples, seed)
         before = _cross_output(engine, microbatch, pixels)
         seen = allowed_ST[:, microbatch.context.cross_tiles].any(dim=1)
         if before[~seen].any():
@@ -125,10 +121,9 @@ def gates_at_zero(name: str, parallel: ParallelConfig) -> bool | None:
         if key.endswith("alpha"):
             parameter.data.zero_()
     plain = cross_gradients.start_engine(f"d beside {name}", parallel)
-    architecture = cross_recipes.MODELS[name].architecture
     microbatches, plain_ones, features, plain_features = [], [], [], []
     for seed, samples in enumerate(cross_recipes.MIXED):
-        microbatch, pixels = cross_recipes.pack(architecture, samples, seed)
+        microbatch, pixels = cross_recipes.pack(name, samples, seed)
         tiles = encode_tiles(engine.encoder, pixels)
         microbatches.append(microbatch)
         plain_ones.append(replace(microbatch, context=None))

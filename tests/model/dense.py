@@ -72,6 +72,8 @@ def forward(
     """
     language, context = model.language, microbatch.context
     projected = _project(weights, features)
+    if model.resampler is not None:
+        projected = torch.stack([_resample(model, weights, tile) for tile in projected])
     table = weights["language_model.embedding.word_embeddings.weight"]
     hidden = table[microbatch.token_ids_S]
     states, mask_SC = None, None
@@ -84,7 +86,7 @@ def forward(
             0, context.tile_positions, projected[context.cross_tiles].flatten(0, 1)
         )
         states = states.index_copy(0, context.tag_positions, table[context.tag_ids])
-        owner_C = _owners(context.length, context.tile_positions, features.shape[1])
+        owner_C = _owners(context.length, context.tile_positions, projected.shape[1])
         mask_SC = allowed_ST[:, context.cross_tiles][:, owner_C]
     else:
         hidden = hidden.index_copy(0, microbatch.image_positions, projected.flatten(0, 1))
@@ -120,6 +122,34 @@ def _project(weights: Mapping[str, Tensor], features: Tensor) -> Tensor:
         return normed @ weights["projector.mlp.weight"].T
     between = F.gelu(normed @ weights["projector.mlp.linear_fc1.weight"].T)
     return between @ weights["projector.mlp.linear_fc2.weight"].T
+
+
+def _resample(model: ModelConfig, weights: Mapping[str, Tensor], features: Tensor) -> Tensor:
+    """One tile's latents."""
+    language = model.language
+    groups, heads = language.num_kv_heads, language.num_heads
+    channels = language.hidden_size // heads
+    latents = weights["resampler.latents"]
+    assert model.resampler is not None
+    for number in range(model.resampler.num_layers):
+        layer = {
+            name.removeprefix(f"resampler.layers.{number}."): value
+            for name, value in weights.items()
+        }
+        normed = _norm(latents, layer["latent_norm.weight"])
+        both = torch.cat([_norm(features, layer["feature_norm.weight"]), normed])
+        query = (normed @ layer["linear_q.weight"].T).unflatten(
+            -1, (groups, heads // groups, channels)
+        )
+        kv = (both @ layer["linear_kv.weight"].T).unflatten(-1, (groups, 2, channels))
+        everything = torch.ones(len(latents), len(both), dtype=torch.bool)
+        output = _attention(query, kv[:, :, 0], kv[:, :, 1], everything)
+        latents = latents + output @ layer["linear_proj.weight"].T
+        normed = _norm(latents, layer["mlp_norm.weight"])
+        latents = latents + _mlp(
+            normed, layer["mlp.linear_fc1.weight"], layer["mlp.linear_fc2.weight"]
+        )
+    return _norm(latents, weights["resampler.norm.weight"])
 
 
 def _owners(length: int, tile_positions: Tensor, per_tile: int) -> Tensor:

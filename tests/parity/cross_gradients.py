@@ -35,9 +35,7 @@ def gradients_of_steps(
     engine = start_engine(name, parallel)
     losses, found = [], []
     for number, packs in enumerate((cross_recipes.MIXED, cross_recipes.TEXT_ONLY)):
-        batch = cross_recipes.step_batch(
-            cross_recipes.MODELS[name].architecture, packs, engine.topology.share, number, rounds
-        )
+        batch = cross_recipes.step_batch(name, packs, engine.topology.share, number, rounds)
         loss, gathered = gradients.of_batch(engine, batch)
         losses.append(loss)
         found.append(gathered if dist.get_rank() == 0 else {})
@@ -52,9 +50,7 @@ def losses_of_training(
     losses, norms = [], []
     for number in range(steps):
         packs = cross_recipes.TEXT_ONLY if number == 2 else cross_recipes.MIXED
-        batch = cross_recipes.step_batch(
-            cross_recipes.MODELS[name].architecture, packs, engine.topology.share, number, 1
-        )
+        batch = cross_recipes.step_batch(name, packs, engine.topology.share, number, 1)
         result = run_step(engine, batch, num_sources=2)
         losses.append(result.loss)
         norms.append(result.grad_norm)

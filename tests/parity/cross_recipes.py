@@ -14,16 +14,16 @@ import torch
 
 from nvlm_train.batch import Microbatch, RankShare, SampleInfo, StepBatch
 from nvlm_train.config.schema import (
-    Architecture,
     CrossAttentionConfig,
     ModelConfig,
     ProjectorConfig,
+    ResamplerConfig,
     TilingConfig,
     TokenizerConfig,
 )
 from nvlm_train.data.batches import pack_samples
 from nvlm_train.data.encoding import EncodedSample, EncodingSpec, SampleEncoder
-from nvlm_train.geometry import tokens_per_tile
+from nvlm_train.geometry import context_tokens_per_tile, tokens_per_tile
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
 from tests.demo.test_assets import ASSETS
@@ -40,10 +40,14 @@ MODELS: dict[str, ModelConfig] = {
         "x", recipes.VISION, ProjectorConfig(None), LANGUAGE, TOKENIZER,
         CrossAttentionConfig(every=2, feed_forward="gated"),
     ),
+    "flamingo": ModelConfig(
+        "x", recipes.VISION, ProjectorConfig(None), LANGUAGE, TOKENIZER, CROSS,
+        ResamplerConfig(num_latents=3),
+    ),
 }  # fmt: skip
 
 PLAIN: dict[str, ModelConfig] = {
-    f"d beside {name}": replace(model, architecture="d", cross_attention=None)
+    f"d beside {name}": replace(model, architecture="d", cross_attention=None, resampler=None)
     for name, model in MODELS.items()
 }
 """What X and H are when nothing crosses."""
@@ -61,12 +65,14 @@ TEXT_ONLY: list[list[Sample]] = [[(9, []), (12, [])], [(20, [])], [(14, [])], [(
 
 
 @cache
-def encoder(architecture: Architecture) -> SampleEncoder:
-    """Of the small model, with 1-D tags and up to six tiles."""
+def encoder(name: str) -> SampleEncoder:
+    """Of a model, with 1-D tags and up to six tiles."""
+    model = MODELS[name]
     spec = EncodingSpec(
         tile_size=recipes.VISION.tile_size,
         tokens_per_tile=tokens_per_tile(recipes.VISION),
-        routes=ROUTES[architecture],
+        context_tokens_per_tile=context_tokens_per_tile(model),
+        routes=ROUTES[model.architecture],
         tiling=TilingConfig(),
         sequence_length=SEQUENCE_LENGTH,
         prompts="sft",
@@ -87,17 +93,15 @@ def record(sample: Sample, seed: int) -> dict[str, object]:
     return {"conversations": turns}
 
 
-def encode(architecture: Architecture, sample: Sample, seed: int) -> EncodedSample:
+def encode(name: str, sample: Sample, seed: int) -> EncodedSample:
     """`record` as the stage's encoder reads it."""
     raw = json.dumps(record(sample, seed)).encode()
-    return encoder(architecture).encode(str(seed), raw, sample[1])
+    return encoder(name).encode(str(seed), raw, sample[1])
 
 
-def pack(
-    architecture: Architecture, samples: list[Sample], seed: int
-) -> tuple[Microbatch, torch.Tensor]:
+def pack(name: str, samples: list[Sample], seed: int) -> tuple[Microbatch, torch.Tensor]:
     """A pack, and the pixels of its tiles."""
-    encoded = [encode(architecture, sample, 10 * seed + n) for n, sample in enumerate(samples)]
+    encoded = [encode(name, sample, 10 * seed + n) for n, sample in enumerate(samples)]
     infos = [SampleInfo(n % 2, "made-up", str(n)) for n in range(len(samples))]
     microbatch = pack_samples(encoded, infos, SEQUENCE_LENGTH, pad_id=0)
     edge, generator = recipes.VISION.tile_size, torch.Generator().manual_seed(seed)
@@ -106,8 +110,8 @@ def pack(
 
 
 def step_batch(
-    architecture: Architecture, packs: list[list[Sample]], share: RankShare, step: int, rounds: int
+    name: str, packs: list[list[Sample]], share: RankShare, step: int, rounds: int
 ) -> StepBatch:
     """This rank's view of a step made of the given packs, cut into rounds."""
-    made = [pack(architecture, samples, 100 * step + n) for n, samples in enumerate(packs)]
+    made = [pack(name, samples, 100 * step + n) for n, samples in enumerate(packs)]
     return recipes.deal(made, share, step, rounds)

@@ -31,7 +31,17 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=cross_recipes.MODELS)
+OPTIONS = ("x with feed-forward", "flamingo")
+"""Variants beside the paper's models: their layouts run with the slow tests."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in OPTIONS else [])
+        for name in cross_recipes.MODELS
+    ],
+)
 def reference(request: pytest.FixtureRequest, workers: WorkerPool) -> tuple:
     """Name of the model; losses and gradients of one process in one round."""
     run = workers.run(1, cross_gradients.gradients_of_steps, request.param, ParallelConfig())
@@ -54,7 +64,7 @@ def test_reference_has_a_gradient_for_every_parameter(reference) -> None:
     assert len(crossing) in (12, 20)
     assert all(value.abs().max() > 0 for value in mixed.values())
     for name, value in text_only.items():
-        carries_images = name in crossing or name.startswith("projector.")
+        carries_images = name in crossing or name.startswith(("projector.", "resampler."))
         assert (value.abs().max() > 0) != carries_images, name
 
 
