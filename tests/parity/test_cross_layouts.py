@@ -48,7 +48,13 @@ def reference(request: pytest.FixtureRequest, workers: WorkerPool) -> tuple:
     return request.param, *run[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+FAST = ("full recompute", "TP2 SP", "PP4", "DP2 overlapped", "TP2 SP PP2")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in LAYOUTS],
+)
 def test_gradients_do_not_depend_on_layout(workers: WorkerPool, reference, layout: str) -> None:
     name, expected_losses, expected = reference
     world, parallel, rounds = LAYOUTS[layout]
@@ -76,6 +82,7 @@ def test_deliberate_bugs_are_caught(workers: WorkerPool, reference, bug: str) ->
     assert worst_error(found, expected) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["TP2 SP PP2", "PP2 DP2 overlapped"])
 def test_losses_of_training_do_not_depend_on_layout(
     workers: WorkerPool, reference, layout: str
