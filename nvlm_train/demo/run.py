@@ -65,7 +65,7 @@ def run_demo(architecture: str, run_dir: str | None, overrides: Sequence[str]) -
     summary = json.loads((directory / "judgement.json").read_text()) | seconds
     summary["wall_seconds"] = sum(seconds.values())
     (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    write_report(directory, summary)
+    write_report(directory, architecture, summary)
     _print(architecture, summary, directory)
     return 0
 
