@@ -55,8 +55,16 @@ def real_and_dense(name: str) -> tuple[list[float], dict[str, tuple[Tensor, Tens
         total = total + F.cross_entropy(logits[positions], microbatch.label_ids_L, reduction="sum")
         count += len(positions)
     (total / count).backward()
-    pairs = {key: (found[key], value.grad) for key, value in weights.items()}
-    return [loss, float(total / count)], pairs  # type: ignore[return-value]
+    dense_gradients = {key: value.grad for key, value in weights.items()}
+    pairs = zip(together(found).items(), together(dense_gradients).values(), strict=True)
+    return [loss, float(total / count)], {key: (own, other) for (key, own), other in pairs}
+
+
+def together(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gates as one vector: a scalar's gradient is a sum that may cancel to nothing but rounding."""
+    gates = sorted(key for key in gradients if key.endswith("alpha"))
+    others = {key: gradients[key] for key in sorted(gradients) if key not in gates}
+    return others | {"gates": torch.cat([gradients[key] for key in gates])}
 
 
 def who_notices(name: str, num_packs: int) -> list[str]:

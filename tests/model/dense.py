@@ -72,7 +72,7 @@ def forward(
     """
     language, context = model.language, microbatch.context
     projected = _project(weights, features)
-    if model.resampler is not None:
+    if model.resampler is not None and len(projected):
         projected = torch.stack([_resample(model, weights, tile) for tile in projected])
     table = weights["language_model.embedding.word_embeddings.weight"]
     hidden = table[microbatch.token_ids_S]
