@@ -35,18 +35,20 @@ class Resampler(MegatronModule):
         device = torch.cuda.current_device()
         size = (resampler.num_latents, config.hidden_size)
         self.latents = nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device))
-        self.layers = nn.ModuleList(
-            ResamplerLayer(own, kernels) for _ in range(resampler.num_layers)
-        )
+        self._num_layers = resampler.num_layers
+        for number in range(resampler.num_layers):
+            # Not a ModuleList: megatron-core would take all that is in one for replicated.
+            self.add_module(f"layer_{number}", ResamplerLayer(own, kernels))
         self.norm = RMSNorm(own, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, features_TnH: Tensor) -> Tensor:
         """[T, n, H] -> [T, N, H]."""
         latents_TNH = self.latents.expand(len(features_TnH), -1, -1)
         if len(features_TnH) == 0:
-            return latents_TNH + zeros_for(latents_TNH, self)
-        for layer in self.layers:
-            latents_TNH = layer(latents_TNH, features_TnH)
+            # The (empty) sum keeps the projector, which lies behind, in the backward.
+            return latents_TNH + zeros_for(latents_TNH, self) + features_TnH.sum()
+        for number in range(self._num_layers):
+            latents_TNH = self.get_submodule(f"layer_{number}")(latents_TNH, features_TnH)
         output: Tensor = self.norm(latents_TNH)
         return output
 

@@ -133,7 +133,7 @@ def _resample(model: ModelConfig, weights: Mapping[str, Tensor], features: Tenso
     assert model.resampler is not None
     for number in range(model.resampler.num_layers):
         layer = {
-            name.removeprefix(f"resampler.layers.{number}."): value
+            name.removeprefix(f"resampler.layer_{number}."): value
             for name, value in weights.items()
         }
         normed = _norm(latents, layer["latent_norm.weight"])
