@@ -1,6 +1,7 @@
 # `make` alone lists the targets. Everything runs in .venv, which is made on first use.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+MODEL ?= d
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -27,8 +28,8 @@ $(STAMP): setup.py constraints.txt
 	@$(PIP) install -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
-demo: $(STAMP) ## Trains the small NVLM-D through both stages, evaluates it, writes runs/demo
-	@$(BIN)/nvlm demo
+demo: $(STAMP) ## Trains the small NVLM (MODEL=d, x or h) through both stages, evaluates it, writes runs/demo
+	@$(BIN)/nvlm demo --architecture $(MODEL)
 
 test: lint ## Lint, types and the fast tests
 	$(BIN)/python -m pytest

@@ -77,13 +77,37 @@ class SampleInfo:
 
 
 @dataclass(frozen=True)
+class CrossContext:
+    """Keys and values of a pack's cross-attention: for each cross-routed tile its tag, then its features.
+
+    Shape legend: C tokens of the context, V spans.
+    """
+
+    length: int
+    """C."""
+    tile_positions: Tensor
+    """int64 [cross-routed tiles * tokens per tile]: where in the context their features stand."""
+    tag_positions: Tensor
+    """int64 [n]: where tags stand; none in NVLM-X."""
+    tag_ids: Tensor
+    """int64 [n]."""
+    spans: Tensor
+    """int32 [V, 4]: the pack's tokens [start, stop) see the context's [first, last); ascending in
+    both halves of a sample. A token outside every span sees nothing."""
+    decoder_tiles: Tensor
+    """int64: which of the pack's tiles go to the decoder."""
+    cross_tiles: Tensor
+    """int64: which are cross-routed."""
+
+
+@dataclass(frozen=True)
 class Microbatch:
     """One pack, ready for the model. Tensors live on the CPU until the step needs them."""
 
     token_ids_S: Tensor
     """int64 [S]; image positions and padding hold the pad id."""
     image_positions: Tensor
-    """int64 [T * tokens per tile]: the positions that tile features replace, in tile order."""
+    """int64 [decoder-routed tiles * tokens per tile]: the positions that features replace, in tile order."""
     label_positions_L: Tensor
     """int64 [L]: positions whose *next* token is trained; ascending."""
     label_ids_L: Tensor
@@ -94,6 +118,8 @@ class Microbatch:
     """int32 [segments + 1]: where samples begin; the padding is the last segment, so it ends with S."""
     samples: tuple[SampleInfo, ...]
     num_tiles: int
+    context: CrossContext | None = None
+    """None when no tile of the pack is cross-routed."""
 
     def without_labels_of(self, failed: Collection[int]) -> Microbatch:
         """The same pack in which the samples at these indices are not trained on."""

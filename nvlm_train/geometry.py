@@ -26,6 +26,11 @@ def tokens_per_tile(vision: VisionConfig) -> int:
     return (patches_per_side(vision) // PIXEL_SHUFFLE) ** 2
 
 
+def context_tokens_per_tile(model: ModelConfig) -> int:
+    """Tokens of one tile in the cross-attention context: its latents where there is a resampler."""
+    return model.resampler.num_latents if model.resampler else tokens_per_tile(model.vision)
+
+
 def tile_feature_size(vision: VisionConfig) -> int:
     """Channels of one token after pixel shuffle: 12,800 for the paper's encoder."""
     return vision.hidden_size * PIXEL_SHUFFLE**2
@@ -43,14 +48,71 @@ def vision_parameters(vision: VisionConfig) -> int:
 
 
 def projector_parameters(model: ModelConfig) -> int:
-    """LayerNorm and two linears without biases: 620.7 M at 72B."""
+    """LayerNorm and two linears without biases: 620.7 M at 72B; NVLM-X has one linear."""
     inputs, projector = tile_feature_size(model.vision), model.projector
-    return 2 * inputs + projector_weights(inputs, projector, model.language.hidden_size)
+    weights = projector_weights(inputs, projector, model.language.hidden_size)
+    return 2 * inputs + weights + resampler_parameters(model)
+
+
+def resampler_parameters(model: ModelConfig) -> int:
+    """Latents, and layers of attention and feed-forward with three norms; one norm at the end."""
+    resampler, language = model.resampler, model.language
+    if resampler is None:
+        return 0
+    layer = language_layer_weights(language) + 3 * language.hidden_size
+    return resampler.num_layers * layer + (resampler.num_latents + 1) * language.hidden_size
 
 
 def projector_weights(inputs: int, projector: ProjectorConfig, outputs: int) -> int:
     """Matrix entries of the projector, without its norm."""
+    if projector.ffn_hidden_size is None:
+        return inputs * outputs
     return inputs * projector.ffn_hidden_size + projector.ffn_hidden_size * outputs
+
+
+def num_cross_layers(model: ModelConfig) -> int:
+    """Layers with cross-attention: 10 at 72B and at 34B."""
+    cross = model.cross_attention
+    return model.language.num_layers // cross.every if cross else 0
+
+
+def cross_query_weights(model: ModelConfig) -> int:
+    """Matrix entries that a decoder token meets in the cross path of one layer."""
+    language, cross = model.language, model.cross_attention
+    gated = cross is not None and cross.feed_forward == "gated"
+    feed_forward = 3 * language.hidden_size * language.ffn_hidden_size if gated else 0
+    return 2 * language.hidden_size**2 + feed_forward
+
+
+def cross_context_weights(language: LanguageConfig) -> int:
+    """Matrix entries that a context token meets in one layer: its key and its value."""
+    kv_size = language.hidden_size // language.num_heads * language.num_kv_heads
+    return 2 * language.hidden_size * kv_size
+
+
+def cross_attention_parameters(model: ModelConfig) -> int:
+    """All layers' queries, keys, values, output, norms on both sides, gate; and the gated feed-forward."""
+    cross, hidden = model.cross_attention, model.language.hidden_size
+    if cross is None:
+        return 0
+    norms_and_gates = 2 * hidden + 1
+    if cross.feed_forward == "gated":
+        norms_and_gates += hidden + 1
+    layer = cross_query_weights(model) + cross_context_weights(model.language) + norms_and_gates
+    return num_cross_layers(model) * layer
+
+
+def resampler_products(model: ModelConfig) -> int:
+    """Multiplications of the resampler for one tile."""
+    resampler, language = model.resampler, model.language
+    if resampler is None:
+        return 0
+    hidden, latents = language.hidden_size, resampler.num_latents
+    read = tokens_per_tile(model.vision) + latents
+    on_latents = 2 * hidden**2 + 3 * hidden * language.ffn_hidden_size
+    scores = 2 * latents * read * hidden
+    layer = latents * on_latents + read * cross_context_weights(language) + scores
+    return resampler.num_layers * layer
 
 
 def language_layer_weights(language: LanguageConfig) -> int:
@@ -71,11 +133,13 @@ def language_parameters(language: LanguageConfig) -> int:
 
 def part_parameters(model: ModelConfig) -> dict[str, int]:
     """Parameters of each part, by the names that a stage's `trainable` uses."""
-    return {
+    parts = {
         "vision_encoder": vision_parameters(model.vision),
         "projector": projector_parameters(model),
+        "cross_attention": cross_attention_parameters(model),
         "language_model": language_parameters(model.language),
     }
+    return {part: count for part, count in parts.items() if count}
 
 
 def rank_memory(model: ModelConfig, stage: StageConfig, precision: str, data_size: int) -> int:
@@ -93,6 +157,7 @@ def rank_memory(model: ModelConfig, stage: StageConfig, precision: str, data_siz
     # Both ends hold a table; the first stage also holds the projector.
     on_first = {
         "projector": projector_parameters(model) / tensor,
+        "cross_attention": cross_attention_parameters(model) / pipeline / tensor,
         "language_model": (layers + table * (2 if pipeline == 1 else 1)) / tensor,
     }
     total = float(vision_parameters(model.vision) * width)
@@ -113,6 +178,12 @@ class StepWork:
     """Sum over samples of length squared; causal attention computes half of the pairs."""
     trained_tokens: int
     tiles: int
+    cross_tokens: int = 0
+    """Decoder tokens of packs that have a cross-attention context."""
+    context_tokens: int = 0
+    """Tokens of those contexts."""
+    cross_pairs: int = 0
+    """Pairs of a decoder token and a context token that it sees."""
 
 
 def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
@@ -132,6 +203,13 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
     per_token = 2.0 * language.num_layers * language_layer_weights(language)
     attention = 2.0 * language.num_layers * language.hidden_size * work.attention_pairs
     logits = 2.0 * language.hidden_size * language.vocab_size * work.trained_tokens
+    cross = 2.0 * num_cross_layers(model)
+    cross_path = cross * (
+        cross_query_weights(model) * work.cross_tokens
+        + cross_context_weights(language) * work.context_tokens
+    )
+    cross_scores = 2.0 * cross * language.hidden_size * work.cross_pairs
+    projector += 2.0 * resampler_products(model) / tokens_per_tile(vision)
     trains_language = "language_model" in stage.trainable
     return (
         encoder * work.tiles
@@ -142,5 +220,6 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
         * (2 if "projector" in stage.trainable else 1)
         + (per_token * work.tokens + logits) * (3 if trains_language else 2)
         # Attention scores have no weights: backward is two products for each forward one either way.
-        + attention * 3
+        + (attention + cross_scores) * 3
+        + cross_path * (3 if "cross_attention" in stage.trainable else 2)
     )

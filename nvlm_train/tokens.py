@@ -82,17 +82,38 @@ class Tokenizer:
         return str(self._fast.decode(ids, skip_special_tokens=True))
 
 
-def tile_tags(style: TileTags, num_tiles: int, thumbnail_tag: str) -> list[str]:
-    """Text before each tile of an image; `num_tiles` counts the thumbnail.
+def tile_tags(style: TileTags, grid: tuple[int, int], num_tiles: int, thumbnail: str) -> list[str]:
+    """Text before each tile of an image (NVLM 1.0, section 4.2 and Table 1).
 
-    The last of several tiles is the thumbnail; a one-tile image is its own thumbnail (released NVLM-D:
-    `tags[:n - 1] + [thumbnail]`).
+    Args:
+        style: `1d` counts tiles, `2d_grid` names column and row, `2d_bbox` says where the tile lies
+            in the image: left, top, right, bottom in thousandths of its width and height.
+        grid: (columns, rows) of regular tiles, numbered row by row.
+        num_tiles: counts the thumbnail. The last of several tiles is the thumbnail; a one-tile image
+            is its own (released NVLM-D: `tags[:n - 1] + [thumbnail]`).
+        thumbnail: the thumbnail's tag, the same in every style.
 
-    >>> tile_tags("1d", 3, "<tile_global_thumbnail>")
+    >>> tile_tags("1d", (2, 1), 3, "<tile_global_thumbnail>")
     ['<tile_1>', '<tile_2>', '<tile_global_thumbnail>']
-    >>> tile_tags("none", 2, "<tile_global_thumbnail>")
-    ['', '']
+    >>> tile_tags("2d_grid", (1, 2), 3, "<thumbnail>")
+    ['<tile_x0_y0>', '<tile_x0_y1>', '<thumbnail>']
+    >>> tile_tags("2d_bbox", (3, 1), 4, "<thumbnail>")[1]
+    '<box>(333,0),(667,1000)</box>'
+    >>> tile_tags("none", (1, 1), 1, "<thumbnail>")
+    ['']
     """
     if style == "none":
         return [""] * num_tiles
-    return [f"<tile_{number}>" for number in range(1, num_tiles)] + [thumbnail_tag]
+    columns = grid[0]
+    places = [(number % columns, number // columns) for number in range(num_tiles - 1)]
+    if style == "1d":
+        return [f"<tile_{number}>" for number in range(1, num_tiles)] + [thumbnail]
+    if style == "2d_grid":
+        return [f"<tile_x{x}_y{y}>" for x, y in places] + [thumbnail]
+    return [_box(x, y, grid) for x, y in places] + [thumbnail]
+
+
+def _box(x: int, y: int, grid: tuple[int, int]) -> str:
+    left, right = (round(1000 * edge / grid[0]) for edge in (x, x + 1))
+    top, bottom = (round(1000 * edge / grid[1]) for edge in (y, y + 1))
+    return f"<box>({left},{top}),({right},{bottom})</box>"

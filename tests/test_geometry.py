@@ -9,6 +9,7 @@ import torch
 
 from nvlm_train import geometry
 from nvlm_train.config.schema import (
+    CrossAttentionConfig,
     LanguageConfig,
     ModelConfig,
     ParallelConfig,
@@ -17,7 +18,7 @@ from nvlm_train.config.schema import (
     VisionConfig,
 )
 from nvlm_train.geometry import StepWork
-from tests.parity import recipes
+from tests.parity import cross_gradients, cross_recipes, recipes
 from tests.workers import WorkerPool
 
 VISION_6B = VisionConfig(
@@ -87,17 +88,51 @@ def _count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _counts_of_parts() -> dict[str, int]:
+def _counts_of_parts(name: str) -> dict[str, int]:
     """On a worker: parameters of the model that is really built."""
-    from tests.parity.gradients import start_engine
+    from nvlm_train.model.canonical import part_of
+    from tests.parity.cross_gradients import start_engine
 
-    engine = start_engine(ParallelConfig())
-    parts = {name: _count(part) for name, part in engine.model.module.named_children()}
-    return {"vision_encoder": _count(engine.encoder), **parts}
+    engine = start_engine(name, ParallelConfig())
+    parts = {"vision_encoder": _count(engine.encoder)}
+    for parameter_name, parameter in engine.model.module.named_parameters():
+        part = part_of(parameter_name)
+        parts[part] = parts.get(part, 0) + parameter.numel()
+    return parts
 
 
-def test_parameters_of_the_small_model(workers: WorkerPool) -> None:
-    assert workers.run(1, _counts_of_parts)[0] == geometry.part_parameters(recipes.MODEL)
+@pytest.mark.parametrize("name", cross_recipes.MODELS | cross_recipes.PLAIN)
+def test_parameters_of_the_small_models(workers: WorkerPool, name: str) -> None:
+    model = (cross_recipes.MODELS | cross_recipes.PLAIN)[name]
+    assert workers.run(1, _counts_of_parts, name)[0] == geometry.part_parameters(model)
+
+
+def test_cross_attention_at_72b() -> None:
+    """1.51 B for 10 layers, and 7.27 B with feed-forwards of the backbone's width (fact sheet, derived)."""
+    x_72b = replace(
+        D_72B, architecture="x", projector=ProjectorConfig(None),
+        cross_attention=CrossAttentionConfig(every=8),
+    )  # fmt: skip
+    parts = geometry.part_parameters(x_72b)
+    assert geometry.num_cross_layers(x_72b) == 10
+    assert parts["cross_attention"] / 1e9 == pytest.approx(1.51, abs=0.005)
+    assert parts["projector"] / 1e6 == pytest.approx(104.9, abs=0.1)
+    gated = replace(x_72b, cross_attention=CrossAttentionConfig(every=8, feed_forward="gated"))
+    more = geometry.part_parameters(gated)["cross_attention"] - parts["cross_attention"]
+    assert more / 1e9 == pytest.approx(7.27, abs=0.005)
+
+
+def test_cross_flops_count_both_sides_and_what_they_see() -> None:
+    model = cross_recipes.MODELS["x"]
+    stage = recipes.stage(ParallelConfig(), trainable=cross_gradients.ALL_PARTS)
+    nothing = StepWork(tokens=0, attention_pairs=0, trained_tokens=0, tiles=0)
+    hidden, layers = model.language.hidden_size, 2
+    for work, forward in (
+        (replace(nothing, cross_tokens=10), 2 * layers * 2 * hidden**2 * 10),
+        (replace(nothing, context_tokens=10), 2 * layers * 2 * hidden * hidden // 2 * 10),
+        (replace(nothing, cross_pairs=10), 2 * layers * 2 * hidden * 10),
+    ):
+        assert geometry.step_flops(model, stage, work) == 3 * forward
 
 
 def test_memory_falls_with_the_layout() -> None:

@@ -55,8 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     prepare = commands.add_parser("data", help="make shards").add_subparsers(required=True)
     _prepare_arguments(prepare.add_parser("prepare", help="raw files to WebDataset shards"))
-    demo = commands.add_parser("demo", help="train and judge the small NVLM-D of the README")
-    demo.add_argument("--run-dir", default="runs/demo")
+    runs = commands.add_parser("compare", help="show runs side by side")
+    runs.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
+    runs.set_defaults(run=_compare)
+    demo = commands.add_parser("demo", help="train and judge the small NVLM of the README")
+    demo.add_argument("--architecture", choices=["d", "x", "h"], default="d")
+    demo.add_argument("--run-dir", help="default: runs/demo, runs/demo_x, runs/demo_h")
     demo.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     demo.set_defaults(run=_demo)
     return parser
@@ -108,4 +112,10 @@ def _prepare(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from nvlm_train.demo.run import run_demo
 
-    return run_demo(options.run_dir, options.overrides)
+    return run_demo(options.architecture, options.run_dir, options.overrides)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from nvlm_train.cli.compare import compare
+
+    return compare(options.run_dirs)

@@ -6,6 +6,11 @@ import math
 import re
 from collections.abc import Callable
 
+from nvlm_train.config.cross_rules import (
+    architecture_has_its_parts,
+    gates_open_at_some_time,
+    thumbnail_is_there,
+)
 from nvlm_train.config.ranges import Problems, below_one, divisors, in_range, use
 from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
 from nvlm_train.errors import ConfigError
@@ -104,9 +109,9 @@ def language_shapes_fit(recipe: Recipe) -> Problems:
     )
     for key in keys:
         yield from in_range(f"{name}.{key}", getattr(language, key), 1)
-    yield from in_range(
-        "model.projector.ffn_hidden_size", recipe.model.projector.ffn_hidden_size, 1
-    )
+    between = recipe.model.projector.ffn_hidden_size
+    if between is not None:
+        yield from in_range("model.projector.ffn_hidden_size", between, 1)
     heads, groups, hidden = language.num_heads, language.num_kv_heads, language.hidden_size
     if min(heads, groups, hidden) < 1:
         return
@@ -138,7 +143,7 @@ def counters_are_positive(recipe: Recipe) -> Problems:
 def something_trains(path: str, stage: StageConfig, model: ModelConfig) -> Problems:
     """A stage that trains nothing is a mistake; a part named twice is another."""
     if not stage.trainable:
-        yield f"{path}.trainable=[] trains nothing; name projector, language_model or both"
+        yield f"{path}.trainable=[] trains nothing; name projector, cross_attention or language_model"
     if len(set(stage.trainable)) < len(stage.trainable):
         yield f"{path}.trainable=[{','.join(stage.trainable)}] names a part twice; name each once"
 
@@ -173,7 +178,7 @@ def batch_is_possible(path: str, stage: StageConfig, model: ModelConfig) -> Prob
     yield from below_one(f"{path}.attention_dropout", stage.attention_dropout)
     vision = model.vision
     tokens = (vision.tile_size // (2 * vision.patch_size)) ** 2 if vision.patch_size > 0 else 0
-    if stage.sequence_length <= tokens:
+    if model.architecture != "x" and stage.sequence_length <= tokens:
         yield (
             f"{path}.sequence_length={stage.sequence_length} has no room for one tile of {tokens} tokens "
             f"and its text; use more than {tokens}"
@@ -192,8 +197,9 @@ def layout_fits_model(path: str, stage: StageConfig, model: ModelConfig) -> Prob
         "model.language.num_kv_heads": language.num_kv_heads,
         "model.language.ffn_hidden_size": language.ffn_hidden_size,
         "model.language.vocab_size": language.vocab_size,
-        "model.projector.ffn_hidden_size": model.projector.ffn_hidden_size,
     }
+    if model.projector.ffn_hidden_size is not None:
+        sizes["model.projector.ffn_hidden_size"] = model.projector.ffn_hidden_size
     if layout.sequence_parallel:
         sizes[f"{path}.sequence_length"] = stage.sequence_length
     # Divisors of all sizes, so that following the remedy breaks no other rule.
@@ -226,6 +232,8 @@ _RECIPE_RULES: tuple[Callable[[Recipe], Problems], ...] = (
     vision_shapes_fit,
     language_shapes_fit,
     counters_are_positive,
+    architecture_has_its_parts,
+    gates_open_at_some_time,
 )
 
 _STAGE_RULES: tuple[Callable[[str, StageConfig, ModelConfig], Problems], ...] = (
@@ -233,4 +241,5 @@ _STAGE_RULES: tuple[Callable[[str, StageConfig, ModelConfig], Problems], ...] = 
     steps_and_rates_fit,
     batch_is_possible,
     layout_fits_model,
+    thumbnail_is_there,
 )

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-TrainablePart = Literal["projector", "language_model"]
-TileTags = Literal["none", "1d"]
+Architecture = Literal["d", "x", "h"]
+TrainablePart = Literal["projector", "cross_attention", "language_model"]
+TileTags = Literal["none", "1d", "2d_grid", "2d_bbox"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,28 @@ class VisionConfig:
 class ProjectorConfig:
     """LayerNorm, Linear, GELU, Linear; no biases on the linears, as released for NVLM-D."""
 
-    ffn_hidden_size: int
+    ffn_hidden_size: int | None
+    """Width between the two linears; none for LayerNorm and one linear (NVLM-X, section 4.5)."""
     norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Perceiver resampler behind the projector: for a Flamingo-style baseline; NVLM has none."""
+
+    num_latents: int
+    """Tokens that remain of a tile."""
+    num_layers: int = 2
+
+
+@dataclass(frozen=True)
+class CrossAttentionConfig:
+    """Gated cross-attention in some layers of the language model (NVLM 1.0, sections 4.3 to 4.5)."""
+
+    every: int
+    """In layers `every`, 2 `every`, ...: 8 of 80 layers at 72B, 6 of 60 at 34B, so 10 of them."""
+    feed_forward: Literal["none", "gated"] = "none"
+    """`gated` adds a feed-forward with a gate of its own, as Flamingo has; Figure 3 of NVLM shows none."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +94,17 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained. `architecture: d` sends thumbnail and tiles through the decoder."""
+    """What is trained. The architecture is a table of routes: see `nvlm_train.routes`."""
 
-    architecture: Literal["d"]
+    architecture: Architecture
     vision: VisionConfig
     projector: ProjectorConfig
     language: LanguageConfig
     tokenizer: TokenizerConfig
+    cross_attention: CrossAttentionConfig | None = None
+    """Needed by `x` and `h`, absent from `d`."""
+    resampler: ResamplerConfig | None = None
+    """For `x` only: cross-attention then reads latents instead of a tile's tokens."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +161,7 @@ class StageConfig:
     """One training stage: what trains, on which data, how long, laid out how."""
 
     trainable: tuple[TrainablePart, ...]
+    """Parts that the architecture does not have are passed over: D has no cross_attention."""
     blend: str
     """A data recipe: name of a file in data_recipes/ without .yaml, or a path to one."""
     steps: int

@@ -14,7 +14,8 @@ from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.shards import join_root, open_shard
 from nvlm_train.data.sources import Source
 from nvlm_train.errors import ShardError
-from nvlm_train.geometry import tokens_per_tile
+from nvlm_train.geometry import context_tokens_per_tile, tokens_per_tile
+from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ def build_encoder(stage: StageConfig, recipe: Recipe) -> SampleEncoder:
     spec = EncodingSpec(
         tile_size=recipe.model.vision.tile_size,
         tokens_per_tile=tokens_per_tile(recipe.model.vision),
+        context_tokens_per_tile=context_tokens_per_tile(recipe.model),
+        routes=ROUTES[recipe.model.architecture],
         tiling=stage.tiling,
         sequence_length=stage.sequence_length,
         prompts=stage.prompts,

@@ -13,7 +13,17 @@ from typing import Literal, NamedTuple
 
 from nvlm_train.config.schema import TileTags
 from nvlm_train.data.records import Turn
+from nvlm_train.data.tiling import Grid
+from nvlm_train.routes import Routes
 from nvlm_train.tokens import IMAGE_END, IMAGE_MARKER, IMAGE_START, Tokenizer, tile_tags
+
+
+class ImageLayout(NamedTuple):
+    """How an image is cut."""
+
+    grid: Grid
+    num_tiles: int
+    """Thumbnail included."""
 
 
 class Piece(NamedTuple):
@@ -22,60 +32,111 @@ class Piece(NamedTuple):
     text: str
     ids: tuple[int, ...]
     role: Literal["context", "trained", "image"]
+    view: tuple[int, int] = (0, 0)
+    """Which of the sample's cross-routed tiles its tokens may see: [first, last)."""
 
 
 class ChatFormat:
-    """ChatML with one tokenizer, tag style and number of slots per tile."""
+    """ChatML with one tokenizer, tag style, number of slots per tile and table of routes.
 
-    def __init__(self, tokenizer: Tokenizer, tags: TileTags, tokens_per_tile: int) -> None:
+    A tile tag's tokens see their own tile only; every other token sees the tiles of all images that
+    ended before it (NVLM 1.0, section 4.3). Therefore a tag in the decoder's text whose tile is
+    cross-routed is tokenised by itself: no token may belong to two tags.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, tags: TileTags, tokens_per_tile: int, routes: Routes
+    ) -> None:
         self._tags = tags
+        self._routes = routes
         self._thumbnail_tag = tokenizer.config.thumbnail_tag
         self._start = (tokenizer.turn_start,)
         self._end = (tokenizer.turn_end,)
-        # Slots hold the pad id until tile features replace their embeddings.
-        self._slots = Piece("", (tokenizer.pad,) * tokens_per_tile, "image")
+        self._slots = (tokenizer.pad,) * tokens_per_tile
+        """Slots hold the pad id until tile features replace their embeddings."""
 
-    def conversation(self, turns: Sequence[Turn], tiles_per_image: Sequence[int]) -> list[Piece]:
-        """All pieces of a sample; `tiles_per_image` counts thumbnails and follows the markers."""
+    def conversation(self, turns: Sequence[Turn], images: Sequence[ImageLayout]) -> list[Piece]:
+        """All pieces of a sample; the images follow the markers."""
         pieces: list[Piece] = []
-        images = iter(tiles_per_image)
+        waiting = iter(images)
+        view = (0, 0)
         for turn in turns:
-            pieces.append(Piece("", self._start, "context"))
+            pieces.append(Piece("", self._start, "context", view))
             if turn.role == "assistant":
                 # The header is tokenised apart: generation begins right after it.
-                pieces.append(Piece("assistant\n", (), "context"))
+                pieces.append(Piece("assistant\n", (), "context", view))
                 if turn.text:
-                    pieces.append(Piece(turn.text, (), "trained"))
-                pieces += (Piece("", self._end, "trained"), Piece("\n", (), "trained"))
+                    pieces.append(Piece(turn.text, (), "trained", view))
+                pieces += (
+                    Piece("", self._end, "trained", view),
+                    Piece("\n", (), "trained", view),
+                )
             else:
-                shown = [next(images) for _ in range(turn.text.count(IMAGE_MARKER))]
-                pieces += self._with_images(f"{turn.role}\n{turn.text}", shown)
-                pieces += (Piece("", self._end, "context"), Piece("\n", (), "context"))
+                shown = [next(waiting) for _ in range(turn.text.count(IMAGE_MARKER))]
+                pieces += self._with_images(f"{turn.role}\n{turn.text}", shown, view[1])
+                view = pieces[-1].view
+                pieces += (
+                    Piece("", self._end, "context", view),
+                    Piece("\n", (), "context", view),
+                )
         return pieces
 
-    def prompt(self, turns: Sequence[Turn], tiles_per_image: Sequence[int]) -> list[Piece]:
+    def context_tags(self, images: Sequence[ImageLayout]) -> list[str]:
+        """Text before each cross-routed tile's features in the cross-attention's context."""
+        tags: list[str] = []
+        for image in images:
+            routes = self._routes.of_image(image.num_tiles)
+            own = tile_tags(self._tags, image.grid, image.num_tiles, self._thumbnail_tag)
+            tags += [
+                tag if self._routes.tag == "cross" else ""
+                for tag, route in zip(own, routes, strict=True)
+                if route == "cross"
+            ]
+        return tags
+
+    def prompt(self, turns: Sequence[Turn], images: Sequence[ImageLayout]) -> list[Piece]:
         """The same, nothing trained, ending where the assistant is to speak."""
-        pieces = self.conversation(turns, tiles_per_image)
-        header = [Piece("", self._start, "context"), Piece("assistant\n", (), "context")]
+        pieces = self.conversation(turns, images)
+        view = pieces[-1].view
+        header = [
+            Piece("", self._start, "context", view),
+            Piece("assistant\n", (), "context", view),
+        ]
         untrained = [
             piece._replace(role="context") if piece.role == "trained" else piece for piece in pieces
         ]
         return untrained + header
 
-    def _with_images(self, text: str, tiles_per_image: Sequence[int]) -> list[Piece]:
-        """Text whose markers became images; only slots divide it."""
+    def _with_images(self, text: str, images: Sequence[ImageLayout], seen: int) -> list[Piece]:
+        """Text whose markers became images; `seen` cross-routed tiles came before.
+
+        Only slots, and tags of cross-routed tiles, divide the text. The last piece is text.
+        """
         head, *rest = text.split(IMAGE_MARKER)
         pieces: list[Piece] = []
         pending = head
-        for num_tiles, following in zip(tiles_per_image, rest, strict=True):
+        for image, following in zip(images, rest, strict=True):
             pending += IMAGE_START
-            for tag in tile_tags(self._tags, num_tiles, self._thumbnail_tag):
-                pending += tag
-                if pending:
-                    pieces.append(Piece(pending, (), "context"))
-                pieces.append(self._slots)
+            before, num_cross = (0, seen), 0
+            tags = tile_tags(self._tags, image.grid, image.num_tiles, self._thumbnail_tag)
+            for tag, route in zip(tags, self._routes.of_image(image.num_tiles), strict=True):
+                if route == "decoder":
+                    pieces += _text(pending + tag, before)
+                    pieces.append(Piece("", self._slots, "image", before))
+                    pending = ""
+                    continue
+                if self._routes.tag == "decoder":
+                    pieces += _text(pending, before)
+                    pieces += _text(tag, (seen + num_cross, seen + num_cross + 1))
+                    pending = ""
+                num_cross += 1
+            if num_cross:
+                pieces += _text(pending, before)
                 pending = ""
-            pending = IMAGE_END + following
-        if pending:
-            pieces.append(Piece(pending, (), "context"))
-        return pieces
+            seen += num_cross
+            pending += IMAGE_END + following
+        return pieces + _text(pending, (0, seen))
+
+
+def _text(text: str, view: tuple[int, int]) -> list[Piece]:
+    return [Piece(text, (), "context", view)] if text else []

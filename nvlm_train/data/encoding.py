@@ -8,21 +8,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.config.schema import TilingConfig
-from nvlm_train.data.conversation import ChatFormat, Piece
+from nvlm_train.data.conversation import ChatFormat, ImageLayout, Piece
 from nvlm_train.data.images import check_pixels
 from nvlm_train.data.prompts import PROMPTS, PromptFamily
 from nvlm_train.data.records import Turn, place_images, read_turns
 from nvlm_train.data.tiling import Grid, choose_grid, num_tiles, tile_limits
+from nvlm_train.routes import Routes
 from nvlm_train.tokens import Tokenizer
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """Raised whenever the same record would become other tokens; stored lengths are then made anew."""
 
 _SHORT_TEXT = 48
@@ -38,11 +39,30 @@ class EncodingSpec:
 
     tile_size: int
     tokens_per_tile: int
+    context_tokens_per_tile: int
+    """Tokens of a tile in the cross-attention context: a resampler leaves fewer."""
+    routes: Routes
     tiling: TilingConfig
     sequence_length: int
     prompts: PromptFamily
     system_message: str | None
     max_image_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
+class CrossTiles:
+    """What of a sample goes through cross-attention; empty in NVLM-D.
+
+    Shape legend: C cross-routed tiles, numbered through all images; V views.
+    """
+
+    tokens_per_tile: int
+    is_cross_T: NDArray[np.bool_]
+    """[T]: which of the sample's tiles."""
+    tags: tuple[NDArray[np.int64], ...]
+    """C times the ids of the tag before a tile's features in the context; none in NVLM-X."""
+    views: NDArray[np.int64]
+    """[V, 4]: tokens [start, stop) see the tiles [first, last); ascending. Other tokens see none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +72,40 @@ class EncodedSample:
     token_ids: NDArray[np.int64]
     """[N]; image slots hold the pad id."""
     image_positions: NDArray[np.int64]
-    """[T * tokens per tile]: the slots, in tile order."""
+    """[decoder-routed tiles * tokens per tile]: the slots, in tile order."""
     label_positions: NDArray[np.int64]
     """[L]: positions whose next token is trained; ascending."""
     label_ids: NDArray[np.int64]
     """[L]: the token to predict at each of them."""
-    grids: tuple[Grid, ...]
-    """(columns, rows) of each image."""
-    tiles_per_image: tuple[int, ...]
-    """Tiles of each image, thumbnail included."""
+    images: tuple[ImageLayout, ...]
+    cross: CrossTiles
     is_truncated: bool
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """(columns, rows) of each image."""
+        return tuple(image.grid for image in self.images)
+
+    @property
+    def tiles_per_image(self) -> tuple[int, ...]:
+        """Tiles of each image, thumbnail included."""
+        return tuple(image.num_tiles for image in self.images)
 
     @property
     def num_tiles(self) -> int:
         return sum(self.tiles_per_image)
+
+    def with_room(self, num_tokens: int) -> EncodedSample:
+        """The same with empty tokens behind, which see what its last token sees."""
+        length = len(self.token_ids)
+        views = self.cross.views.copy()
+        if len(views) and views[-1, 1] == length:
+            views[-1, 1] += num_tokens
+        return replace(
+            self,
+            token_ids=np.append(self.token_ids, np.zeros(num_tokens, dtype=np.int64)),
+            cross=replace(self.cross, views=views),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +113,7 @@ class Layout:
     """A sample's pieces under one tile limit."""
 
     pieces: list[Piece]
-    grids: tuple[Grid, ...]
-    tiles_per_image: tuple[int, ...]
+    images: tuple[ImageLayout, ...]
 
 
 class SampleEncoder:
@@ -83,7 +122,7 @@ class SampleEncoder:
     def __init__(self, tokenizer: Tokenizer, spec: EncodingSpec) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
-        self.format = ChatFormat(tokenizer, spec.tiling.tags, spec.tokens_per_tile)
+        self.format = ChatFormat(tokenizer, spec.tiling.tags, spec.tokens_per_tile, spec.routes)
         self._remembered = lru_cache(maxsize=4096)(tokenizer.encode)
 
     @property
@@ -107,8 +146,8 @@ class SampleEncoder:
 
     def layout(self, turns: Sequence[Turn], sizes: Sequence[ImageSize], max_tiles: int) -> Layout:
         """Pieces and tiles when no image may have more than `max_tiles` regular tiles."""
-        grids, tiles = self._tiles(sizes, max_tiles)
-        return Layout(self.format.conversation(turns, tiles), grids, tiles)
+        images = self._images(sizes, max_tiles)
+        return Layout(self.format.conversation(turns, images), images)
 
     def ids(self, piece: Piece, known: Mapping[str, Sequence[int]] | None = None) -> Sequence[int]:
         """Token ids of a piece; `known` holds texts that were tokenised before."""
@@ -148,8 +187,8 @@ class SampleEncoder:
         shown = self._with_system(place_images(tuple(turns), len(sizes)))
         length = 0
         for limit in tile_limits(self.spec.tiling.max_tiles if sizes else 1):
-            grids, tiles = self._tiles(sizes, limit)
-            encoded = self._assemble(Layout(self.format.prompt(shown, tiles), grids, tiles))
+            images = self._images(sizes, limit)
+            encoded = self._assemble(Layout(self.format.prompt(shown, images), images))
             length = len(encoded.token_ids)
             if length + room <= self.spec.sequence_length:
                 return encoded
@@ -179,20 +218,21 @@ class SampleEncoder:
             return turns
         return (Turn("system", self.spec.system_message), *turns)
 
-    def _tiles(
-        self, sizes: Sequence[ImageSize], max_tiles: int
-    ) -> tuple[tuple[Grid, ...], tuple[int, ...]]:
+    def _images(self, sizes: Sequence[ImageSize], max_tiles: int) -> tuple[ImageLayout, ...]:
         thumbnails = int(self.spec.tiling.thumbnail)
-        grids = tuple(choose_grid(*size, self.spec.tile_size, max_tiles) for size in sizes)
-        return grids, tuple(num_tiles(grid, thumbnails) for grid in grids)
+        grids = [choose_grid(*size, self.spec.tile_size, max_tiles) for size in sizes]
+        return tuple(ImageLayout(grid, num_tiles(grid, thumbnails)) for grid in grids)
 
     def _assemble(self, layout: Layout) -> EncodedSample:
         ids: list[int] = []
         images: list[int] = []
         labels: list[int] = []
+        views: list[tuple[int, int, int, int]] = []
         for piece in layout.pieces:
             start = len(ids)
             ids.extend(self.ids(piece))
+            if piece.view[0] < piece.view[1]:
+                views.append((start, len(ids), *piece.view))
             if piece.role == "image":
                 images.extend(range(start, len(ids)))
             elif piece.role == "trained":
@@ -204,9 +244,24 @@ class SampleEncoder:
             image_positions=np.array(images, dtype=np.int64),
             label_positions=label_positions,
             label_ids=token_ids[label_positions + 1],
-            grids=layout.grids,
-            tiles_per_image=layout.tiles_per_image,
+            images=layout.images,
+            cross=self._cross(layout.images, views),
             is_truncated=False,
+        )
+
+    def _cross(
+        self, images: Sequence[ImageLayout], views: Sequence[tuple[int, int, int, int]]
+    ) -> CrossTiles:
+        routes = [route for image in images for route in self.spec.routes.of_image(image.num_tiles)]
+        tags = [
+            np.array(self._remembered(tag) if tag else [], dtype=np.int64)
+            for tag in self.format.context_tags(images)
+        ]
+        return CrossTiles(
+            self.spec.context_tokens_per_tile,
+            np.array([route == "cross" for route in routes], dtype=np.bool_),
+            tuple(tags),
+            np.array(_merged(views), dtype=np.int64).reshape(-1, 4),
         )
 
     def _truncate(self, encoded: EncodedSample) -> EncodedSample:
@@ -220,12 +275,24 @@ class SampleEncoder:
                 f"position {encoded.image_positions[-1]}, behind sequence_length={length}"
             )
         kept = int(np.searchsorted(encoded.label_positions, length - 1))
-        return EncodedSample(
+        views = encoded.cross.views[encoded.cross.views[:, 0] < length].copy()
+        views[:, 1] = np.minimum(views[:, 1], length)
+        return replace(
+            encoded,
             token_ids=encoded.token_ids[:length],
-            image_positions=encoded.image_positions,
             label_positions=encoded.label_positions[:kept],
             label_ids=encoded.label_ids[:kept],
-            grids=encoded.grids,
-            tiles_per_image=encoded.tiles_per_image,
+            cross=replace(encoded.cross, views=views),
             is_truncated=True,
         )
+
+
+def _merged(views: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """Neighbouring tokens that see the same tiles make one view."""
+    merged: list[tuple[int, int, int, int]] = []
+    for start, stop, first, last in views:
+        if merged and merged[-1][1:] == (start, first, last):
+            merged[-1] = (merged[-1][0], stop, first, last)
+        else:
+            merged.append((start, stop, first, last))
+    return merged

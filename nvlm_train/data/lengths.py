@@ -127,7 +127,7 @@ def _measure(
     counts = [(len(encoder.ids(piece, known)), piece.role) for piece in draft.layout.pieces]
     num_tokens = sum(count for count, _ in counts)
     num_trained = sum(count for count, role in counts if role == "trained")
-    num_tiles = sum(draft.layout.tiles_per_image)
+    num_tiles = sum(image.num_tiles for image in draft.layout.images)
     if num_tokens > encoder.spec.sequence_length or num_trained == 0:
         try:
             encoded = encoder.encode(reader.key(row), draft.record, draft.sizes)

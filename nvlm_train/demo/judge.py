@@ -1,6 +1,6 @@
 """Judges the demo's run: answers, their scores, and the baselines beside them. Runs on every rank.
 
-torchrun --nproc-per-node 4 -m nvlm_train.demo.judge --run-dir runs/demo
+torchrun --nproc-per-node 4 -m nvlm_train.demo.judge --run-dir runs/demo experiment=demo
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def main() -> int:
     options = parser.parse_args()
     set_up_logging(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     start_process_group()
-    recipe = load_recipe(["experiment=demo", f"run_dir={options.run_dir}", *options.overrides])
+    recipe = load_recipe([f"run_dir={options.run_dir}", *options.overrides])
     figures = judge(recipe)
     if dist.get_rank() == 0:
         path = Path(options.run_dir) / "judgement.json"

@@ -26,11 +26,12 @@ _WIDTH, _HEIGHT, _MARGIN = 860, 260, 40
 Curve = tuple[str, list[tuple[int, float]]]
 
 
-def write_report(directory: Path, summary: dict[str, Any]) -> None:
+def write_report(directory: Path, architecture: str, summary: dict[str, Any]) -> None:
     """Writes DIRECTORY/report.html from summary.json's content and metrics.jsonl."""
     records = list(read_metrics(directory / "metrics.jsonl"))
     template = importlib.resources.files("nvlm_train.demo").joinpath("report.html").read_text()
     page = Template(template).substitute(
+        architecture=architecture.upper(),
         figures=_figures(summary),
         pretrain=_chart(_curves(records, "pretrain")),
         sft=_chart(_curves(records, "sft")),

@@ -38,24 +38,35 @@ _ROWS = (
 )  # fmt: skip
 
 
-def run_demo(run_dir: str, overrides: Sequence[str]) -> int:
+EXPERIMENTS = {"d": "demo", "x": "demo_x", "h": "demo_h"}
+"""Architecture -> recipe."""
+
+
+def run_demo(architecture: str, run_dir: str | None, overrides: Sequence[str]) -> int:
     """Runs what is missing and prints the figures.
+
+    Args:
+        architecture: a key of `EXPERIMENTS`.
+        run_dir: where everything goes; none for runs/ and the experiment's name.
+        overrides: Hydra overrides of the experiment.
 
     Raises:
         TrainingError: one of the parts failed; its own message is above.
     """
-    directory = Path(run_dir)
+    experiment = EXPERIMENTS[architecture]
+    directory = Path(run_dir or f"runs/{experiment}")
     seconds: dict[str, float] = {}
     seconds["prepare_seconds"] = _timed(prepare_material, directory / "data")
-    recipe = ["experiment=demo", f"run_dir={run_dir}", *overrides]
-    seconds["train_seconds"] = _timed(_launch, "nvlm_train", "train", *recipe)
-    judge = ("nvlm_train.demo.judge", "--run-dir", run_dir, *overrides)
+    recipe = [f"experiment={experiment}", *overrides]
+    train = ("nvlm_train", "train", f"run_dir={directory}", *recipe)
+    seconds["train_seconds"] = _timed(_launch, *train)
+    judge = ("nvlm_train.demo.judge", "--run-dir", str(directory), *recipe)
     seconds["judge_wall_seconds"] = _timed(_launch, *judge)
     summary = json.loads((directory / "judgement.json").read_text()) | seconds
     summary["wall_seconds"] = sum(seconds.values())
     (directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    write_report(directory, summary)
-    _print(summary, directory)
+    write_report(directory, architecture, summary)
+    _print(architecture, summary, directory)
     return 0
 
 
@@ -76,8 +87,8 @@ def _launch(module: str, *arguments: str) -> None:
         raise TrainingError(f"{module} ended with code {code}; its message is above")
 
 
-def _print(summary: dict[str, Any], directory: Path) -> None:
-    table = Table(title="NVLM-D demo")
+def _print(architecture: str, summary: dict[str, Any], directory: Path) -> None:
+    table = Table(title=f"NVLM-{architecture.upper()} demo")
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_column("wanted")

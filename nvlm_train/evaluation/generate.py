@@ -18,6 +18,7 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from nvlm_train.batch import Microbatch, Round, SampleInfo
+from nvlm_train.data.batches import pack_samples
 from nvlm_train.data.encoding import EncodedSample
 from nvlm_train.data.loader import split_tiles
 from nvlm_train.data.packing import best_fit_decreasing
@@ -119,30 +120,19 @@ def _make_packs(
 def _make_pack(
     replica: Replica, prompts: Sequence[Prompt], numbers: list[int], max_new_tokens: int
 ) -> _Pack:
-    length = replica.sequence_length
-    ids_S = torch.zeros(length, dtype=torch.int64)
-    bounds, slots, image_positions = [0], [], []
-    for number in numbers:
-        encoded, start = prompts[number].encoded, bounds[-1]
-        stop = start + len(encoded.token_ids)
-        ids_S[start:stop] = torch.from_numpy(encoded.token_ids)
-        image_positions.append(torch.from_numpy(encoded.image_positions) + start)
-        slots.append(_Slot(number, start, stop))
-        bounds.append(stop + max_new_tokens)
-    if bounds[-1] < length:
-        bounds.append(length)
-    none = torch.zeros(0, dtype=torch.int64)
-    tiles = torch.cat([prompts[number].tiles_TCEE for number in numbers])
-    microbatch = Microbatch(
-        token_ids_S=ids_S,
-        image_positions=torch.cat(image_positions),
-        label_positions_L=none,
-        label_ids_L=none,
-        label_samples_L=none,
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        samples=tuple(SampleInfo(0, "prompt", str(number)) for number in numbers),
-        num_tiles=len(tiles),
+    encoded = [prompts[number].encoded for number in numbers]
+    microbatch = pack_samples(
+        [each.with_room(max_new_tokens) for each in encoded],
+        [SampleInfo(0, "prompt", str(number)) for number in numbers],
+        replica.sequence_length,
+        pad_id=0,
     )
+    starts = microbatch.cu_seqlens.tolist()
+    slots = [
+        _Slot(number, start, start + len(each.token_ids))
+        for number, start, each in zip(numbers, starts, encoded, strict=False)
+    ]
+    tiles = torch.cat([prompts[number].tiles_TCEE for number in numbers])
     return _Pack(microbatch, _encode(replica, microbatch, tiles), slots)
 
 

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from nvlm_train.config.schema import Recipe, StageConfig
+from nvlm_train.model.canonical import part_of
 from nvlm_train.model.nvlm import NVLM
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
@@ -49,6 +50,9 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=True,
+        # The context of a pack is as long as its tiles need.
+        variable_seq_lengths=recipe.model.cross_attention is not None and parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # what variable lengths want, though there are no experts
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
@@ -65,5 +69,5 @@ def build_model(recipe: Recipe, stage: StageConfig, topology: Topology, kernels:
 
 def freeze(model: NVLM, trainable: Collection[str]) -> None:
     """Turns gradients on for the named parts and off for all others."""
-    for part, module in model.named_children():
-        module.requires_grad_(part in trainable)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in trainable)

@@ -34,6 +34,14 @@ def sharding_metadata() -> dict[str, bool]:
     return {"non_homogeneous_layers": True}
 
 
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to, as a stage's `trainable` names it."""
+    if ".cross_" in name or ".pre_cross_" in name:
+        return "cross_attention"
+    # The resampler is a part of how features are projected.
+    return "projector" if name.startswith("resampler.") else name.split(".", 1)[0]
+
+
 def shards(
     model: MegatronModule, of: Callable[[nn.Parameter], Tensor | None]
 ) -> Iterator[ShardedTensor]:
@@ -111,7 +119,7 @@ def seeded_source(language: LanguageConfig, seed: int) -> Callable[[str, tuple[i
     """
 
     def source(name: str, shape: tuple[int, ...]) -> Tensor:
-        if name.endswith("bias"):
+        if name.endswith(("bias", "alpha")):
             return torch.zeros(shape)
         if "norm" in name:
             return torch.ones(shape)
@@ -127,11 +135,11 @@ def seeded_source(language: LanguageConfig, seed: int) -> Callable[[str, tuple[i
 
 def fingerprint(model: MegatronModule) -> dict[str, float]:
     """Sum of magnitudes of each part's weights over the world, in fp64. Called by every rank."""
-    parts = ("projector", "language_model")
+    parts = ("projector", "cross_attention", "language_model")
     sums = torch.zeros(len(parts), dtype=torch.float64, device=device())
     for shard in shards(model, lambda parameter: parameter.data):
         if is_main_replica(shard.replica_id):
-            sums[parts.index(shard.key.split(".")[0])] += shard.data.double().abs().sum()
+            sums[parts.index(part_of(shard.key))] += shard.data.double().abs().sum()
     dist.all_reduce(sums)
     return dict(zip(parts, sums.tolist(), strict=True))
 

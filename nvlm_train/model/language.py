@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from nvlm_train.config.schema import LanguageConfig
-from nvlm_train.model.layers import decoder_block_spec
+from nvlm_train.config.schema import CrossAttentionConfig, LanguageConfig
+from nvlm_train.model.block import decoder_block_spec
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
 
@@ -32,6 +32,7 @@ class LanguageModel(MegatronModule):
         self,
         config: TransformerConfig,
         language: LanguageConfig,
+        cross: CrossAttentionConfig | None,
         sequence_length: int,
         topology: Topology,
         kernels: Kernels,
@@ -54,7 +55,7 @@ class LanguageModel(MegatronModule):
         )
         self.decoder = TransformerBlock(
             config,
-            decoder_block_spec(config, kernels),
+            decoder_block_spec(config, cross, kernels),
             pre_process=topology.is_first_pp_stage,
             post_process=topology.is_last_pp_stage,
         )
@@ -71,12 +72,20 @@ class LanguageModel(MegatronModule):
             return hidden_SBH
         return tensor_parallel.scatter_to_sequence_parallel_region(hidden_SBH).clone()
 
-    def forward(self, hidden_SBH: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_SBH: Tensor | None,
+        cu_seqlens: Tensor,
+        context_CBH: Tensor | None = None,
+        spans: Tensor | None = None,
+    ) -> Tensor:
         """Runs this stage's layers.
 
         Args:
             hidden_SBH: embeddings on the first stage; None elsewhere (the schedule set the input).
             cu_seqlens: int32 [segments + 1], ends with S.
+            context_CBH: what cross-attention reads, whole on every tensor-parallel rank.
+            spans: int32 [V, 4], who reads what of it.
 
         Returns:
             [S, 1, H], or [S / TP, 1, H] under sequence parallelism; normalised on the last stage.
@@ -92,7 +101,14 @@ class LanguageModel(MegatronModule):
         # One row more than a pack has tokens: with exactly S rows megatron-core would take row i for
         # position i of the whole pack; otherwise positions restart with every sample, as they must.
         rotary = self.rotary(self.sequence_length + 1, packed_seq=True)
-        return self.decoder(hidden_SBH, None, rotary_pos_emb=rotary, packed_seq_params=packed)
+        return self.decoder(
+            hidden_SBH,
+            None,
+            context=context_CBH,
+            context_mask=spans,
+            rotary_pos_emb=rotary,
+            packed_seq_params=packed,
+        )
 
     def logits(self, hidden_SBH: Tensor, positions_L: Tensor) -> Tensor:
         """Logits at some positions only, [L, 1, V / TP]: the others never meet the vocabulary."""

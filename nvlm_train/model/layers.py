@@ -8,22 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -111,46 +101,18 @@ class SdpaAttention(nn.Module):
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
 
 
-def decoder_block_spec(config: TransformerConfig, kernels: Kernels) -> TransformerBlockSubmodules:
-    """This pipeline stage's layers: pre-norm self-attention with QKV bias from the config, SwiGLU MLP.
-
-    Norms stay modules of their own on every path, so that checkpoints have one set of names.
-    """
-    norm, attention, column, row = _implementations(kernels)
-    self_attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": _mask_type(kernels)},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=column, core_attention=attention, linear_proj=row
-        ),
-    )
-    layer = ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=self_attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=mlp_spec(kernels),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-    layers = [layer] * get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
-
-
 def mlp_spec(kernels: Kernels) -> ModuleSpec:
     """megatron-core's tensor-parallel MLP on the chosen linears."""
-    _, _, column, row = _implementations(kernels)
+    _, _, column, row = implementations(kernels)
     return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
 
 
-def _mask_type(kernels: Kernels) -> AttnMaskType:
+def mask_type(kernels: Kernels) -> AttnMaskType:
     packed = kernels.attention == "transformer_engine"
     return AttnMaskType.padding_causal if packed else AttnMaskType.causal
 
 
-def _implementations(kernels: Kernels) -> tuple[type, type, type, type]:
+def implementations(kernels: Kernels) -> tuple[type, type, type, type]:
     if kernels.linear == "megatron":
         return RMSNorm, SdpaAttention, ColumnParallelLinear, RowParallelLinear
     from megatron.core.extensions import transformer_engine as te

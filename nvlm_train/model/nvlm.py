@@ -1,6 +1,7 @@
-"""NVLM-D: tiles, thumbnail and text in one decoder sequence (NVLM 1.0, section 4.2).
+"""NVLM-D, X and H: tiles in the decoder's sequence, in a cross-attention context, or some in each.
 
-Shape legend: S tokens of a pack, H hidden, L positions whose logits are wanted, V vocabulary.
+Shape legend: S tokens of a pack, C tokens of its context, H hidden, L positions whose logits are
+wanted, V vocabulary, n tokens of features.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nvlm_train.batch import CrossContext
 from nvlm_train.config.schema import ModelConfig
 from nvlm_train.geometry import tile_feature_size
+from nvlm_train.model import relay
 from nvlm_train.model.language import LanguageModel
 from nvlm_train.model.projector import Projector
+from nvlm_train.model.resampler import Resampler
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
 
@@ -38,15 +42,20 @@ class NVLM(MegatronModule):
             self.projector = Projector(
                 config, model.projector, tile_feature_size(model.vision), kernels
             )
+            self.resampler = (
+                Resampler(config, model.resampler, kernels) if model.resampler else None
+            )
         self.language_model = LanguageModel(
-            config, model.language, sequence_length, topology, kernels
+            config, model.language, model.cross_attention, sequence_length, topology, kernels
         )
+        self._received: Tensor | None = None
 
     def forward(
         self,
         token_ids_S: Tensor,
         image_positions: Tensor,
         features: Tensor | None,
+        context: CrossContext | None,
         cu_seqlens: Tensor,
         logit_positions_L: Tensor,
     ) -> Tensor:
@@ -54,31 +63,59 @@ class NVLM(MegatronModule):
 
         Args:
             token_ids_S: int64 [S].
-            image_positions: int64 [n]: where the features go, in tile order.
-            features: [T, tokens per tile, feature size] with n tokens in all; None past the first stage.
+            image_positions: int64 [n]: where the decoder-routed tiles' features go, in tile order.
+            features: [T, tokens per tile, feature size]; None past the first stage.
+            context: the layout of the pack's cross-attention context, if it has one.
             cu_seqlens: int32 [segments + 1].
             logit_positions_L: int64 [L].
 
         Returns:
-            Last stage: logits [L, 1, V / TP]. Others: hidden states for the next stage.
+            Last stage: logits [L, 1, V / TP]. Others: what the next stage needs (`relay.join`).
         """
-        embedded = None
+        embedded, states_CBH, spans = None, None, None if context is None else context.spans
         if features is not None:
-            embedded = self._splice(token_ids_S, image_positions, features)
-        hidden_SBH = self.language_model(embedded, cu_seqlens)
+            embedded, states_CBH = self._enter(token_ids_S, image_positions, features, context)
+        else:
+            assert self._received is not None, "the schedule sets a later stage's input"
+            hidden_SBH, self._received = self._received, None
+            if context is not None:
+                hidden_SBH, states_CBH = relay.split(self.config, hidden_SBH, context.length)
+            self.language_model.set_input_tensor(hidden_SBH)
+        hidden_SBH = self.language_model(embedded, cu_seqlens, states_CBH, spans)
         if self.post_process:
             return self.language_model.logits(hidden_SBH, logit_positions_L)
-        return hidden_SBH
+        if states_CBH is None:
+            return hidden_SBH
+        return relay.join(self.config, hidden_SBH, states_CBH)
 
-    def _splice(self, token_ids_S: Tensor, image_positions: Tensor, features: Tensor) -> Tensor:
+    def _enter(
+        self,
+        token_ids_S: Tensor,
+        image_positions: Tensor,
+        features: Tensor,
+        context: CrossContext | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The sequence with decoder-routed features spliced in, and the context."""
         # A text-only pack runs the projector on no rows: its gradients are then zeros instead of
         # missing, which is what overlapped gradient reduction and a frozen language model need.
-        projected = self.projector(features.flatten(0, 1))
+        projected = self.projector(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        if self.resampler is not None:
+            projected = self.resampler(projected)
         text_SBH = self.language_model.embed(token_ids_S)
-        spliced = text_SBH.index_copy(0, image_positions, projected.unsqueeze(1))
-        return self.language_model.scatter(spliced)
+        states_CBH = None
+        if context is not None:
+            place = projected.device
+            tiles = projected.index_select(0, context.cross_tiles.to(place)).flatten(0, 1)
+            tags = self.language_model.embed(context.tag_ids.to(place))
+            states_CBH = text_SBH.new_zeros(context.length, *text_SBH.shape[1:])
+            states_CBH = states_CBH.index_copy(
+                0, context.tile_positions.to(place), tiles.unsqueeze(1)
+            )
+            states_CBH = states_CBH.index_copy(0, context.tag_positions.to(place), tags)
+            projected = projected.index_select(0, context.decoder_tiles.to(place))
+        spliced = text_SBH.index_copy(0, image_positions, projected.flatten(0, 1).unsqueeze(1))
+        return self.language_model.scatter(spliced), states_CBH
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor) -> None:
         """Called by the pipeline schedule with what the previous stage sent."""
-        hidden = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        self.language_model.set_input_tensor(hidden)
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor

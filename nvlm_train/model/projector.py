@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,7 +18,10 @@ from nvlm_train.parallel.kernels import Kernels
 
 
 class Projector(MegatronModule):
-    """LayerNorm, Linear, GELU, Linear without biases (released NVLM-D; paper section 4.5)."""
+    """LayerNorm, Linear, GELU, Linear without biases (released NVLM-D; paper section 4.5).
+
+    NVLM-X has one linear after the norm: whether its projector has a norm is not stated.
+    """
 
     def __init__(
         self,
@@ -35,15 +39,25 @@ class Projector(MegatronModule):
             dtype=config.params_dtype,
             device=torch.cuda.current_device(),
         )
-        self.mlp = MLP(
-            projector_config,
-            mlp_spec(kernels).submodules,
-            input_size=feature_size,
-            ffn_hidden_size=projector.ffn_hidden_size,
-        )
+        if projector.ffn_hidden_size is None:
+            self.mlp: nn.Module = ColumnParallelLinear(
+                feature_size,
+                config.hidden_size,
+                config=projector_config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=True,
+            )
+        else:
+            self.mlp = MLP(
+                projector_config,
+                mlp_spec(kernels).submodules,
+                input_size=feature_size,
+                ffn_hidden_size=projector.ffn_hidden_size,
+            )
 
     def forward(self, features: Tensor) -> Tensor:
-        """[n, feature size] -> [n, H]; n may be 0, the gradients are then zero."""
+        """[n, feature size] -> [n, H], whole on every tensor-parallel rank; n may be 0."""
         projected, _ = self.mlp(self.norm(features).unsqueeze(1))
         return projected.squeeze(1)
 
@@ -56,5 +70,6 @@ def _projector_config(config: TransformerConfig, projector: ProjectorConfig) -> 
     own.activation_func = F.gelu
     own.bias_activation_fusion = False  # the fused GELU exists with a bias only
     own.add_bias_linear = False
-    own.ffn_hidden_size = projector.ffn_hidden_size
+    if projector.ffn_hidden_size is not None:
+        own.ffn_hidden_size = projector.ffn_hidden_size
     return own

@@ -90,6 +90,7 @@ def _forward_step(
         microbatch.token_ids_S.to(device()),
         microbatch.image_positions.to(device()),
         features,
+        microbatch.context,
         microbatch.cu_seqlens.to(device()),
         head.positions(microbatch),
     )

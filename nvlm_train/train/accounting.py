@@ -60,7 +60,7 @@ def account(
         topology: this rank's place.
     """
     by_source = torch.zeros(2, num_sources, dtype=torch.float64, device=device())
-    counts = torch.zeros(6, dtype=torch.float64, device=device())
+    counts = torch.zeros(9, dtype=torch.float64, device=device())
     # One rank of each replica speaks for it: one that holds the losses.
     if topology.is_last_pp_stage and topology.tensor_rank == 0:
         for report in reports:
@@ -73,13 +73,13 @@ def account(
     dist.all_reduce(totals)
     sums = totals[:num_sources].tolist()
     tokens = [int(count) for count in totals[num_sources : 2 * num_sources].tolist()]
-    processed, pairs, tiles, samples, failed, hashed = (int(n) for n in totals[-6:].tolist())
+    processed, pairs, tiles, samples, *cross, failed, hashed = map(int, totals[-9:].tolist())
     return StepResult(
         loss=sum(sums) / max(sum(tokens), 1),
         grad_norm=grad_norm,
         source_loss_sums=tuple(sums),
         source_tokens=tuple(tokens),
-        work=StepWork(processed, pairs, sum(tokens), tiles),
+        work=StepWork(processed, pairs, sum(tokens), tiles, *cross),
         samples=samples,
         skipped_samples=failed,
         samples_hash=hashed,
@@ -87,8 +87,10 @@ def account(
 
 
 def _own_work(batch: StepBatch) -> list[int]:
-    """Tokens without padding, squared lengths, tiles and samples of this replica."""
-    tokens = pairs = tiles = samples = 0
+    """This replica's tokens without padding, squared lengths, tiles and samples; then what crosses:
+    tokens of packs with a context, tokens of contexts, pairs that see each other.
+    """
+    tokens = pairs = tiles = samples = cross_tokens = context_tokens = cross_pairs = 0
     for microbatch in _microbatches(batch):
         # The padding, where there is any, is one segment more than there are samples.
         lengths = microbatch.cu_seqlens.diff()[: len(microbatch.samples)].long()
@@ -96,7 +98,12 @@ def _own_work(batch: StepBatch) -> list[int]:
         pairs += int(lengths.square().sum())
         tiles += microbatch.num_tiles
         samples += len(microbatch.samples)
-    return [tokens, pairs, tiles, samples]
+        if microbatch.context is not None:
+            cross_tokens += len(microbatch.token_ids_S)
+            context_tokens += microbatch.context.length
+            start, stop, first, last = microbatch.context.spans.long().unbind(dim=1)
+            cross_pairs += int(((stop - start) * (last - first)).sum())
+    return [tokens, pairs, tiles, samples, cross_tokens, context_tokens, cross_pairs]
 
 
 def _hash_samples(batch: StepBatch) -> int:

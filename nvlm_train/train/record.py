@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 
 from nvlm_train.config.schema import Recipe
@@ -67,6 +69,7 @@ def step_record(
         "data_seconds": loading,
         "tokens_per_second": result.work.tokens / total,
         "tflops_per_rank": flops / total / dist.get_world_size() / 1e12,
+        "peak_memory_gib": peak_memory_gib(),
     }
     for name, loss, tokens in zip(
         sources, result.source_loss_sums, result.source_tokens, strict=True
@@ -75,3 +78,10 @@ def step_record(
             record[f"loss/{name}"] = loss / tokens
             record[f"trained_tokens/{name}"] = tokens
     return record
+
+
+def peak_memory_gib() -> float:
+    """Most memory this rank has had so far: allocated on the GPU, or resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -17,6 +17,7 @@ from nvlm_train.data.data_recipe import Blend, SourceConfig
 from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.shards import Sample, write_shards
+from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
 
 TILE = 32
@@ -54,7 +55,9 @@ def make_encoder(tokenizer: Tokenizer) -> Callable[..., SampleEncoder]:
     def make(**changes: Any) -> SampleEncoder:
         fields: dict[str, Any] = {
             "tile_size": TILE,
+            "routes": ROUTES["d"],
             "tokens_per_tile": SLOTS,
+            "context_tokens_per_tile": SLOTS,
             "tiling": TilingConfig(),
             "sequence_length": LENGTH,
             "prompts": "sft",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.data.encoding import EncodedSample
+from nvlm_train.data.conversation import ImageLayout
+from nvlm_train.data.encoding import CrossTiles, EncodedSample
 from nvlm_train.errors import PromptError
 from nvlm_train.evaluation.generate import Prompt, generate, vocab_parallel_argmax
 from nvlm_train.geometry import tokens_per_tile
@@ -28,7 +29,10 @@ def make_prompts(sizes: list[tuple[int, int]], pixel_seed: int = 0) -> list[Prom
         slots = tiles * tokens_per_tile(VISION)
         ids = torch.randint(3, 250, (text + slots,), generator=generator).numpy()
         positions = np.arange(1, 1 + slots)
-        encoded = EncodedSample(ids, positions, none, none, ((1, 1),) * tiles, (1,) * tiles, False)
+        images = (ImageLayout((1, 1), 1),) * tiles
+        views = np.empty((0, 4), dtype=np.int64)
+        cross = CrossTiles(1, np.zeros(tiles, dtype=np.bool_), (), views)
+        encoded = EncodedSample(ids, positions, none, none, images, cross, False)
         generator.manual_seed(100 * pixel_seed + number)
         shape = (tiles, 3, VISION.tile_size, VISION.tile_size)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)

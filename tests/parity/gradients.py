@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nvlm_train.batch import StepBatch
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.model import canonical
 from nvlm_train.parallel import kernels
@@ -18,6 +19,9 @@ from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.vision.tile_parallel import encode_round
 from tests.parity import recipes
 
+GATE = 0.5
+"""Gates away from zero, so that the cross path carries gradient."""
+
 
 def start_engine(parallel: ParallelConfig, **changes: object) -> Engine:
     """The small model in some layout, with weights that depend on names only."""
@@ -27,6 +31,8 @@ def start_engine(parallel: ParallelConfig, **changes: object) -> Engine:
     seeded = canonical.seeded_source(recipe.model.language, recipe.seed)
 
     def source(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name.endswith("alpha"):
+            return torch.full(shape, GATE)
         # Norms and biases away from one and zero, so that their gradients are tested too.
         if "norm" in name or name.endswith("bias"):
             offset = 1.0 if name.endswith("weight") else 0.0
@@ -82,8 +88,12 @@ def gradients_of_step(
 def _one(
     engine: Engine, layouts: list, number: int, rounds: int
 ) -> tuple[float, dict[str, Tensor]]:
+    return of_batch(engine, recipes.step_batch(layouts, engine.topology.share, number, rounds))
+
+
+def of_batch(engine: Engine, batch: StepBatch) -> tuple[float, dict[str, Tensor]]:
+    """Loss and canonical gradients of one step."""
     topology = engine.topology
-    batch = recipes.step_batch(layouts, topology.share, number, rounds)
     trained = count_trained_tokens(batch, topology)
     engine.model.zero_grad_buffer()
     engine.optimizer.zero_grad()

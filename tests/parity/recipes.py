@@ -52,16 +52,22 @@ def stage(
     )
 
 
-def recipe(parallel: ParallelConfig, **changes: object) -> Recipe:
+def recipe(
+    parallel: ParallelConfig,
+    model: ModelConfig = MODEL,
+    sequence_length: int = SEQUENCE_LENGTH,
+    **changes: object,
+) -> Recipe:
     """A one-stage recipe around `stage`."""
+    own = replace(stage(parallel, **changes), sequence_length=sequence_length)  # type: ignore[arg-type]
     return Recipe(
         name="parity",
         run_dir="unused",
         seed=7,
         precision="fp32",
         schedule=("sft",),
-        stages={"sft": stage(parallel, **changes)},  # type: ignore[arg-type]
-        model=MODEL,
+        stages={"sft": own},
+        model=model,
     )
 
 
@@ -122,7 +128,13 @@ def step_batch(
     layouts: list[list[tuple[int, int]]], share: RankShare, step: int, rounds: int = 1
 ) -> StepBatch:
     """This rank's view of a step made of the given packs, cut into rounds."""
-    packs = [pack(layout, seed=100 * step + n) for n, layout in enumerate(layouts)]
+    return deal([pack(each, 100 * step + n) for n, each in enumerate(layouts)], share, step, rounds)
+
+
+def deal(
+    packs: list[tuple[Microbatch, torch.Tensor]], share: RankShare, step: int, rounds: int
+) -> StepBatch:
+    """This rank's packs of a step, cut into rounds."""
     per_rank = len(packs) // share.dp_size
     own = packs[share.dp_rank * per_rank : (share.dp_rank + 1) * per_rank]
     size = max(len(own) // rounds, 1)

@@ -54,8 +54,14 @@ def smoke_recipe(root: Path, run_dir: Path, *more: str) -> Recipe:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """Records of metrics.jsonl without what a clock decides."""
-    timing = ("seconds", "data_seconds", "tokens_per_second", "tflops_per_rank")
+    """Records of metrics.jsonl without what the machine decides."""
+    timing = (
+        "seconds",
+        "data_seconds",
+        "tokens_per_second",
+        "tflops_per_rank",
+        "peak_memory_gib",
+    )
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
 

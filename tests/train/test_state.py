@@ -100,7 +100,7 @@ def test_every_difference_is_named_with_both_values(recipe: Recipe) -> None:
     for line in (
         f"model.vision.num_layers=3, was {recipe.model.vision.num_layers}",
         f"seed=5, was {recipe.seed}",
-        "stages.sft.trainable=['projector'], was ['projector', 'language_model']",
+        "stages.sft.trainable=['projector'], was ['projector', 'cross_attention', 'language_model']",
         f"stages.sft.sequence_length=256, was {stage.sequence_length}",
         f"stages.sft.tiling.max_tiles=2, was {stage.tiling.max_tiles}",
     ):

@@ -1,0 +1,76 @@
+"""The decoder's layers on this pipeline stage: which modules megatron-core puts where."""
+
+from __future__ import annotations
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from nvlm_train.config.schema import CrossAttentionConfig
+from nvlm_train.model.cross_attention import CrossSubmodules, GatedCrossAttention
+from nvlm_train.model.cross_layer import GatedFeedForwardLayer
+from nvlm_train.model.layers import implementations, mask_type, mlp_spec
+from nvlm_train.parallel.kernels import Kernels
+
+
+def decoder_block_spec(
+    config: TransformerConfig, cross: CrossAttentionConfig | None, kernels: Kernels
+) -> TransformerBlockSubmodules:
+    """This pipeline stage's layers: pre-norm self-attention with QKV bias from the config, SwiGLU MLP.
+
+    Norms stay modules of their own on every path, so that checkpoints have one set of names. Layers
+    are numbered from 1 through all stages; cross-attention is in those that `cross.every` divides.
+    """
+    offset = get_transformer_layer_offset(config)
+    numbers = range(offset + 1, offset + 1 + get_num_layers_to_build(config))
+    layers = [
+        _cross_layer(cross, kernels) if cross and number % cross.every == 0 else _layer(kernels)
+        for number in numbers
+    ]
+    norm, *_ = implementations(kernels)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _layer(kernels: Kernels) -> ModuleSpec:
+    return ModuleSpec(module=TransformerLayer, submodules=_submodules(kernels))
+
+
+def _cross_layer(cross: CrossAttentionConfig, kernels: Kernels) -> ModuleSpec:
+    norm, _, column, row = implementations(kernels)
+    submodules = _submodules(kernels)
+    submodules.pre_cross_attn_layernorm = norm
+    submodules.cross_attention = ModuleSpec(
+        module=GatedCrossAttention, submodules=CrossSubmodules(column, row)
+    )
+    submodules.cross_attn_bda = get_bias_dropout_add
+    kind = GatedFeedForwardLayer if cross.feed_forward == "gated" else TransformerLayer
+    return ModuleSpec(module=kind, submodules=submodules)
+
+
+def _submodules(kernels: Kernels) -> TransformerLayerSubmodules:
+    norm, attention, column, row = implementations(kernels)
+    self_attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": mask_type(kernels)},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=column, core_attention=attention, linear_proj=row
+        ),
+    )
+    return TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=self_attention,
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=norm,
+        mlp=mlp_spec(kernels),
+        mlp_bda=get_bias_dropout_add,
+    )

@@ -1,0 +1,199 @@
+"""Gated cross-attention: the language model reads tiles that are not in its sequence.
+
+NVLM 1.0, sections 4.3 and 4.4, in the slot that megatron-core's TransformerLayer has between
+self-attention and MLP (Figure 3). What the paper leaves open is decided in docs/architecture.md.
+
+Shape legend: S tokens of a pack, B batch (always 1), C tokens of its cross-attention context, H
+hidden, G this rank's KV groups, R query heads of a group, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nvlm_train.model.layers import RMSNorm
+from nvlm_train.model.untouched import zeros_for
+
+
+@dataclass
+class CrossSubmodules:
+    """The linears that the chosen kernels bring."""
+
+    column: type
+    row: type
+
+
+class Gate(nn.Module):
+    """tanh(alpha), alpha 0 at the start: the language model begins as it was (Flamingo)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(
+            torch.zeros(1, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        # It multiplies sequence-sharded activations: its gradient is a sum over tensor-parallel ranks.
+        self.alpha.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.alpha) * x
+
+
+class GatedCrossAttention(MegatronModule):
+    """The language model's heads and KV groups, no bias, no RoPE; keys and values normed on entry.
+
+    The arguments of `__init__` and `forward` are those that megatron-core's TransformerLayer passes.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: CrossSubmodules,
+        layer_number: int,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config)
+        # Every tensor-parallel rank holds the whole context: nothing on its side may gather a sequence.
+        context_config = copy.copy(config)
+        context_config.sequence_parallel = False
+        groups, channels = config.num_query_groups, config.kv_channels
+        assert groups is not None and channels is not None
+        self._channels = channels
+        self._heads_per_group = config.num_attention_heads // groups
+        width = config.num_attention_heads * channels
+        self.linear_q = column_linear(config, submodules, width)
+        self.context_norm = RMSNorm(context_config, config.hidden_size, config.layernorm_epsilon)
+        self.linear_kv = column_linear(context_config, submodules, 2 * groups * channels)
+        self.linear_proj = row_linear(config, submodules, width)
+        self.gate = Gate(config)
+
+    def forward(
+        self,
+        hidden_SBH: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None,
+        inference_context: None = None,
+    ) -> tuple[Tensor, None]:
+        """What is added to the residual stream, and no bias.
+
+        Args:
+            hidden_SBH: normed; this rank's part of the sequence under sequence parallelism.
+            attention_mask: spans, int32 [V, 4] (`nvlm_train.batch.CrossContext.spans`).
+            key_value_states: the context [C, 1, H], whole; None when the pack has none.
+            inference_context: unused.
+
+        Returns:
+            Like `hidden_SBH`; exactly zero at every token that sees nothing.
+        """
+        if key_value_states is None:
+            return zeros_for(hidden_SBH, self), None
+        assert attention_mask is not None, "a context comes with its spans"
+        query_SBH, _ = self.linear_q(hidden_SBH)
+        states_CBH, _ = self.linear_kv(self.context_norm(key_value_states))
+        query_SGRD = query_SBH[:, 0].unflatten(-1, (-1, self._heads_per_group, self._channels))
+        key_CGD, value_CGD = states_CBH[:, 0].unflatten(-1, (-1, 2, self._channels)).unbind(dim=2)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attended = attend(query_SGRD, key_CGD, value_CGD, attention_mask.tolist(), dropout)
+        output_SBH, _ = self.linear_proj(attended.flatten(1).unsqueeze(1))
+        return self.gate(output_SBH), None
+
+
+def row_linear(config: TransformerConfig, submodules: CrossSubmodules, width: int) -> nn.Module:
+    """From `width` channels, sharded over tensor-parallel ranks, to the hidden size; no bias."""
+    return build_module(  # type: ignore[no-any-return]
+        submodules.row,
+        width,
+        config.hidden_size,
+        config=config,
+        init_method=config.output_layer_init_method,
+        bias=False,
+        input_is_parallel=True,
+        skip_bias_add=True,
+        is_expert=False,
+        tp_comm_buffer_name="cross_proj",
+    )
+
+
+def column_linear(config: TransformerConfig, submodules: CrossSubmodules, width: int) -> nn.Module:
+    """From the hidden size to `width` channels, sharded over tensor-parallel ranks; no bias."""
+    return build_module(  # type: ignore[no-any-return]
+        submodules.column,
+        config.hidden_size,
+        width,
+        config=config,
+        init_method=config.init_method,
+        gather_output=False,
+        bias=False,
+        skip_bias_add=False,
+        is_expert=False,
+        tp_comm_buffer_name="cross",
+    )
+
+
+def attend(
+    query_SGRD: Tensor,
+    key_CGD: Tensor,
+    value_CGD: Tensor,
+    spans: list[list[int]],
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of each span's tokens to its part of the context; zero outside the spans.
+
+    There is no mask and no score matrix, and keys and values are never copied: a span reads a view
+    of them, and the query heads of a group become rows of one attention.
+
+    Args:
+        query_SGRD: [S, G, R, D].
+        key_CGD: [C, G, D].
+        value_CGD: [C, G, D].
+        spans: rows (start, stop, first, last), ascending and disjoint in start and stop.
+        dropout: probability, on attention weights.
+
+    Returns:
+        [S, G, R, D].
+    """
+    parts: list[Tensor] = []
+    end = 0
+    for start, rows, first, columns, count in _runs(spans):
+        parts.append(query_SGRD.new_zeros(start - end, *query_SGRD.shape[1:]))
+        end = start + count * rows
+        # [count, G, R * rows, D] against [count, G, columns, D]
+        query = query_SGRD[start:end].unflatten(0, (count, rows)).permute(0, 2, 3, 1, 4)
+        keys, values = (
+            states[first : first + count * columns].unflatten(0, (count, columns)).transpose(1, 2)
+            for states in (key_CGD, value_CGD)
+        )
+        output = F.scaled_dot_product_attention(
+            query.flatten(2, 3), keys, values, dropout_p=dropout
+        )
+        parts.append(
+            output.unflatten(2, (query_SGRD.shape[2], rows)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        )
+    parts.append(query_SGRD.new_zeros(len(query_SGRD) - end, *query_SGRD.shape[1:]))
+    return torch.cat(parts)
+
+
+def _runs(spans: list[list[int]]) -> list[tuple[int, int, int, int, int]]:
+    """Spans of one shape that follow each other on both sides, such as an image's tags, as one batch.
+
+    Returns:
+        Rows (start, tokens of a span, first, context tokens of a span, number of spans).
+    """
+    runs: list[tuple[int, int, int, int, int]] = []
+    for start, stop, first, last in spans:
+        if runs:
+            run_start, rows, run_first, columns, count = runs[-1]
+            follows = (start, first) == (run_start + count * rows, run_first + count * columns)
+            if follows and (stop - start, last - first) == (rows, columns):
+                runs[-1] = (run_start, rows, run_first, columns, count + 1)
+                continue
+        runs.append((start, stop - start, first, last - first, 1))
+    return runs

@@ -1,0 +1,35 @@
+"""Parameters that a microbatch does not use still take part in its backward, with gradient zero.
+
+Overlapped gradient reduction counts the parameters of a bucket that have their gradient: one that a
+text-only pack never touches would keep its bucket waiting.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _ZerosFor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(*parameters)
+        return torch.zeros_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        parameters = ctx.saved_tensors
+        # Zeros for `like` too: behind it lies a norm, whose weight would be left without a gradient.
+        inputs = (grad, *parameters)
+        return tuple(
+            torch.zeros_like(each) if needed else None
+            for each, needed in zip(inputs, ctx.needs_input_grad, strict=True)
+        )
+
+
+def zeros_for(like: Tensor, module: nn.Module) -> Tensor:
+    """Zeros of a tensor's shape whose backward gives every parameter of `module` the gradient zero."""
+    output: Tensor = _ZerosFor.apply(like, *module.parameters())
+    return output

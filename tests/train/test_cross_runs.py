@@ -1,0 +1,66 @@
+"""Whole runs of X, H and the Flamingo-style baseline: both stages, resumed, resharded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvlm_train.train.signals import EXIT_REQUEUE
+from tests.train import runs
+from tests.train.layouts import NO_DROPOUT, layout
+from tests.train.smoke import read_metrics
+from tests.workers import WorkerPool
+
+slow = pytest.mark.slow
+MODELS = ["x", pytest.param("h", marks=slow), pytest.param("flamingo", marks=slow)]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["TP2 PP2", pytest.param("single", marks=slow)])
+def test_stopped_run_continues_bit_for_bit(
+    workers: WorkerPool,
+    data: Path,
+    tmp_path: Path,
+    whole_run: Callable[..., Path],
+    model: str,
+    name: str,
+) -> None:
+    world, overrides = layout(name)
+    chosen = f"model=nvlm_{model}_smoke"
+    stopped = tmp_path / "stopped"
+    codes = workers.run(world, _stop, data, stopped, [*overrides, chosen])
+    assert codes == [EXIT_REQUEUE] * world
+    assert workers.run(world, runs.run, data, stopped, *overrides, chosen) == [0] * world
+    whole = whole_run(name, chosen)
+    assert read_metrics(stopped) == read_metrics(whole)
+    expected, continued = (
+        workers.run(1, runs.final_weights, data, run, chosen)[0] for run in (whole, stopped)
+    )
+    assert all(torch.equal(expected[key], continued[key]) for key in expected)
+    gates = [value for key, value in expected.items() if key.endswith("alpha")]
+    assert len(gates) >= 2 and all(gate.abs() > 0 for gate in gates)
+
+
+def _stop(data: Path, run_dir: Path, overrides: list[str]) -> int:
+    return runs.run(data, run_dir, *overrides, stop_after=5)
+
+
+@slow
+@pytest.mark.parametrize("model", ["x", "h", "flamingo"])
+def test_resume_in_another_layout(
+    workers: WorkerPool, data: Path, tmp_path: Path, whole_run: Callable[..., Path], model: str
+) -> None:
+    chosen = f"model=nvlm_{model}_smoke"
+    world, overrides = layout("TP2 PP2")
+    workers.run(world, _stop, data, tmp_path / "moved", [*overrides, chosen, *NO_DROPOUT])
+    world, overrides = layout("DP2")
+    workers.run(world, runs.run, data, tmp_path / "moved", *overrides, chosen, *NO_DROPOUT)
+    expected = read_metrics(whole_run("single", chosen, *NO_DROPOUT))
+    found = read_metrics(tmp_path / "moved")
+    assert [each["samples_hash"] for each in found] == [each["samples_hash"] for each in expected]
+    assert [each["loss"] for each in found] == pytest.approx(
+        [each["loss"] for each in expected], rel=1e-4
+    )
