@@ -18,9 +18,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from nvlm_train.model.layers import RMSNorm
+from nvlm_train.model.layers import RMSNorm, grouped_attention
 from nvlm_train.model.untouched import zeros_for
 
 
@@ -97,13 +97,20 @@ class GatedCrossAttention(MegatronModule):
             return zeros_for(hidden_SBH, self), None
         assert attention_mask is not None, "a context comes with its spans"
         query_SBH, _ = self.linear_q(hidden_SBH)
-        states_CBH, _ = self.linear_kv(self.context_norm(key_value_states))
+        # The normed context is wider than keys and values: backward makes it again.
+        states_CBH = checkpoint(
+            self._keys_and_values, key_value_states, use_reentrant=False, preserve_rng_state=False
+        )
         query_SGRD = query_SBH[:, 0].unflatten(-1, (-1, self._heads_per_group, self._channels))
         key_CGD, value_CGD = states_CBH[:, 0].unflatten(-1, (-1, 2, self._channels)).unbind(dim=2)
         dropout = self.config.attention_dropout if self.training else 0.0
         attended = attend(query_SGRD, key_CGD, value_CGD, attention_mask.tolist(), dropout)
         output_SBH, _ = self.linear_proj(attended.flatten(1).unsqueeze(1))
         return self.gate(output_SBH), None
+
+    def _keys_and_values(self, context_CBH: Tensor) -> Tensor:
+        states_CBH, _ = self.linear_kv(self.context_norm(context_CBH))
+        return states_CBH  # type: ignore[no-any-return]
 
 
 def row_linear(config: TransformerConfig, submodules: CrossSubmodules, width: int) -> nn.Module:
@@ -148,7 +155,7 @@ def attend(
     """Attention of each span's tokens to its part of the context; zero outside the spans.
 
     There is no mask and no score matrix, and keys and values are never copied: a span reads a view
-    of them, and the query heads of a group become rows of one attention.
+    of them.
 
     Args:
         query_SGRD: [S, G, R, D].
@@ -165,18 +172,14 @@ def attend(
     for start, rows, first, columns, count in _runs(spans):
         parts.append(query_SGRD.new_zeros(start - end, *query_SGRD.shape[1:]))
         end = start + count * rows
-        # [count, G, R * rows, D] against [count, G, columns, D]
-        query = query_SGRD[start:end].unflatten(0, (count, rows)).permute(0, 2, 3, 1, 4)
+        # [count, G * R, rows, D] against [count, G, columns, D]
+        query = query_SGRD[start:end].flatten(1, 2).unflatten(0, (count, rows)).transpose(1, 2)
         keys, values = (
             states[first : first + count * columns].unflatten(0, (count, columns)).transpose(1, 2)
             for states in (key_CGD, value_CGD)
         )
-        output = F.scaled_dot_product_attention(
-            query.flatten(2, 3), keys, values, dropout_p=dropout
-        )
-        parts.append(
-            output.unflatten(2, (query_SGRD.shape[2], rows)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-        )
+        output = grouped_attention(query, keys, values, dropout_p=dropout)
+        parts.append(output.transpose(1, 2).flatten(0, 1).unflatten(1, query_SGRD.shape[1:3]))
     parts.append(query_SGRD.new_zeros(len(query_SGRD) - end, *query_SGRD.shape[1:]))
     return torch.cat(parts)
 

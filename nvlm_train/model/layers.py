@@ -76,19 +76,13 @@ class SdpaAttention(nn.Module):
             [S, N * D].
         """
         assert packed_seq_params is not None, "NVLM always runs packed sequences"
-        group = query_SND.shape[1] // key_SGD.shape[1]
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        # Repeating keys and values keeps the flash kernel: SDPA's own GQA falls back to plain matmuls on CPU.
-        states = (
-            query_SND,
-            key_SGD.repeat_interleave(group, dim=1),
-            value_SGD.repeat_interleave(group, dim=1),
-        )
+        states = (query_SND, key_SGD, value_SGD)
         segments = zip(
             *(state.transpose(0, 1).split(lengths, dim=1) for state in states), strict=True
         )
         outputs = [
-            F.scaled_dot_product_attention(
+            grouped_attention(
                 query[None],
                 key[None],
                 value[None],
@@ -99,6 +93,25 @@ class SdpaAttention(nn.Module):
             for query, key, value in segments
         ]
         return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    """SDPA over grouped KV heads, by a kernel that stores no scores.
+
+    Args:
+        query: [batch, query heads, queries, D].
+        key: [batch, KV groups, keys, D].
+        value: like `key`.
+        options: SDPA's own.
+
+    Returns:
+        Like `query`.
+    """
+    if query.is_cuda and query.dtype == torch.float32:
+        # CUDA's only such kernel for fp32 knows no groups.
+        group = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
 
 
 def mlp_spec(kernels: Kernels) -> ModuleSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nvlm_train.config.schema import ParallelConfig
-from tests.model import cross_runs
+from tests.model import cross_memory, cross_runs
 from tests.parity import cross_recipes
 from tests.workers import WorkerPool
 
@@ -36,3 +36,12 @@ def test_shut_gates_change_nothing(
     world = parallel.tensor * parallel.pipeline
     answers = workers.run(world, cross_runs.gates_at_zero, name, parallel)
     assert [answer for answer in answers if answer is not None] == [True] * parallel.tensor
+
+
+def test_an_image_costs_a_layer_its_keys_and_values(workers: WorkerPool) -> None:
+    """At 34B shapes, seven tiles instead of one; a score matrix would be 14 times keys and values."""
+    found = workers.run(1, cross_memory.bytes_by_tiles, (1, 7))[0]
+    most, kept = (found[7][what] - found[1][what] for what in (0, 1))
+    own = cross_memory.keys_and_values(6)
+    assert kept == pytest.approx(own, rel=0.01)
+    assert most <= own + 2 * cross_memory.context(6), "the normed context comes and goes"
