@@ -138,15 +138,15 @@ def gates_at_zero(name: str, parallel: ParallelConfig) -> bool | None:
         context = microbatch.context
         features.append(tiles)
         plain_features.append(tiles if context is None else tiles[context.decoder_tiles])
-    found = _logits(engine, microbatches, features)
-    expected = _logits(plain, plain_ones, plain_features)
+    found = logits(engine, microbatches, features)
+    expected = logits(plain, plain_ones, plain_features)
     if not found:
         return None
     assert any(microbatch.context is not None for microbatch in microbatches)
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def _logits(engine: Engine, microbatches: list[Microbatch], features: list[Tensor]) -> list[Tensor]:
+def logits(engine: Engine, microbatches: list[Microbatch], features: list[Tensor]) -> list[Tensor]:
     """Every position's logits of each pack, on the last pipeline stage."""
     engine.model.module.eval()
     head = Head(

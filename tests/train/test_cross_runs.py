@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nvlm_train.train.signals import EXIT_REQUEUE
-from tests.train import runs
+from tests.train import cross_text, runs
 from tests.train.layouts import NO_DROPOUT, layout
 from tests.train.smoke import read_metrics
 from tests.workers import WorkerPool
@@ -64,3 +64,17 @@ def test_resume_in_another_layout(
     assert [each["loss"] for each in found] == pytest.approx(
         [each["loss"] for each in expected], rel=1e-4
     )
+
+
+@pytest.mark.parametrize("model", ["x", pytest.param("h", marks=slow)])
+def test_text_is_the_backbones_after_training_with_a_frozen_language_model(
+    workers: WorkerPool, data: Path, whole_run: Callable[..., Path], model: str
+) -> None:
+    """Bit for bit, though the gates have opened: text without images passes no gate."""
+    chosen = (f"model=nvlm_{model}_smoke", "stages.sft.trainable=[projector,cross_attention]")
+    run_dir = whole_run("TP2 PP2", *chosen)
+    found, expected, smallest_gate = workers.run(
+        1, cross_text.trained_and_backbone, data, run_dir, *chosen
+    )[0]
+    assert torch.equal(found, expected)
+    assert smallest_gate > 0
