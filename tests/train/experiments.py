@@ -31,7 +31,7 @@ def shortened(experiment: str, data: Path, run_dir: Path, steps: int) -> Recipe:
             for field, value in {
                 "blend": data / "blend.yaml",
                 "steps": steps,
-                "batch.size": 6,
+                "batch.size": 12,
                 "optimizer.warmup_steps": 1,
             }.items()
         ]

@@ -15,7 +15,7 @@ from tests.train.smoke import read_metrics
 from tests.workers import WorkerPool
 
 EXPERIMENTS = sorted(path.stem for path in (recipes_dir() / "experiment").glob("demo*.yaml"))
-STEPS = 3
+STEPS = 4
 
 
 @pytest.mark.slow
