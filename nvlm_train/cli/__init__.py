@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from nvlm_train.cli import data
 from nvlm_train.errors import ConfigError, NvlmError
 from nvlm_train.logs import set_up_logging
 
@@ -53,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--question", required=True)
     chat.add_argument("--max-new-tokens", type=int, default=64)
     chat.set_defaults(run=_chat)
-    prepare = commands.add_parser("data", help="make shards").add_subparsers(required=True)
-    _prepare_arguments(prepare.add_parser("prepare", help="raw files to WebDataset shards"))
+    shards = commands.add_parser("data", help="make, index and look at training data")
+    data.add_parsers(shards.add_subparsers(required=True, metavar="COMMAND"))
     runs = commands.add_parser("compare", help="show runs side by side")
     runs.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     runs.set_defaults(run=_compare)
@@ -73,18 +74,6 @@ def _recipe_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _prepare_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("format", choices=["llava", "jsonl"])
-    command.add_argument("input", help="the JSON or JSONL file")
-    command.add_argument(
-        "--images", default=".", metavar="DIR", help="where relative image paths start"
-    )
-    command.add_argument("--out", required=True, metavar="DIR")
-    command.add_argument("--name", required=True, help="shards are called NAME-000000.tar, ...")
-    command.add_argument("--samples-per-shard", type=int, default=1000)
-    command.set_defaults(run=_prepare)
-
-
 def _train(options: argparse.Namespace) -> int:
     from nvlm_train.config.load import load_recipe
 
@@ -101,12 +90,6 @@ def _chat(options: argparse.Namespace) -> int:
     from nvlm_train.cli.chat import answer
 
     return answer(recipe, options.image, options.question, options.max_new_tokens)
-
-
-def _prepare(options: argparse.Namespace) -> int:
-    from nvlm_train.cli.prepare import prepare
-
-    return prepare(options)
 
 
 def _demo(options: argparse.Namespace) -> int:

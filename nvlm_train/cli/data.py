@@ -1,0 +1,12 @@
+"""`nvlm data COMMAND`: one module a command, each with `add_parser`; imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+
+from nvlm_train.cli import data_prepare
+
+
+def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands under `nvlm data`."""
+    data_prepare.add_parser(commands)
