@@ -151,7 +151,7 @@ def logits(engine: Engine, microbatches: list[Microbatch], features: list[Tensor
     engine.model.module.eval()
     head = Head(
         positions=lambda microbatch: torch.arange(len(microbatch.token_ids_S)),
-        finish=lambda microbatch, logits: (logits.sum(), logits.clone()),
+        finish=lambda microbatch, logits: (logits.sum(), logits.detach().clone()),
     )
     first = engine.topology.is_first_pp_stage
     known = features if first else [None] * len(features)
