@@ -25,18 +25,28 @@ from nvlm_train.errors import TrainingError
 logger = logging.getLogger(__name__)
 
 NUM_PROCESSES = 4
-_ROWS = (
-    ("easy-VQA accuracy, 1,000 test questions", "vqa_accuracy", "at least 0.90"),
-    ("the same, pictures shuffled", "vqa_accuracy_shuffled_images", "near question-only"),
-    ("question-only baseline", "vqa_question_only", ""),
-    ("majority answer", "vqa_majority_answer", ""),
-    ("character error on held-out pages, with tiles", "page_cer_tiles", "at most half of the next"),
-    ("the same with the thumbnail only", "page_cer_thumbnail", ""),
-    ("text-only loss after SFT", "text_loss", "at most 1.02 x the next"),
-    ("text-only loss of the backbone", "text_loss_backbone", ""),
-    ("wall seconds in all", "wall_seconds", "at most 900"),
-)  # fmt: skip
-
+_ROWS = {
+    "vqa_accuracy": "easy-VQA accuracy, 1,000 test questions",
+    "vqa_accuracy_shuffled_images": "the same, pictures shuffled",
+    "vqa_question_only": "question-only baseline",
+    "vqa_majority_answer": "majority answer",
+    "page_cer_tiles": "character error on held-out pages, with tiles",
+    "page_cer_thumbnail": "the same with the thumbnail only",
+    "text_loss": "text-only loss after SFT",
+    "text_loss_backbone": "text-only loss of the backbone",
+    "wall_seconds": "wall seconds in all",
+}
+_WANTED = {
+    "vqa_accuracy": "at least 0.90",
+    "vqa_accuracy_shuffled_images": "near question-only",
+    "text_loss": "at most 1.02 x the next",
+}
+_WANTED_OF = {
+    "d": _WANTED | {"page_cer_tiles": "at most half of the next", "wall_seconds": "at most 900"},
+    # Two cores' minutes do not teach cross-attention to read pages (docs/demo.md).
+    "x": _WANTED | {"wall_seconds": "at most 1200"},
+    "h": _WANTED | {"wall_seconds": "at most 1200"},
+}
 
 EXPERIMENTS = {"d": "demo", "x": "demo_x", "h": "demo_h"}
 """Architecture -> recipe."""
@@ -92,9 +102,10 @@ def _print(architecture: str, summary: dict[str, Any], directory: Path) -> None:
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_column("wanted")
-    for name, key, wanted in _ROWS:
+    for key, name in _ROWS.items():
         value = summary[key]
-        table.add_row(name, f"{value:.0f}" if key == "wall_seconds" else f"{value:.3f}", wanted)
+        shown = f"{value:.0f}" if key == "wall_seconds" else f"{value:.3f}"
+        table.add_row(name, shown, _WANTED_OF[architecture].get(key, ""))
     console = Console()
     console.print(table)
     console.print(f"{directory}/summary.json and {directory}/report.html have the rest")
