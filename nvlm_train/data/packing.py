@@ -98,4 +98,52 @@ def deal(packs: Sequence[PackPlan], num_ranks: int) -> tuple[tuple[PackPlan, ...
         )
         dealt[rank].append(index)
         load[rank] = (load[rank][0] + tiles[index], load[rank][1] + tokens[index])
+    _even_out(dealt, tiles)
+    _even_out(dealt, tokens, tiles)
     return tuple(tuple(packs[index] for index in sorted(own)) or (PackPlan(()),) for own in dealt)
+
+
+def _even_out(
+    dealt: list[list[int]], costs: Sequence[int], unchanged: Sequence[int] | None = None
+) -> None:
+    """Swaps packs of the most loaded rank while that lowers the load; counts of packs stay.
+
+    With `unchanged` only packs that are equal in it are swapped.
+    """
+    loads = [sum(costs[index] for index in own) for own in dealt]
+    most_swaps = sum(len(own) for own in dealt)
+    for _ in range(most_swaps):
+        high = max(range(len(dealt)), key=lambda rank: (loads[rank], -rank))
+        swap = _best_swap(dealt, loads, high, costs, unchanged)
+        if swap is None:
+            return
+        rank, given, taken = swap
+        mine, others = dealt[high], dealt[rank]
+        moved = costs[mine[given]] - costs[others[taken]]
+        mine[given], others[taken] = others[taken], mine[given]
+        loads[high] -= moved
+        loads[rank] += moved
+
+
+def _best_swap(
+    dealt: list[list[int]],
+    loads: Sequence[int],
+    high: int,
+    costs: Sequence[int],
+    unchanged: Sequence[int] | None,
+) -> tuple[int, int, int] | None:
+    """(other rank, place here, place there) of the swap after which the larger load is least."""
+    best, found = loads[high], None
+    for rank in sorted(range(len(dealt)), key=lambda rank: (loads[rank], rank)):
+        # Less than half the difference cannot be reached by any swap.
+        if max(loads[rank], (loads[high] + loads[rank] + 1) // 2) >= best:
+            break
+        for given, mine in enumerate(dealt[high]):
+            for taken, other in enumerate(dealt[rank]):
+                moved = costs[mine] - costs[other]
+                if moved <= 0 or (unchanged and unchanged[mine] != unchanged[other]):
+                    continue
+                worse = max(loads[high] - moved, loads[rank] + moved)
+                if worse < best:
+                    best, found = worse, (rank, given, taken)
+    return found
