@@ -23,6 +23,7 @@ TILE_TOKENS = 256
 TAG_TOKENS = 6
 """A tile tag, about."""
 FINGERPRINT = "benchmark" + "0" * 55
+LENGTHS_SUFFIX = f".lengths-{FINGERPRINT[:16]}"
 
 Kind = Callable[[np.random.Generator, int, int], tuple[NDArray[np.int64], NDArray[np.int64]]]
 """(numbers, how many samples, sequence length) -> (text tokens, tiles)."""
@@ -86,8 +87,8 @@ def write_source(
         if number < distinct:
             _write_shard(root / name, kind, rows, sequence_length, number)
             continue
-        for path in root.glob(f"{names[number % distinct]}*"):
-            os.link(path, root / path.name.replace(names[number % distinct], name))
+        for suffix in ("", INDEX_SUFFIX, LENGTHS_SUFFIX):
+            os.link(root / (names[number % distinct] + suffix), root / (name + suffix))
     return names
 
 
@@ -114,7 +115,7 @@ def _write_shard(path: Path, kind: str, rows: int, sequence_length: int, seed: i
         },
     )  # fmt: skip
     write_arrays(
-        path.with_name(f"{path.name}.lengths-{FINGERPRINT[:16]}"),
+        path.with_name(path.name + LENGTHS_SUFFIX),
         asdict(summarise(lengths)) | {"version": LENGTHS_VERSION, "index_digest": digest},
         {
             "num_tokens": lengths.num_tokens, "num_tiles": lengths.num_tiles,

@@ -72,7 +72,9 @@ def measure(plan: DataPlan, steps: int) -> dict[str, Any]:
     }
 
 
-def measure_far(root: Path, blend: Blend, sequence_length: int, batch: BatchConfig) -> dict[str, Any]:
+def measure_far(
+    root: Path, blend: Blend, sequence_length: int, batch: BatchConfig
+) -> dict[str, Any]:
     """Seconds to find a far step: counting from nothing, with the table's file, and once open."""
     plan = open_plan(root, blend, sequence_length, batch)
     start = time.perf_counter()

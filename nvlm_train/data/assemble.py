@@ -16,7 +16,7 @@ from nvlm_train.geometry import context_tokens_per_tile, tokens_per_tile
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
 
-__all__ = ["build_data", "build_encoder", "open_sources", "table_stem"]
+__all__ = ["build_data", "build_encoder", "encoding_spec", "open_sources", "table_stem"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,12 @@ def build_data(
 
 def build_encoder(stage: StageConfig, recipe: Recipe) -> SampleEncoder:
     """How the stage turns records into tokens; generation and evaluation use the same."""
-    spec = EncodingSpec(
+    return SampleEncoder(Tokenizer(recipe.model.tokenizer), encoding_spec(stage, recipe))
+
+
+def encoding_spec(stage: StageConfig, recipe: Recipe) -> EncodingSpec:
+    """What of a recipe decides how the stage's samples are encoded, besides the tokenizer."""
+    return EncodingSpec(
         tile_size=recipe.model.vision.tile_size,
         tokens_per_tile=tokens_per_tile(recipe.model.vision),
         context_tokens_per_tile=context_tokens_per_tile(recipe.model),
@@ -72,7 +77,6 @@ def build_encoder(stage: StageConfig, recipe: Recipe) -> SampleEncoder:
         system_message=stage.system_message,
         max_image_pixels=recipe.loader.max_image_pixels,
     )
-    return SampleEncoder(Tokenizer(recipe.model.tokenizer), spec)
 
 
 def table_stem(blend: Blend, data_root: str, index_dir: str | None) -> Path | None:
