@@ -30,10 +30,14 @@ SHARDS, ROWS = 24, 2000
 FAR = 100_000
 
 
-def make_blend(root: Path, sequence_length: int) -> Blend:
+def make_blend(
+    root: Path, sequence_length: int, num_shards: int = SHARDS, rows: int = ROWS
+) -> Blend:
     """Three sources of lengths for packs of this length."""
     sources = [
-        SourceConfig(kind, write_source(root, kind, SHARDS, ROWS, sequence_length, SHARDS), weight)
+        SourceConfig(
+            kind, write_source(root, kind, num_shards, rows, sequence_length, num_shards), weight
+        )
         for kind, weight in WEIGHTS.items()
     ]
     return Blend("mix", tuple(sources))
