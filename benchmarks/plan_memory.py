@@ -22,7 +22,6 @@ from pathlib import Path
 from benchmarks.made_sources import KINDS, NoEncoder, write_source
 
 SEQUENCE_LENGTH = 4096
-DISTINCT = 300
 
 
 def private_mib() -> float:
@@ -78,6 +77,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=100_000_000)
     parser.add_argument("--rows", type=int, default=10_000, help="samples of a shard")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--distinct", type=int, default=300, help="shards that are no links")
     parser.add_argument("--look", nargs=2, metavar=("ROOT", "UNIT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     num_shards = -(-options.samples // options.rows // len(KINDS))
@@ -87,7 +87,7 @@ def main() -> int:
         return 0
     found = []
     with tempfile.TemporaryDirectory() as directory:
-        distinct = min(num_shards, DISTINCT // len(KINDS))
+        distinct = min(num_shards, options.distinct // len(KINDS))
         for kind in KINDS:
             write_source(Path(directory), kind, num_shards, options.rows, SEQUENCE_LENGTH, distinct)
         for unit in ("samples", "packs"):

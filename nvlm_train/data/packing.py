@@ -38,17 +38,19 @@ def best_fit_decreasing(
 
 def _by_tokens(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     groups: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free, group), ascending
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    room: list[int] = []  # free * unit + group, ascending: one number compares faster than two
+    unit = len(lengths) + 1
+    negative = [-length for length in lengths]
+    for index in sorted(range(len(lengths)), key=negative.__getitem__):
         length = lengths[index]
-        place = bisect_left(room, (length, -1))
+        place = bisect_left(room, length * unit)
         if place == len(room):
+            insort(room, (capacity - length) * unit + len(groups))
             groups.append([index])
-            insort(room, (capacity - length, len(groups) - 1))
         else:
-            free, group = room.pop(place)
-            groups[group].append(index)
-            insort(room, (free - length, group))
+            best = room.pop(place)
+            groups[best % unit].append(index)
+            insort(room, best - length * unit)
     return groups
 
 
