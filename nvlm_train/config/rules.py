@@ -173,6 +173,8 @@ def batch_is_possible(path: str, stage: StageConfig, model: ModelConfig) -> Prob
     """Sizes of the batch and the tiling; an image of one tile must fit a pack."""
     yield from in_range(f"{path}.batch.size", stage.batch.size, 1)
     yield from in_range(f"{path}.batch.window", stage.batch.window, 1)
+    if stage.batch.max_tiles_per_pack is not None:
+        yield from in_range(f"{path}.batch.max_tiles_per_pack", stage.batch.max_tiles_per_pack, 1)
     yield from in_range(f"{path}.tiling.max_tiles", stage.tiling.max_tiles, 1)
     yield from below_one(f"{path}.hidden_dropout", stage.hidden_dropout)
     yield from below_one(f"{path}.attention_dropout", stage.attention_dropout)

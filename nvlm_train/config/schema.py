@@ -126,6 +126,8 @@ class BatchConfig:
     unit: Literal["samples", "packs"] = "samples"
     window: int = 1024
     """Samples among which packs are made when unit is packs."""
+    max_tiles_per_pack: int | None = None
+    """Bound on the tiles of a pack, besides that on its tokens; none for tokens alone."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ class LoaderConfig:
 
     data_root: str = "."
     """Relative source paths in blends start here."""
+    index_dir: str | None = None
+    """Where indexes lie; none for beside the shards. Needed for remote or read-only shards."""
     workers: int = 1
     """Decoding threads of a rank; 0 decodes in the training thread."""
     prefetch_steps: int = 2

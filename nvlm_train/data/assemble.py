@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from nvlm_train.config.schema import Recipe, StageConfig
-from nvlm_train.data.data_recipe import Blend, SourceConfig, read_blend
+from nvlm_train.data.data_recipe import Blend, read_blend
 from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
-from nvlm_train.data.index import load_index
-from nvlm_train.data.lengths import load_lengths
+from nvlm_train.data.index_files import IndexFiles
+from nvlm_train.data.opening import open_sources
 from nvlm_train.data.plan import DataPlan
-from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.shards import join_root, open_shard
-from nvlm_train.data.sources import Source
-from nvlm_train.errors import ShardError
 from nvlm_train.geometry import context_tokens_per_tile, tokens_per_tile
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
+
+__all__ = ["build_data", "build_encoder", "encoding_spec", "open_sources", "table_stem"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,14 +32,22 @@ def build_data(
     Raises:
         ConfigError: the data recipe or the tokenizer.
         ShardError: a shard that is missing or torn.
-        TrainingError: more unusable samples than the recipe tolerates.
+        TrainingError: more unusable samples than the recipe tolerates, or fewer samples than its
+            steps take.
     """
     blend = read_blend(stage.blend, recipes_dir)
     encoder = build_encoder(stage, recipe)
-    sources = open_sources(blend, recipe.loader.data_root, encoder)
+    loader = recipe.loader
+    sources = open_sources(blend, loader.data_root, encoder, loader.index_dir)
     plan = DataPlan(
-        sources, stage.batch, stage.sequence_length, recipe.seed, recipe.loader.max_skipped_fraction
+        sources,
+        stage.batch,
+        stage.sequence_length,
+        recipe.seed,
+        loader.max_skipped_fraction,
+        table_stem(blend, loader.data_root, loader.index_dir),
     )
+    plan.check_steps(stage.steps)
     for kind in plan.unusable:
         _log.warning("%d samples are left out: %s", kind.count, "; ".join(kind.examples))
     for source in sources:
@@ -53,7 +61,12 @@ def build_data(
 
 def build_encoder(stage: StageConfig, recipe: Recipe) -> SampleEncoder:
     """How the stage turns records into tokens; generation and evaluation use the same."""
-    spec = EncodingSpec(
+    return SampleEncoder(Tokenizer(recipe.model.tokenizer), encoding_spec(stage, recipe))
+
+
+def encoding_spec(stage: StageConfig, recipe: Recipe) -> EncodingSpec:
+    """What of a recipe decides how the stage's samples are encoded, besides the tokenizer."""
+    return EncodingSpec(
         tile_size=recipe.model.vision.tile_size,
         tokens_per_tile=tokens_per_tile(recipe.model.vision),
         context_tokens_per_tile=context_tokens_per_tile(recipe.model),
@@ -64,33 +77,9 @@ def build_encoder(stage: StageConfig, recipe: Recipe) -> SampleEncoder:
         system_message=stage.system_message,
         max_image_pixels=recipe.loader.max_image_pixels,
     )
-    return SampleEncoder(Tokenizer(recipe.model.tokenizer), spec)
 
 
-def open_sources(blend: Blend, data_root: str, encoder: SampleEncoder) -> list[Source]:
-    """Every source with its shards' indexes and lengths. Raises ShardError."""
-    return [_open_source(blend.name, source, data_root, encoder) for source in blend.sources]
-
-
-def _open_source(
-    blend: str, source: SourceConfig, data_root: str, encoder: SampleEncoder
-) -> Source:
-    readers: list[ShardReader] = []
-    for name in source.shards:
-        path = join_root(data_root, name)
-        shard = open_shard(path)
-        try:
-            index = load_index(shard)
-        except FileNotFoundError as error:
-            raise ShardError(
-                f"missing shard={path}: blend={blend} source={source.name} names {name}, and "
-                f"relative names start at loader.data_root={data_root}; correct either, or write "
-                "the shard with `nvlm data prepare`"
-            ) from error
-        except OSError as error:
-            raise ShardError(
-                f"shard={path} cannot be read: {error}; blend={blend} source={source.name} names it"
-            ) from error
-        readers.append(ShardReader(name, shard, index))
-    lengths = tuple(load_lengths(reader, encoder) for reader in readers)
-    return Source(source.name, source.weight, tuple(readers), lengths)
+def table_stem(blend: Blend, data_root: str, index_dir: str | None) -> Path | None:
+    """Where a blend's tables of packs lie: with the index of its first shard; None for nowhere."""
+    first = open_shard(join_root(data_root, blend.sources[0].shards[0]))
+    return IndexFiles(index_dir).path(first, "")

@@ -1,12 +1,14 @@
 """Weighted blends: which source each draw comes from, and where its k-th draw lies.
 
-Draws are numbered from 0 for a whole stage and nothing is remembered between them, so any draw of
-any step can be named without those before it.
+Draws are numbered from 0 for a whole stage and nothing is remembered between them: any draw of any
+step is named by arithmetic, without those before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from nvlm_train.data.ordering import hashed_permutation, stable_hash
 
 BLOCK = 1000
-"""Draws among which the sources are shuffled; shares are exact to one draw at every block's end."""
+"""Draws among which the sources are shuffled; shares are exact to a few draws at a block's end."""
 
 SHARD_WINDOW = 8
 """Shards whose samples are shuffled together in an epoch; others are not read meanwhile."""
@@ -23,101 +25,174 @@ SHARD_WINDOW = 8
 _WEIGHT_UNITS = 1 << 40
 
 
-class BlendOrder:
-    """Draw i of a blend -> (source, which draw of that source)."""
+def split_draws(num_draws: int, units: Sequence[int]) -> list[int]:
+    """`num_draws` in the proportions of `units`, to a few draws; one draw more adds one to one part.
 
-    def __init__(self, weights: Sequence[float], seed: int) -> None:
+    Halves the sources and rounds the first half's share, again and again: so a part never shrinks
+    when `num_draws` grows, which rounding all shares side by side would not give.
+
+    >>> split_draws(10, [3, 1, 1])
+    [6, 2, 2]
+    """
+    if len(units) == 1:
+        return [num_draws]
+    half = len(units) // 2
+    total = sum(units)
+    first = (2 * num_draws * sum(units[:half]) + total) // (2 * total)
+    return split_draws(first, units[:half]) + split_draws(num_draws - first, units[half:])
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """A stretch of draws between two departures of sources."""
+
+    first: int
+    drawn: tuple[int, ...]
+    """Draws of every source before `first`."""
+    present: tuple[int, ...]
+    """Sources that still give."""
+
+
+class BlendOrder:
+    """Draw i of a blend -> (source, which draw of that source).
+
+    A source with a limit leaves after its last draw; the others keep their proportions.
+    """
+
+    def __init__(
+        self, weights: Sequence[float], seed: int, limits: Sequence[int | None] | None = None
+    ) -> None:
         total = sum(weights)
         # Integers, so that sums over millions of draws are exact and equal on every machine.
         self._units = [max(1, round(weight / total * _WEIGHT_UNITS)) for weight in weights]
-        self._total = sum(self._units)
+        self._limits = [None] * len(weights) if limits is None else list(limits)
         self._seed = seed
-        self._before: list[tuple[int, ...]] = [(0,) * len(weights)]
+        self._phases = [_Phase(0, (0,) * len(weights), tuple(range(len(weights))))]
+        while any(self._limits[source] is not None for source in self._phases[-1].present):
+            self._phases.append(self._next_phase(self._phases[-1]))
         self._block = lru_cache(maxsize=64)(self._make_block)
 
+    @property
+    def num_draws(self) -> int | None:
+        """Draws until every source has left; None when one has no limit."""
+        last = self._phases[-1]
+        return None if last.present else last.first
+
     def draws(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sources and per-source draw numbers of draws [start, stop): two int64 [stop - start]."""
+        """Sources and per-source draw numbers of draws [start, stop): two int64 [stop - start].
+
+        Draws after the blend's last are left out.
+        """
         blocks = [self._block(number) for number in range(start // BLOCK, -(-stop // BLOCK))]
         skip = start - start // BLOCK * BLOCK
         sources = np.concatenate([block[0] for block in blocks])[skip : skip + stop - start]
         numbers = np.concatenate([block[1] for block in blocks])[skip : skip + stop - start]
         return sources, numbers
 
+    def drawn_before(self, draw: int) -> tuple[int, ...]:
+        """Draws of each source among the blend's first `draw`."""
+        phase = self._phases[bisect_right(self._phases, draw, key=lambda phase: phase.first) - 1]
+        return self._drawn(phase, draw - phase.first)
+
+    def _drawn(self, phase: _Phase, num_draws: int) -> tuple[int, ...]:
+        """Draws of each source up to `num_draws` after the phase's first."""
+        drawn = list(phase.drawn)
+        if phase.present:
+            units = [self._units[source] for source in phase.present]
+            for source, count in zip(phase.present, split_draws(num_draws, units), strict=True):
+                drawn[source] += count
+        return tuple(drawn)
+
+    def _next_phase(self, phase: _Phase) -> _Phase:
+        """What follows the draw at which the next source has given all that it may."""
+        long_enough = 1
+        while not self._full(self._drawn(phase, long_enough), phase):
+            long_enough *= 2
+        length = bisect_right(
+            range(long_enough + 1),
+            0,
+            key=lambda draws: len(self._full(self._drawn(phase, draws), phase)),
+        )
+        drawn = self._drawn(phase, length)
+        left = self._full(drawn, phase)
+        present = tuple(source for source in phase.present if source not in left)
+        return _Phase(phase.first + length, drawn, present)
+
+    def _full(self, drawn: Sequence[int], phase: _Phase) -> list[int]:
+        """Sources of the phase that have reached their limits."""
+        found = []
+        for source in phase.present:
+            limit = self._limits[source]
+            if limit is not None and drawn[source] >= limit:
+                found.append(source)
+        return found
+
     def _make_block(self, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        before, after = self._drawn_before(block), self._drawn_before(block + 1)
+        before = self.drawn_before(block * BLOCK)
+        after = self.drawn_before((block + 1) * BLOCK)
         counts = [last - first for first, last in zip(before, after, strict=True)]
-        order = hashed_permutation(BLOCK, stable_hash("blend", self._seed, block))
+        order = hashed_permutation(sum(counts), stable_hash("blend", self._seed, block))
         sources = np.repeat(np.arange(len(counts), dtype=np.int64), counts)[order]
-        numbers = np.empty(BLOCK, dtype=np.int64)
+        numbers = np.empty(len(sources), dtype=np.int64)
         for source, (first, count) in enumerate(zip(before, counts, strict=True)):
             numbers[sources == source] = np.arange(first, first + count)
         return sources, numbers
-
-    def _drawn_before(self, block: int) -> tuple[int, ...]:
-        """Draws of each source before the block; the table grows as far as it was asked for."""
-        while len(self._before) <= block:
-            self._before.append(self._next_counts(self._before[-1]))
-        return self._before[block]
-
-    def _next_counts(self, before: tuple[int, ...]) -> tuple[int, ...]:
-        """Gives the next block's draws to the sources that lag most behind their share."""
-        drawn = sum(before) + BLOCK
-        due = [
-            drawn * unit - self._total * count
-            for unit, count in zip(self._units, before, strict=True)
-        ]
-        counts = [max(0, lag // self._total) for lag in due]
-        remainders = [lag - self._total * count for lag, count in zip(due, counts, strict=True)]
-        by_need = sorted(range(len(due)), key=lambda source: (-remainders[source], source))
-        missing = BLOCK - sum(counts)
-        for source in by_need[: max(0, missing)]:
-            counts[source] += 1
-        # Sources that ran ahead before can leave the others' whole parts one or two too many.
-        surplus = [source for source in reversed(by_need) if counts[source] > 0]
-        for source in surplus[: max(0, -missing)]:
-            counts[source] -= 1
-        return tuple(first + count for first, count in zip(before, counts, strict=True))
 
 
 class SourceOrder:
     """Draw k of a source -> (shard, row): every usable sample once per epoch.
 
     Each epoch permutes the shards, then the samples inside each window of shards.
+
+    Args:
+        num_usable: int64 [shards], usable samples of each.
+        rows_of: a shard's usable rows, asked for when its window comes.
     """
 
-    def __init__(self, usable_rows: Sequence[NDArray[np.int64]], *salt: str | int) -> None:
-        self._usable = usable_rows
+    def __init__(
+        self,
+        num_usable: NDArray[np.int64],
+        rows_of: Callable[[int], NDArray[np.int64]],
+        *salt: str | int,
+    ) -> None:
+        self._counts = num_usable
+        self._rows_of = rows_of
         self._salt = salt
-        self.num_usable = sum(len(rows) for rows in usable_rows)
-        self._windows = lru_cache(maxsize=4)(self._make_windows)
-        self._window = lru_cache(maxsize=4)(self._make_window)
+        self.num_usable = int(num_usable.sum())
+        # Two: one that ends and the one after it.
+        self._windows = lru_cache(maxsize=2)(self._make_windows)
+        self._window = lru_cache(maxsize=2)(self._make_window)
 
     def locate(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Shards and rows of the source's draws [start, stop): two int64 [stop - start]."""
         parts: list[NDArray[np.int64]] = [np.empty((2, 0), dtype=np.int64)]
         while start < stop:
             epoch, position = divmod(start, self.num_usable)
-            _, ends = self._windows(epoch)
+            order, ends = self._windows(epoch)
             window = int(np.searchsorted(ends, position, side="right"))
-            places = self._window(epoch, window)
-            first = position - (int(ends[window]) - places.shape[1])
-            part = places[:, first : first + stop - start]
-            parts.append(part)
-            start += part.shape[1]
+            places, rows = self._window(epoch, window)
+            first = position - (int(ends[window]) - len(rows))
+            found = slice(first, first + stop - start)
+            shards = order[window * SHARD_WINDOW + places[found].astype(np.int64)]
+            parts.append(np.stack([shards, rows[found].astype(np.int64)]))
+            start += len(shards)
         shards, rows = np.concatenate(parts, axis=1)
         return shards, rows
 
     def _make_windows(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The epoch's order of shards, and the samples up to each window's end."""
-        order = hashed_permutation(len(self._usable), stable_hash("shards", epoch, *self._salt))
-        sizes = np.array([len(self._usable[shard]) for shard in order], dtype=np.int64)
+        order = hashed_permutation(len(self._counts), stable_hash("shards", epoch, *self._salt))
+        sizes = self._counts[order]
         return order, np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), SHARD_WINDOW)))
 
-    def _make_window(self, epoch: int, window: int) -> NDArray[np.int64]:
-        """(shard, row) of the window's samples in their order: int64 [2, samples]."""
+    def _make_window(self, epoch: int, window: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+        """The window's samples in their order: (shard's place in the window, row) of each.
+
+        Narrow types: a window of large shards is all that a source keeps per sample.
+        """
         order, _ = self._windows(epoch)
         shards = order[window * SHARD_WINDOW : (window + 1) * SHARD_WINDOW]
-        owners = np.repeat(shards, [len(self._usable[shard]) for shard in shards])
-        rows = np.concatenate([self._usable[shard] for shard in shards])
+        places = np.repeat(np.arange(len(shards), dtype=np.uint8), self._counts[shards])
+        rows = np.concatenate([self._rows_of(int(shard)).astype(np.int32) for shard in shards])
         shuffled = hashed_permutation(len(rows), stable_hash("samples", epoch, window, *self._salt))
-        return np.stack([owners[shuffled], rows[shuffled]])
+        return places[shuffled], rows[shuffled]

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import yaml
 
 from nvlm_train.data.shards import expand_pattern
 from nvlm_train.errors import ConfigError
+
+WeightBy = Literal["samples", "trained_tokens"]
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,20 @@ class SourceConfig:
     shards: tuple[str, ...]
     """Names after brace expansion, as written in the recipe."""
     weight: float = 1.0
+    epochs: float | None = None
+    """Times its samples are drawn before the source leaves the blend; none for without end."""
+    max_samples: int | None = None
+    """Draws, repeated ones included, after which the source leaves the blend."""
 
 
 @dataclass(frozen=True)
 class Blend:
-    """A data recipe: sources and the shares in which samples are drawn from them."""
+    """A data recipe: sources and the shares in which they are drawn from."""
 
     name: str
     sources: tuple[SourceConfig, ...]
+    weight_by: WeightBy = "samples"
+    """What a weight is a share of: samples drawn, or tokens trained on."""
 
 
 def read_blend(name: str, recipes_dir: str) -> Blend:
@@ -51,16 +59,26 @@ def read_blend(name: str, recipes_dir: str) -> Blend:
         raise ConfigError([f"blend={name}: {path} is not YAML: {error}"]) from error
     problems: list[str] = []
     sources = _sources(content, str(path), problems)
+    weight_by = _weight_by(content, str(path), problems)
     if problems:
         raise ConfigError(problems)
-    return Blend(path.stem, sources)
+    return Blend(path.stem, sources, weight_by)
+
+
+def _weight_by(content: object, path: str, problems: list[str]) -> WeightBy:
+    value = content.get("weight_by", "samples") if isinstance(content, dict) else "samples"
+    for known in get_args(WeightBy):
+        if value == known:
+            return cast(WeightBy, known)
+    problems.append(f"{path}: weight_by={value!r} must be one of {', '.join(get_args(WeightBy))}")
+    return "samples"
 
 
 def _sources(content: object, path: str, problems: list[str]) -> tuple[SourceConfig, ...]:
     if not isinstance(content, dict) or not isinstance(content.get("sources"), list):
         problems.append(f"{path}: must have a list `sources:` of name, shards, weight")
         return ()
-    _check_keys(content, ["sources"], path, problems)
+    _check_keys(content, ["sources", "weight_by"], path, problems)
     found: list[SourceConfig] = []
     for number, item in enumerate(content["sources"]):
         where = f"{path}: sources[{number}]"
@@ -83,16 +101,23 @@ def _source(item: object, where: str, problems: list[str]) -> SourceConfig | Non
     name, weight = item.get("name"), item.get("weight", 1.0)
     if not isinstance(name, str) or not name:
         problems.append(f"{where}.name={name!r} must be text; it names the source in reports")
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, int | float)
-        or not 0 < weight < float("inf")
-    ):
+    if not _is_positive(weight, int | float):
         problems.append(
             f"{where}.weight={weight!r} must be a positive number; leave unused sources out"
         )
+    epochs, max_samples = item.get("epochs"), item.get("max_samples")
+    if epochs is not None and not _is_positive(epochs, int | float):
+        problems.append(f"{where}.epochs={epochs!r} must be a positive number, or left out")
+    if max_samples is not None and not _is_positive(max_samples, int):
+        problems.append(f"{where}.max_samples={max_samples!r} must be a whole number above 0")
     shards = _shards(item.get("shards"), where, problems)
-    return None if len(problems) > before else SourceConfig(str(name), shards, float(weight))
+    if len(problems) > before:
+        return None
+    return SourceConfig(str(name), shards, float(weight), epochs, max_samples)
+
+
+def _is_positive(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _shards(value: object, where: str, problems: list[str]) -> tuple[str, ...]:

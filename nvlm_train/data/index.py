@@ -7,37 +7,42 @@ member carries a CRC-32, so bytes that changed since are noticed when they are r
 from __future__ import annotations
 
 import hashlib
-import io
-import logging
-import os
-import secrets
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.shards import LocalShard, Shard, Stamp
+from nvlm_train.data.array_file import ArrayFile, Texts
+from nvlm_train.data.index_files import IndexFiles
+from nvlm_train.data.shards import Shard, Stamp
 from nvlm_train.data.tar_scan import scan_tar
 from nvlm_train.errors import ShardError
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 INDEX_SUFFIX = ".index"
 _RECORD_FIELDS = 3
 _IMAGE_FIELDS = 5
 
-_log = logging.getLogger(__name__)
-_warned_directories: set[str] = set()
+
+BESIDE = IndexFiles()
+"""Files beside the shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexSummary:
+    """A shard in two numbers."""
+
+    num_samples: int
+    digest: str
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """N samples and M images of one shard, in tar order."""
+    """N samples and M images of one shard, in tar order; arrays are views of a mapped file."""
 
-    keys: NDArray[np.str_]
+    keys: Texts
     """[N]."""
     records: NDArray[np.int64]
     """[N, 3]: offset, bytes and CRC-32 of KEY.json; 0 bytes when there is none."""
@@ -71,22 +76,41 @@ class ShardIndex:
         return [(width, height) for width, height in sizes.tolist()]
 
 
-def load_index(shard: Shard) -> ShardIndex:
-    """The shard's index from beside it, made anew when it is missing, damaged or out of date.
+def load_index(shard: Shard, files: IndexFiles = BESIDE) -> ShardIndex:
+    """The shard's stored index, made anew when it is missing, damaged or out of date.
 
     Raises:
         FileNotFoundError: the shard is missing.
         ShardError: the tar is torn or holds members that are refused.
     """
     stamp = shard.stamp()
-    cached = read_beside(shard, INDEX_SUFFIX)
-    if cached is not None:
-        index = _from_arrays(cached)
-        if index is not None and index.stamp == stamp:
-            return index
+    stored = files.open(shard, INDEX_SUFFIX)
+    if stored is not None and _is_of(stored.facts, stamp):
+        return _from_file(stored)
     index = _build(shard, stamp)
-    write_beside(shard, INDEX_SUFFIX, _to_arrays(index))
+    files.write(shard, INDEX_SUFFIX, _facts(index), _arrays(index))
     return index
+
+
+def read_summary(shard: Shard, files: IndexFiles = BESIDE) -> IndexSummary | None:
+    """What the stored index says about the whole shard; None when it has to be made anew.
+
+    Raises:
+        FileNotFoundError: the shard is missing.
+    """
+    stamp = shard.stamp()
+    facts = files.facts(shard, INDEX_SUFFIX)
+    if facts is None or not _is_of(facts, stamp):
+        return None
+    return IndexSummary(facts["num_samples"], facts["digest"])
+
+
+def open_index(shard: Shard, files: IndexFiles = BESIDE) -> ShardIndex | None:
+    """The stored index as it is, without a look at the shard; None where there is none."""
+    stored = files.open(shard, INDEX_SUFFIX)
+    if stored is None or stored.facts.get("version") != INDEX_VERSION:
+        return None
+    return _from_file(stored)
 
 
 def _build(shard: Shard, stamp: Stamp) -> ShardIndex:
@@ -107,7 +131,7 @@ def _build(shard: Shard, stamp: Stamp) -> ShardIndex:
             f"shard={shard.path} holds no samples; remove it from the blend or write it again"
         )
     return ShardIndex(
-        keys=np.array(keys),
+        keys=Texts.pack(keys),
         records=np.array(records, dtype=np.int64).reshape(-1, _RECORD_FIELDS),
         first_image=np.array(first_image, dtype=np.int64),
         images=np.array(images, dtype=np.int64).reshape(-1, _IMAGE_FIELDS),
@@ -126,74 +150,43 @@ def _digest(
     return digest.hexdigest()
 
 
-def _to_arrays(index: ShardIndex) -> dict[str, NDArray[np.generic]]:
+def _facts(index: ShardIndex) -> dict[str, Any]:
     return {
-        "version": np.array(INDEX_VERSION),
-        "keys": index.keys,
+        "version": INDEX_VERSION,
+        "size": index.stamp.size,
+        "stamp": index.stamp.version,
+        "digest": index.digest,
+        "num_samples": len(index),
+    }
+
+
+def _is_of(facts: Mapping[str, Any], stamp: Stamp) -> bool:
+    """Whether this version of the code wrote it, for the shard as it is now."""
+    return facts.get("version") == INDEX_VERSION and (
+        (facts["size"], facts["stamp"]) == (stamp.size, stamp.version)
+    )
+
+
+def _arrays(index: ShardIndex) -> dict[str, NDArray[Any]]:
+    return {
         "records": index.records,
         "first_image": index.first_image,
         "images": index.images,
         "problem_rows": np.array(list(index.problems), dtype=np.int64),
-        "problem_texts": np.array(list(index.problems.values()), dtype=np.str_),
-        "stamp": np.array([str(index.stamp.size), index.stamp.version]),
-        "digest": np.array(index.digest),
+        **index.keys.arrays("keys"),
+        **Texts.pack(list(index.problems.values())).arrays("problem_texts"),
     }
 
 
-def _from_arrays(arrays: dict[str, NDArray[np.generic]]) -> ShardIndex | None:
-    """The index, or None when another version of this code wrote it."""
-    if "version" not in arrays or arrays["version"].tolist() != INDEX_VERSION:
-        return None
-    texts = arrays["problem_texts"].tolist()
-    size, version = arrays["stamp"].tolist()
+def _from_file(stored: ArrayFile) -> ShardIndex:
+    arrays, facts = stored.arrays, stored.facts
+    texts = Texts.of(arrays, "problem_texts").tolist()
     return ShardIndex(
-        keys=arrays["keys"].astype(np.str_),
-        records=arrays["records"].astype(np.int64),
-        first_image=arrays["first_image"].astype(np.int64),
-        images=arrays["images"].astype(np.int64),
+        keys=Texts.of(arrays, "keys"),
+        records=arrays["records"],
+        first_image=arrays["first_image"],
+        images=arrays["images"],
         problems=dict(zip(arrays["problem_rows"].tolist(), texts, strict=True)),
-        stamp=Stamp(int(size), version),
-        digest=str(arrays["digest"]),
+        stamp=Stamp(facts["size"], facts["stamp"]),
+        digest=facts["digest"],
     )
-
-
-def read_beside(shard: Shard, suffix: str) -> dict[str, NDArray[np.generic]] | None:
-    """Arrays of a cache file beside a local shard; None when missing or damaged. No pickles."""
-    if not isinstance(shard, LocalShard):
-        return None
-    path = Path(shard.sibling(suffix))
-    try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        _log.warning("cache=%s cannot be read (%s); it is made anew", path, error)
-        return None
-
-
-def write_beside(shard: Shard, suffix: str, arrays: dict[str, NDArray[np.generic]]) -> None:
-    """Stores a cache file beside a local shard, whole or not at all.
-
-    Where nothing can be written (a read-only directory, a remote store) it stays in memory, which
-    one warning per directory says.
-    """
-    directory = os.path.dirname(shard.path)
-    path = Path(shard.sibling(suffix))
-    try:
-        if not isinstance(shard, LocalShard):
-            raise PermissionError("not a local directory")
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        # Several ranks may write the same cache at once; each rename is atomic and all are equal.
-        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-        partial.write_bytes(buffer.getvalue())
-        partial.replace(path)
-    except OSError as error:
-        if directory not in _warned_directories:
-            _warned_directories.add(directory)
-            _log.warning(
-                "cannot write beside the shards in %s (%s); indexes stay in memory",
-                directory,
-                error,
-            )

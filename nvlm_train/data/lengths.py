@@ -1,29 +1,37 @@
 """How many tokens, tiles and labels each sample of a shard has under one stage's encoding.
 
-Computed once per (shard, encoding) and cached beside the index, so that plans are pure arithmetic.
+Computed once per (shard, encoding) and stored beside the index, so that plans are pure arithmetic.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nvlm_train.data.array_file import ArrayFile, Texts
 from nvlm_train.data.encoding import ImageSize, Layout, SampleEncoder
-from nvlm_train.data.index import read_beside, write_beside
+from nvlm_train.data.index import BESIDE
+from nvlm_train.data.index_files import IndexFiles
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.records import Turn
+from nvlm_train.data.shards import Shard
 
+LENGTHS_VERSION = 2
 _CHUNK = 2048
 """Samples tokenised together."""
+_EXAMPLES = 3
+"""Unusable samples of a kind that a summary names."""
 _FINGERPRINT_CHARS = 16
 
 
 @dataclass(frozen=True)
 class ShardLengths:
-    """Row i belongs to row i of the shard's index."""
+    """Row i belongs to row i of the shard's index; arrays are views of a mapped file."""
 
     num_tokens: NDArray[np.int32]
     """[N], image tokens included; 0 for an unusable sample."""
@@ -35,6 +43,27 @@ class ShardLengths:
     """[N]: cut at sequence_length."""
     reasons: dict[int, str]
     """Row -> why the sample is unusable; the text before ":" is its kind."""
+
+    def usable_rows(self) -> NDArray[np.int64]:
+        """Rows that can be drawn, ascending: int64 [usable]."""
+        return np.flatnonzero(self.num_trained > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class LengthsSummary:
+    """A shard under one encoding in a few numbers: all that a plan keeps of it."""
+
+    digest: str
+    """Equal digests mean equal lengths of every sample."""
+    num_usable: int
+    num_truncated: int
+    num_tokens: int
+    num_trained: int
+    num_tiles: int
+    max_tiles: int
+    """Tiles of the sample that has most."""
+    unusable: dict[str, tuple[int, list[int]]]
+    """Kind -> (how many samples, the first few rows)."""
 
 
 @dataclass(slots=True)
@@ -48,31 +77,90 @@ class _Draft:
     layout: Layout
 
 
-def load_lengths(reader: ShardReader, encoder: SampleEncoder) -> ShardLengths:
-    """Lengths of a shard from the cache beside it, else computed and stored there."""
-    suffix = f".lengths-{encoder.fingerprint[:_FINGERPRINT_CHARS]}"
-    cached = read_beside(reader.shard, suffix)
-    if cached is not None and str(cached.get("digest")) == reader.index.digest:
-        texts = cached["reason_texts"].tolist()
-        return ShardLengths(
-            num_tokens=cached["num_tokens"].astype(np.int32),
-            num_tiles=cached["num_tiles"].astype(np.int32),
-            num_trained=cached["num_trained"].astype(np.int32),
-            is_truncated=cached["is_truncated"].astype(np.bool_),
-            reasons=dict(zip(cached["reason_rows"].tolist(), texts, strict=True)),
-        )
+def lengths_suffix(encoder: SampleEncoder) -> str:
+    """Name of a shard's lengths file after the shard's own name."""
+    return f".lengths-{encoder.fingerprint[:_FINGERPRINT_CHARS]}"
+
+
+def load_lengths(
+    reader: ShardReader, encoder: SampleEncoder, files: IndexFiles = BESIDE
+) -> ShardLengths:
+    """Stored lengths of a shard, else computed and stored."""
+    suffix = lengths_suffix(encoder)
+    stored = files.open(reader.shard, suffix)
+    if stored is not None and _is_of(stored.facts, reader.index.digest):
+        return _from_file(stored)
     lengths = compute_lengths(reader, encoder)
-    arrays: dict[str, NDArray[np.generic]] = {
-        "digest": np.array(reader.index.digest),
+    facts = asdict(summarise(lengths)) | {
+        "version": LENGTHS_VERSION,
+        "index_digest": reader.index.digest,
+    }
+    files.write(reader.shard, suffix, facts, _arrays(lengths))
+    return lengths
+
+
+def read_lengths_summary(
+    shard: Shard, index_digest: str, encoder: SampleEncoder, files: IndexFiles = BESIDE
+) -> LengthsSummary | None:
+    """What the stored lengths say about the whole shard; None when they have to be made anew."""
+    facts = files.facts(shard, lengths_suffix(encoder))
+    if facts is None or not _is_of(facts, index_digest):
+        return None
+    numbers = {name: facts[name] for name in LengthsSummary.__dataclass_fields__}
+    return LengthsSummary(**numbers)
+
+
+def summarise(lengths: ShardLengths) -> LengthsSummary:
+    """The few numbers of a shard."""
+    digest = hashlib.sha256()
+    unusable: dict[str, tuple[int, list[int]]] = {}
+    for row, reason in lengths.reasons.items():
+        count, rows = unusable.get(kind_of(reason), (0, []))
+        unusable[kind_of(reason)] = (count + 1, [*rows, row][:_EXAMPLES])
+    for values in (lengths.num_tokens, lengths.num_tiles, lengths.num_trained):
+        digest.update(values.astype("<i4").tobytes())
+    return LengthsSummary(
+        digest=digest.hexdigest(),
+        num_usable=int((lengths.num_trained > 0).sum()),
+        num_truncated=int(lengths.is_truncated.sum()),
+        num_tokens=int(lengths.num_tokens.sum(dtype=np.int64)),
+        num_trained=int(lengths.num_trained.sum(dtype=np.int64)),
+        num_tiles=int(lengths.num_tiles.sum(dtype=np.int64)),
+        max_tiles=int(lengths.num_tiles.max(initial=0)),
+        unusable=unusable,
+    )
+
+
+def kind_of(reason: str) -> str:
+    """What a reason has in common with others: the text before its first colon."""
+    return reason.partition(":")[0]
+
+
+def _is_of(facts: dict[str, Any], index_digest: str) -> bool:
+    return facts.get("version") == LENGTHS_VERSION and facts["index_digest"] == index_digest
+
+
+def _arrays(lengths: ShardLengths) -> dict[str, NDArray[Any]]:
+    return {
         "num_tokens": lengths.num_tokens,
         "num_tiles": lengths.num_tiles,
         "num_trained": lengths.num_trained,
         "is_truncated": lengths.is_truncated,
         "reason_rows": np.array(list(lengths.reasons), dtype=np.int64),
-        "reason_texts": np.array(list(lengths.reasons.values()), dtype=np.str_),
+        **Texts.pack(list(lengths.reasons.values())).arrays("reason_texts"),
     }
-    write_beside(reader.shard, suffix, arrays)
-    return lengths
+
+
+def _from_file(stored: ArrayFile) -> ShardLengths:
+    arrays = stored.arrays
+    texts = Texts.of(arrays, "reason_texts").tolist()
+    return ShardLengths(
+        num_tokens=arrays["num_tokens"],
+        num_tiles=arrays["num_tiles"],
+        num_trained=arrays["num_trained"],
+        is_truncated=arrays["is_truncated"],
+        reasons=dict(zip(arrays["reason_rows"].tolist(), texts, strict=True)),
+    )
 
 
 def compute_lengths(reader: ShardReader, encoder: SampleEncoder) -> ShardLengths:

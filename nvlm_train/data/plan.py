@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from nvlm_train.batch import PackPlan, SampleInfo, SampleRef, StepPlan
 from nvlm_train.config.schema import BatchConfig
 from nvlm_train.data.blend import BlendOrder, SourceOrder
 from nvlm_train.data.ordering import hashed_permutation, stable_hash
+from nvlm_train.data.pack_table import PackTable
 from nvlm_train.data.packing import best_fit_decreasing, deal
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.sources import Source, unusable_kinds
@@ -27,13 +30,19 @@ from nvlm_train.errors import ShardError, TrainingError
 PLAN_DIGEST = "(plan)"
 """Name of the plan's own entry among the shards' digests."""
 
+_TABLE_CHARS = 16
+
 
 class DataPlan:
     """Steps of one stage.
 
+    Args:
+        table_stem: path before `.packs-FINGERPRINT`, the file that finds a step when packs are the
+            unit; None to count in memory.
+
     Raises:
-        TrainingError: a source without usable samples, or more unusable ones than
-            `max_skipped_fraction` of what would be drawn.
+        TrainingError: a source without usable samples, more unusable ones than
+            `max_skipped_fraction` of what would be drawn, or a sample of more tiles than a pack.
     """
 
     def __init__(
@@ -43,6 +52,7 @@ class DataPlan:
         sequence_length: int,
         seed: int,
         max_skipped_fraction: float,
+        table_stem: Path | None = None,
     ) -> None:
         self.sources = tuple(sources)
         self.batch = batch
@@ -50,28 +60,16 @@ class DataPlan:
         self.seed = seed
         self.unusable = unusable_kinds(self.sources)
         self._check_skipped(max_skipped_fraction)
-        self._blend = BlendOrder([source.weight for source in self.sources], seed)
-        self._orders = [
-            SourceOrder(
-                [np.flatnonzero(lengths.num_trained > 0) for lengths in source.lengths],
-                seed,
-                source.name,
-            )
-            for source in self.sources
-        ]
-        # (num_tokens, num_tiles) of every row of a source, shard after shard.
-        self._sizes = [
-            np.concatenate(
-                [np.stack([one.num_tokens, one.num_tiles], axis=1) for one in source.lengths]
-            ).astype(np.int64)
-            for source in self.sources
-        ]
-        self._first_rows = [
-            np.cumsum([0, *(len(reader.index) for reader in source.readers)])
-            for source in self.sources
-        ]
-        self._packs_before = [0]
-        self._window = lru_cache(maxsize=16)(self._make_window)
+        self._check_tiles()
+        self._blend = BlendOrder(
+            [source.weight for source in self.sources],
+            seed,
+            [source.max_draws for source in self.sources],
+        )
+        self._orders = [_order(source, seed) for source in self.sources]
+        self._table_stem = table_stem
+        self._groups_of = lru_cache(maxsize=4)(self._make_groups)
+        self._window = lru_cache(maxsize=4)(self._make_window)
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -83,25 +81,23 @@ class DataPlan:
 
         Stored in checkpoints; `check_digests` compares.
         """
-        shards = [reader for source in self.sources for reader in source.readers]
-        contents = {reader.name: reader.index.digest for reader in shards}
+        contents = {
+            name: source.table.digest(shard)
+            for source in self.sources
+            for shard, name in enumerate(source.table.names)
+        }
         return contents | {PLAN_DIGEST: self.fingerprint}
 
     @cached_property
     def fingerprint(self) -> str:
         """Equal fingerprints make equal steps: hash of blend, contents, lengths, seed and batch."""
-        parts: list[object] = [self.seed, self.batch.size, self.batch.unit, self.batch.window]
-        parts.append(self.sequence_length)
         digest = hashlib.sha256()
+        parts: list[object] = [self.seed, asdict(self.batch), self.sequence_length]
         for source in self.sources:
-            parts.append(
-                [source.name, source.weight, [reader.index.digest for reader in source.readers]]
-            )
-            for lengths in source.lengths:
-                digest.update(
-                    np.stack([lengths.num_tokens, lengths.num_tiles, lengths.num_trained]).tobytes()
-                )
-        digest.update(json.dumps(parts).encode())
+            parts.append([source.name, source.weight, source.max_draws])
+            parts.append([len(source.table.names), source.table.lengths_digest])
+            digest.update(source.table.digests.tobytes())
+        digest.update(json.dumps(parts, sort_keys=True).encode())
         return digest.hexdigest()
 
     def check_digests(self, recorded: Mapping[str, str]) -> None:
@@ -144,66 +140,138 @@ class DataPlan:
         return SampleInfo(sample.source, reader.name, reader.key(sample.row))
 
     def step(self, step: int, dp_size: int) -> StepPlan:
-        """Everything of optimizer step `step` (from 0); its samples do not depend on `dp_size`."""
+        """Everything of optimizer step `step` (from 0); its samples do not depend on `dp_size`.
+
+        Raises:
+            TrainingError: the sources have left the blend before the step is full.
+        """
         size = self.batch.size
         if self.batch.unit == "samples":
-            packs = self._pack(self._draw(step * size, (step + 1) * size))
+            table = self._draw(step * size, (step + 1) * size)
+            packs = self._to_packs(table, self._groups(table)) if len(table) == size else []
         else:
             packs = self._packs(step * size, (step + 1) * size)
+        if not packs:
+            raise self._too_short(f"step={step}")
         return StepPlan(step, deal(packs, dp_size))
 
     def draws(self, start: int, stop: int) -> list[SampleRef]:
-        """Samples [start, stop) of the stage in the order in which they are drawn."""
+        """Samples [start, stop) of the stage in the order in which they are drawn.
+
+        Fewer where the sources have limits and all of them have left the blend.
+        """
         return self._refs(self._draw(start, stop))
+
+    def check_steps(self, steps: int) -> None:
+        """Refuses a stage of more steps than the sources' limits allow, as far as that is known.
+
+        Raises:
+            TrainingError: too few samples (`unit: samples`), or fewer samples than packs.
+        """
+        total = self._blend.num_draws
+        if total is not None and total < steps * self.batch.size:
+            raise self._too_short(f"steps={steps}")
+
+    @cached_property
+    def packs_before(self) -> PackTable:
+        """Where the packs of each window begin, when packs are the unit."""
+        stem = self._table_stem
+        name = f"{stem and stem.name}.packs-{self.fingerprint[:_TABLE_CHARS]}"
+        path = None if stem is None else stem.with_name(name)
+        return PackTable(self.count_packs, path, self.fingerprint)
+
+    @property
+    def num_windows(self) -> int | None:
+        """Windows of `batch.window` draws until all sources have left; None without an end."""
+        total = self._blend.num_draws
+        return None if total is None else math.ceil(total / self.batch.window)
+
+    def count_packs(self, window: int) -> int:
+        """Packs that the window's draws make."""
+        return len(self._groups_of(window)[1])
 
     def _draw(self, start: int, stop: int) -> NDArray[np.int64]:
         """The fields of `SampleRef` as columns: int64 [stop - start, 5]."""
         sources, numbers = self._blend.draws(start, stop)
-        table = np.empty((stop - start, 5), dtype=np.int64)
-        for number, sizes in enumerate(self._sizes):
+        table = np.empty((len(sources), 5), dtype=np.int64)
+        for number, order in enumerate(self._orders):
             places = np.flatnonzero(sources == number)
             if len(places) == 0:
                 continue
             # A source's draws inside a range of the blend follow each other.
             first = int(numbers[places[0]])
-            shards, rows = self._orders[number].locate(first, first + len(places))
+            shards, rows = order.locate(first, first + len(places))
             table[places, 0] = number
             table[places, 1] = shards
             table[places, 2] = rows
-            table[places, 3:] = sizes[self._first_rows[number][shards] + rows]
+            for shard in np.unique(shards).tolist():
+                lengths, own = self.sources[number].lengths[shard], shards == shard
+                table[places[own], 3] = lengths.num_tokens[rows[own]]
+                table[places[own], 4] = lengths.num_tiles[rows[own]]
         return table
 
     def _refs(self, table: NDArray[np.int64]) -> list[SampleRef]:
         return [SampleRef(*fields) for fields in table.tolist()]
 
     def _groups(self, table: NDArray[np.int64]) -> list[list[int]]:
-        return best_fit_decreasing(table[:, 3].tolist(), self.sequence_length)
+        lengths, tiles = table[:, 3].tolist(), table[:, 4].tolist()
+        return best_fit_decreasing(
+            lengths, self.sequence_length, tiles, self.batch.max_tiles_per_pack
+        )
 
-    def _pack(self, table: NDArray[np.int64]) -> list[PackPlan]:
+    def _to_packs(
+        self, table: NDArray[np.int64], groups: Sequence[Sequence[int]]
+    ) -> list[PackPlan]:
         samples = self._refs(table)
-        return [PackPlan(tuple(samples[i] for i in group)) for group in self._groups(table)]
+        return [PackPlan(tuple(samples[i] for i in group)) for group in groups]
 
     def _packs(self, start: int, stop: int) -> list[PackPlan]:
-        """Packs [start, stop) of the stage when packs are the unit."""
-        while self._packs_before[-1] < stop:
-            window = len(self._packs_before) - 1
-            size = self.batch.window
-            num_packs = len(self._groups(self._draw(window * size, (window + 1) * size)))
-            self._packs_before.append(self._packs_before[-1] + num_packs)
+        """Packs [start, stop) of the stage when packs are the unit; none when they are too few."""
+        table = self.packs_before
+        if table.find(stop - 1, self.num_windows) is None:
+            return []
         found: list[PackPlan] = []
-        window = bisect_right(self._packs_before, start) - 1
         while len(found) < stop - start:
-            skip = max(0, start - self._packs_before[window])
+            window = table.find(start + len(found), self.num_windows)
+            assert window is not None
+            skip = start + len(found) - table.before(window)
             found += self._window(window)[skip : skip + stop - start - len(found)]
-            window += 1
         return found
+
+    def _make_groups(self, window: int) -> tuple[NDArray[np.int64], list[list[int]]]:
+        """The draws of a window, and which of them share a pack."""
+        size = self.batch.window
+        table = self._draw(window * size, (window + 1) * size)
+        return table, self._groups(table)
 
     def _make_window(self, window: int) -> list[PackPlan]:
         """Packs of one window of draws, shuffled: packing makes them from long to short samples."""
-        size = self.batch.window
-        packs = self._pack(self._draw(window * size, (window + 1) * size))
+        packs = self._to_packs(*self._groups_of(window))
         order = hashed_permutation(len(packs), stable_hash("packs", self.seed, window))
         return [packs[index] for index in order.tolist()]
+
+    def _too_short(self, wanted: str) -> TrainingError:
+        limits = ", ".join(
+            f"{source.name} {source.max_draws:,}"
+            for source in self.sources
+            if source.max_draws is not None
+        )
+        return TrainingError(
+            f"{wanted} is more than the blend gives with batch.size={self.batch.size} "
+            f"{self.batch.unit}: its sources leave after {self._blend.num_draws:,} samples "
+            f"({limits}; epochs and max_samples of the data recipe); make fewer steps, or raise "
+            "the limits"
+        )
+
+    def _check_tiles(self) -> None:
+        limit = self.batch.max_tiles_per_pack
+        for source in self.sources:
+            if limit is not None and source.table.max_tiles > limit:
+                raise TrainingError(
+                    f"batch.max_tiles_per_pack={limit}: source={source.name} has a sample of "
+                    f"{source.table.max_tiles} tiles, which no pack could hold; use at least that, "
+                    "or fewer tiling.max_tiles"
+                )
 
     def _check_skipped(self, max_skipped_fraction: float) -> None:
         examples = "\n".join(f"  {text}" for kind in self.unusable for text in kind.examples)
@@ -220,3 +288,10 @@ class DataPlan:
                 f"loader.max_skipped_fraction={max_skipped_fraction}; mend them or raise the "
                 f"limit:\n{examples}"
             )
+
+
+def _order(source: Source, seed: int) -> SourceOrder:
+    lengths = source.lengths
+    return SourceOrder(
+        source.table.num_usable, lambda shard: lengths[shard].usable_rows(), seed, source.name
+    )
