@@ -80,7 +80,7 @@ def _open_source(
         path = join_root(data_root, name)
         shard = open_shard(path)
         try:
-            index = load_index(shard)
+            index = load_index(shard, source.fields)
         except FileNotFoundError as error:
             raise ShardError(
                 f"missing shard={path}: blend={blend} source={source.name} names {name}, and "
@@ -91,6 +91,6 @@ def _open_source(
             raise ShardError(
                 f"shard={path} cannot be read: {error}; blend={blend} source={source.name} names it"
             ) from error
-        readers.append(ShardReader(name, shard, index))
+        readers.append(ShardReader(name, shard, index, source.fields))
     lengths = tuple(load_lengths(reader, encoder) for reader in readers)
     return Source(source.name, source.weight, tuple(readers), lengths)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from nvlm_train.data.fields import OWN_FIELDS, FieldMapping, read_fields
 from nvlm_train.data.shards import expand_pattern
 from nvlm_train.errors import ConfigError
 
@@ -22,6 +23,8 @@ class SourceConfig:
     shards: tuple[str, ...]
     """Names after brace expansion, as written in the recipe."""
     weight: float = 1.0
+    fields: FieldMapping = OWN_FIELDS
+    """Where records lie in tars that somebody else made."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,10 @@ def _source(item: object, where: str, problems: list[str]) -> SourceConfig | Non
             f"{where}.weight={weight!r} must be a positive number; leave unused sources out"
         )
     shards = _shards(item.get("shards"), where, problems)
-    return None if len(problems) > before else SourceConfig(str(name), shards, float(weight))
+    mapping = read_fields(item.get("fields"), f"{where}.fields", problems)
+    if len(problems) > before:
+        return None
+    return SourceConfig(str(name), shards, float(weight), mapping)
 
 
 def _shards(value: object, where: str, problems: list[str]) -> tuple[str, ...]:

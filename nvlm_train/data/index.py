@@ -15,18 +15,19 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards import LocalShard, Shard, Stamp
 from nvlm_train.data.tar_scan import scan_tar
 from nvlm_train.errors import ShardError
 
 INDEX_VERSION = 1
 INDEX_SUFFIX = ".index"
-_RECORD_FIELDS = 3
 _IMAGE_FIELDS = 5
 
 _log = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class ShardIndex:
     keys: NDArray[np.str_]
     """[N]."""
     records: NDArray[np.int64]
-    """[N, 3]: offset, bytes and CRC-32 of KEY.json; 0 bytes when there is none."""
+    """[N, 3R]: offset, bytes and CRC-32 of KEY.json; 0 bytes when there is none. A field mapping
+    may name R members instead."""
     first_image: NDArray[np.int64]
     """[N + 1]: sample i has images first_image[i] to first_image[i + 1]."""
     images: NDArray[np.int64]
@@ -49,7 +51,7 @@ class ShardIndex:
     """Image row -> why its header cannot be read."""
     stamp: Stamp
     digest: str
-    """SHA-256 over names, places and CRCs: equal digests mean equal contents."""
+    """SHA-256 over names, places, CRCs and field mapping: equal digests mean equal contents."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -71,32 +73,35 @@ class ShardIndex:
         return [(width, height) for width, height in sizes.tolist()]
 
 
-def load_index(shard: Shard) -> ShardIndex:
+def load_index(shard: Shard, fields: FieldMapping = OWN_FIELDS) -> ShardIndex:
     """The shard's index from beside it, made anew when it is missing, damaged or out of date.
+
+    Each field mapping has an index of its own.
 
     Raises:
         FileNotFoundError: the shard is missing.
         ShardError: the tar is torn or holds members that are refused.
     """
     stamp = shard.stamp()
-    cached = read_beside(shard, INDEX_SUFFIX)
+    suffix = f"{INDEX_SUFFIX}-{fields.digest}" if fields.digest else INDEX_SUFFIX
+    cached = read_beside(shard, suffix)
     if cached is not None:
         index = _from_arrays(cached)
         if index is not None and index.stamp == stamp:
             return index
-    index = _build(shard, stamp)
-    write_beside(shard, INDEX_SUFFIX, _to_arrays(index))
+    index = _build(shard, stamp, fields)
+    write_beside(shard, suffix, _to_arrays(index))
     return index
 
 
-def _build(shard: Shard, stamp: Stamp) -> ShardIndex:
+def _build(shard: Shard, stamp: Stamp, fields: FieldMapping) -> ShardIndex:
     keys: list[str] = []
-    records: list[tuple[int, int, int]] = []
+    records: list[tuple[int, ...]] = []
     images: list[tuple[int, int, int, int, int]] = []
     first_image, problems = [0], dict[int, str]()
-    for sample in scan_tar(shard):
+    for sample in scan_tar(shard, fields):
         keys.append(sample.key)
-        records.append(sample.record)
+        records.append(tuple(chain.from_iterable(sample.records)))
         for image in sample.images:
             if image.problem:
                 problems[len(images)] = f"{image.problem} ({sample.key}.{image.suffix})"
@@ -108,19 +113,22 @@ def _build(shard: Shard, stamp: Stamp) -> ShardIndex:
         )
     return ShardIndex(
         keys=np.array(keys),
-        records=np.array(records, dtype=np.int64).reshape(-1, _RECORD_FIELDS),
+        records=np.array(records, dtype=np.int64).reshape(len(keys), -1),
         first_image=np.array(first_image, dtype=np.int64),
         images=np.array(images, dtype=np.int64).reshape(-1, _IMAGE_FIELDS),
         problems=problems,
         stamp=stamp,
-        digest=_digest(keys, records, images),
+        digest=_digest(keys, records, images, fields.digest),
     )
 
 
 def _digest(
-    keys: list[str], records: Sequence[tuple[int, ...]], images: Sequence[tuple[int, ...]]
+    keys: list[str],
+    records: Sequence[tuple[int, ...]],
+    images: Sequence[tuple[int, ...]],
+    mapping: str,
 ) -> str:
-    digest = hashlib.sha256("\0".join(keys).encode())
+    digest = hashlib.sha256("\0".join(keys).encode() + mapping.encode())
     digest.update(np.array(records, dtype="<i8").tobytes())
     digest.update(np.array(images, dtype="<i8").tobytes())
     return digest.hexdigest()

@@ -50,7 +50,8 @@ class _Draft:
 
 def load_lengths(reader: ShardReader, encoder: SampleEncoder) -> ShardLengths:
     """Lengths of a shard from the cache beside it, else computed and stored there."""
-    suffix = f".lengths-{encoder.fingerprint[:_FINGERPRINT_CHARS]}"
+    mapped = f"-{reader.fields.digest}" if reader.fields.digest else ""
+    suffix = f".lengths-{encoder.fingerprint[:_FINGERPRINT_CHARS]}{mapped}"
     cached = read_beside(reader.shard, suffix)
     if cached is not None and str(cached.get("digest")) == reader.index.digest:
         texts = cached["reason_texts"].tolist()
