@@ -105,9 +105,10 @@ def prepare_input(
         for torn in staging.glob("writing-*"):
             torn.unlink()
         num_entries = len(open_entries(spec, staging / "input"))
-        num_shards = -(-num_entries // target.samples_per_shard)
+        cut = target.samples_per_shard
+        num_shards = -(-num_entries // cut)
         tasks = [
-            ShardTask(spec, str(staging), number, target.samples_per_shard, target.max_bad)
+            ShardTask(spec, digest, str(staging), number, cut, target.max_bad)
             for number in range(num_shards)
         ]
         results = _results(tasks, num_entries, num_workers, report)

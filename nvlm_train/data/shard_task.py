@@ -30,6 +30,8 @@ class ShardTask:
     """Entries [number * samples_per_shard, ...) become `staging/NUMBER.tar`."""
 
     spec: InputSpec
+    digest: str
+    """Of the input as it is now."""
     staging: str
     number: int
     samples_per_shard: int
@@ -55,7 +57,7 @@ def run_task(task: ShardTask) -> ShardResult:
         ShardError: the input as a whole cannot be read.
     """
     staging = Path(task.staging)
-    entries = _entries(task.spec, task.staging)
+    entries = _entries(task.spec, task.digest, task.staging)
     start = task.number * task.samples_per_shard
     numbers = range(start, min(start + task.samples_per_shard, len(entries)))
     bad: list[BadEntry] = []
@@ -129,7 +131,8 @@ def _samples(
 
 
 @lru_cache(maxsize=1)
-def _entries(spec: InputSpec, staging: str) -> Entries:
+def _entries(spec: InputSpec, digest: str, staging: str) -> Entries:
+    del digest  # a changed input is opened anew
     try:
         return open_entries(spec, Path(staging) / "input")
     except OSError as error:

@@ -117,11 +117,24 @@ class Tar:
         return data
 
 
-@lru_cache(maxsize=8)
+def modified(path: str) -> int:
+    """When a file was last written, for caches; 0 when it is no local file."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
 def open_files(path: str) -> Files:
     """The folder, `.zip` or `.tar` at this path. Raises ShardError: there is none."""
     if os.path.isdir(path):
         return Folder(path)
     if not os.path.exists(path):
         raise ShardError(f"images={path} does not exist; name a folder, a .zip or a .tar")
+    return _archive(path, modified(path))
+
+
+@lru_cache(maxsize=8)
+def _archive(path: str, version: int) -> Files:
+    del version  # another one is opened anew
     return Zip(path) if path.endswith(".zip") else Tar(path)

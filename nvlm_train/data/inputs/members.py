@@ -21,7 +21,7 @@ from nvlm_train.data.inputs.entries import (
     parse_object,
     write_list,
 )
-from nvlm_train.data.inputs.files import open_files
+from nvlm_train.data.inputs.files import modified, open_files
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.shards import expand_pattern, open_shard
 from nvlm_train.data.tar_scan import split_name
@@ -33,7 +33,7 @@ class TarSamples:
 
     def __init__(self, spec: InputSpec, paths: Sequence[str]) -> None:
         self._spec, self._paths = spec, tuple(paths)
-        counts = [len(_reader(path, spec.fields).index) for path in self._paths]
+        counts = [len(self._reader(path).index) for path in self._paths]
         self._first = [0, *accumulate(counts)]
 
     def __len__(self) -> int:
@@ -51,11 +51,15 @@ class TarSamples:
 
     def _locate(self, number: int) -> tuple[ShardReader, int]:
         tar = bisect_right(self._first, number) - 1
-        return _reader(self._paths[tar], self._spec.fields), number - self._first[tar]
+        return self._reader(self._paths[tar]), number - self._first[tar]
+
+    def _reader(self, path: str) -> ShardReader:
+        return _reader(path, modified(path), self._spec.fields)
 
 
 @lru_cache(maxsize=16)
-def _reader(path: str, fields: FieldMapping) -> ShardReader:
+def _reader(path: str, version: int, fields: FieldMapping) -> ShardReader:
+    del version  # another one is opened anew
     shard = open_shard(path)
     try:
         return ShardReader(path, shard, load_index(shard, fields), fields)

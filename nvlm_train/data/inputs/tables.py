@@ -11,7 +11,7 @@ from typing import Any
 
 from nvlm_train.data.inputs.chats import IMAGE_NAMES, with_id
 from nvlm_train.data.inputs.entries import Entries, InputSpec, Parts
-from nvlm_train.data.inputs.files import open_files
+from nvlm_train.data.inputs.files import modified, open_files
 from nvlm_train.errors import ShardError
 
 _MISSING = "pip install 'nvlm-train[prepare]'"
@@ -22,7 +22,7 @@ class ParquetRows:
 
     def __init__(self, spec: InputSpec, files: Sequence[str]) -> None:
         self._spec, self._files = spec, tuple(files)
-        metadata = [_parquet(file).metadata for file in files]
+        metadata = [_parquet(file, modified(file)).metadata for file in files]
         self._first_row = [0, *accumulate(each.num_rows for each in metadata)]
         self._first_in_group = [
             [0, *accumulate(each.row_group(n).num_rows for n in range(each.num_row_groups))]
@@ -40,7 +40,8 @@ class ParquetRows:
         file, row = self._locate(number)
         starts = self._first_in_group[file]
         group = bisect_right(starts, row) - 1
-        table = _row_group(self._files[file], group)
+        name = self._files[file]
+        table = _row_group(name, modified(name), group)
         return row_parts(self._spec, table.slice(row - starts[group], 1).to_pylist()[0])
 
     def _locate(self, number: int) -> tuple[int, int]:
@@ -149,7 +150,8 @@ def _parquet_files(path: str) -> list[str]:
 
 
 @lru_cache(maxsize=16)
-def _parquet(file: str) -> Any:
+def _parquet(file: str, version: int) -> Any:
+    del version  # another one is opened anew
     try:
         import pyarrow
         import pyarrow.parquet
@@ -162,5 +164,5 @@ def _parquet(file: str) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _row_group(file: str, group: int) -> Any:
-    return _parquet(file).read_row_group(group)
+def _row_group(file: str, version: int, group: int) -> Any:
+    return _parquet(file, version).read_row_group(group)
