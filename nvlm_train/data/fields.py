@@ -28,8 +28,9 @@ KINDS = (
     ("text",),
     ("question", "answer"),
     ("question", "answers"),
+    ("question", "choices", "answer"),
 )
-"""Which fields make a record together."""
+"""Which fields make a record together; `task` may come with any of them."""
 
 _TEXTS = ("caption", "text", "question", "answer")
 _FORMS = ", ".join("+".join(kind) for kind in KINDS)
@@ -97,7 +98,13 @@ class FieldMapping:
         Raises:
             ValueError: a place that does not exist there.
         """
-        return {field: _value(field, place, values) for field, place in self.sources}
+        record = {field: _value(field, place, values) for field, place in self.sources}
+        # With choices an answer may be the number of one; elsewhere a number is what is said.
+        texts = [name for name in _TEXTS if name != "answer" or "choices" not in record]
+        return {
+            field: str(value) if field in texts and _is_number(value) else value
+            for field, value in record.items()
+        }
 
 
 OWN_FIELDS = FieldMapping()
@@ -118,7 +125,7 @@ def read_fields(value: object, where: str, problems: list[str]) -> FieldMapping:
                 f"{where}.{field}={place!r} must be a place: a member like txt, "
                 "a field like json.caption, or =some text"
             )
-    named = [field for field, _ in sources]
+    named = [field for field, _ in sources if field != "task"]
     if named and not any(sorted(named) == sorted(kind) for kind in KINDS):
         problems.append(
             f"{where} maps {', '.join(named)}; a record is one of {_FORMS}; map exactly these"
@@ -170,5 +177,8 @@ def _value(field: str, place: str, values: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"record cannot be read: {place}, which is to be its {field}, is missing or null"
         )
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return str(value) if is_number and field in _TEXTS else value
+    return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -86,6 +86,16 @@ def test_class_labels_with_a_question_for_all(tmp_path: Path) -> None:
     assert json.loads(reader.record(1)) == {"question": "Which digit is this?", "answer": "6"}
 
 
+def test_numbers_become_text_except_the_number_of_a_choice() -> None:
+    values = {"json": {"q": 3, "a": 2, "c": ["x", "y", "z"]}}
+    plain = FieldMapping((("question", "json.q"), ("answer", "json.a"), ("task", "=docvqa")))
+    assert plain.select(values) == {"question": "3", "answer": "2", "task": "docvqa"}
+    chosen = FieldMapping((*plain.sources, ("choices", "json.c")))
+    assert chosen.select(values)["answer"] == 2
+    problems: list[str] = []
+    assert read_fields(dict(chosen.sources), "x", problems) == chosen and not problems
+
+
 def test_other_json_fields_and_one_of_two_pictures(tmp_path: Path) -> None:
     dialog = chat("<image>\nq", "a")["conversations"]
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:

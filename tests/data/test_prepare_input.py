@@ -59,7 +59,7 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("moments", [(20,), pytest.param((1, 60, 110), marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path, moments: tuple[int, ...]) -> None:
     """kill -9 of the command: its workers end too, and the same command makes the same bytes."""
-    spec = make_input(tmp_path, 1500)
+    spec = make_input(tmp_path, 1500)  # 150 shards
     prepare_input(spec, Target(str(tmp_path / "whole"), "x", 10))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "nvlm_train", "data", "prepare", "jsonl", *spec.paths]

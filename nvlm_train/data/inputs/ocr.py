@@ -24,15 +24,8 @@ from nvlm_train.data.inputs.entries import (
     parse_object,
 )
 from nvlm_train.data.inputs.files import Files, open_files
-from nvlm_train.data.ordering import stable_hash
-from nvlm_train.tokens import IMAGE_MARKER
 
 SCALE = 1000
-_PROMPTS = (
-    "Read all text in this image and give the box of each piece.",
-    "Transcribe the text with the place of every piece.",
-    "What is written here, and where? Answer with text and boxes.",
-)
 _MARKUP = re.compile(r"</?(?:ref|box|quad)>")
 
 
@@ -84,13 +77,7 @@ def _parts(files: Files, line: bytes) -> Parts:
     if not isinstance(regions, list) or not regions:
         raise ValueError("regions must be a list of objects with text and box or quad, not empty")
     texts = [_region(region, width, height) for region in regions]
-    prompt = _PROMPTS[stable_hash("grounded", names[0]) % len(_PROMPTS)]
-    record = {
-        "conversations": [
-            {"from": "human", "value": f"{IMAGE_MARKER}\n{prompt}"},
-            {"from": "gpt", "value": "\n".join(texts)},
-        ]
-    }
+    record = {"text": "\n".join(texts), "task": "grounded_ocr"}
     return with_id(record, item.get("id")), [(names[0], data)]
 
 
