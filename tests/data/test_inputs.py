@@ -109,6 +109,7 @@ def test_pictures_in_an_archive(tmp_path: Path, photos: Path, kind: str) -> None
         ({"image": "a.png", **chat("<image><image>", "a")}, r"image marker without image"),
         ({"x": 1, "image": "a.png"}, r"hold none of conversations"),
         (["list"], r"it is a list, not an object"),
+        ({"id": "\ud800", **chat("q", "a")}, r"the record is not Unicode text"),
     ],
 )
 def test_bad_entries(tmp_path: Path, photos: Path, item: object, message: str) -> None:

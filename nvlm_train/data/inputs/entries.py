@@ -165,10 +165,12 @@ def as_sample(key: str, parts: Parts) -> Sample:
             raise ValueError(f"image={name or number}: {error}") from error
         members.append((suffix if len(images) == 1 else f"{number}.{suffix}", data))
     try:
-        encoded = json.dumps(record, ensure_ascii=False)
+        encoded = json.dumps(record, ensure_ascii=False).encode()
     except TypeError as error:
         raise ValueError(f"{error}; name the fields to keep with --field") from error
-    read_turns(encoded.encode(errors="surrogatepass"), key, len(images), "sft")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the record is not Unicode text ({error}); repair it") from error
+    read_turns(encoded, key, len(images), "sft")
     return key, record, members
 
 
