@@ -32,6 +32,8 @@ REQUIRED = [
 
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.4"],
+    # `nvlm data prepare parquet` and `datasets`.
+    "prepare": ["pyarrow>=17", "datasets>=3"],
     "demo": ["easy-vqa==1.0", "matplotlib>=3.8", "transformers>=4.57"],
     "dev": [
         "pytest>=8",
@@ -41,6 +43,8 @@ EXTRAS = {
         "mypy>=1.14",
         "types-PyYAML>=6.0.12",
         "transformers>=4.57",
+        "pyarrow>=17",
+        "datasets>=3",
     ],
 }
 

@@ -24,7 +24,7 @@ from PIL import Image
 from nvlm_train.config.schema import TilingConfig, TokenizerConfig
 from nvlm_train.data.encoding import EncodingSpec
 from nvlm_train.data.index_files import IndexFiles
-from nvlm_train.data.indexing import Encoding, IndexedShard, index_shards
+from nvlm_train.data.indexing import Encoding, IndexedShard, WantedShard, index_shards
 from nvlm_train.data.shards import Sample, write_shards
 from nvlm_train.routes import ROUTES
 
@@ -100,7 +100,9 @@ def measure(
     """Wall seconds, and what became of the shards."""
     start = time.perf_counter()
     numbers = tuple(range(len(encodings)))
-    work = index_shards(dict.fromkeys(paths, numbers), encodings, IndexFiles(), workers)
+    work = index_shards(
+        dict.fromkeys(map(WantedShard, paths), numbers), encodings, IndexFiles(), workers
+    )
     done = list(work)
     assert not any(shard.error for shard in done), done
     return time.perf_counter() - start, done

@@ -13,7 +13,7 @@ from nvlm_train.errors import ConfigError, NvlmError, ShardError
 
 if TYPE_CHECKING:
     from nvlm_train.config.schema import Recipe
-    from nvlm_train.data.indexing import Encoding, IndexedShard
+    from nvlm_train.data.indexing import Encoding, IndexedShard, WantedShard
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -54,7 +54,7 @@ def index(options: argparse.Namespace) -> int:
     """
     from nvlm_train.config.load import load_recipe
     from nvlm_train.data.index_files import IndexFiles
-    from nvlm_train.data.indexing import index_shards
+    from nvlm_train.data.indexing import WantedShard, index_shards
 
     overrides = [each for each in options.what if "=" in each]
     names = [each for each in options.what if "=" not in each and not _is_shards(each)]
@@ -65,7 +65,7 @@ def index(options: argparse.Namespace) -> int:
     encodings = _encodings(recipe)
     shards = _shards_of_recipes(names, recipe, root, encodings)
     for path in _patterns([each for each in options.what if _is_shards(each)]):
-        shards.setdefault(path, ())
+        shards.setdefault(WantedShard(path), ())
     start = time.perf_counter()
     work = index_shards(shards, list(encodings.values()), IndexFiles(directory), options.workers)
     done = list(_shown(work, len(shards)))
@@ -106,21 +106,23 @@ def _encodings(recipe: Recipe | None) -> dict[str, Encoding]:
 
 def _shards_of_recipes(
     names: list[str], recipe: Recipe | None, root: str, stages: dict[str, Encoding]
-) -> dict[str, tuple[int, ...]]:
-    """Path of a shard -> numbers of the encodings under which its lengths are wanted."""
+) -> dict[WantedShard, tuple[int, ...]]:
+    """A shard -> numbers of the encodings under which its lengths are wanted."""
     from nvlm_train.config.paths import data_recipes_dir
     from nvlm_train.data.data_recipe import read_blend
+    from nvlm_train.data.indexing import WantedShard
     from nvlm_train.data.shards import join_root
 
     wanted = [(name, tuple(range(len(stages)))) for name in names]
     if recipe and not names:
         wanted = [(recipe.stages[stage].blend, (n,)) for n, stage in enumerate(stages)]
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[WantedShard, tuple[int, ...]] = {}
     for name, numbers in wanted:
         for source in read_blend(name, str(data_recipes_dir())).sources:
             for shard in source.shards:
-                path = join_root(root, shard)
-                found[path] = tuple(dict.fromkeys((*found.get(path, ()), *numbers)))
+                wanted_shard = WantedShard(join_root(root, shard), source.fields)
+                before = found.get(wanted_shard, ())
+                found[wanted_shard] = tuple(dict.fromkeys((*before, *numbers)))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 import yaml
 
+from nvlm_train.data.fields import OWN_FIELDS, FieldMapping, read_fields
 from nvlm_train.data.shards import expand_pattern
 from nvlm_train.errors import ConfigError
 
@@ -28,6 +29,8 @@ class SourceConfig:
     """Times its samples are drawn before the source leaves the blend; none for without end."""
     max_samples: int | None = None
     """Draws, repeated ones included, after which the source leaves the blend."""
+    fields: FieldMapping = OWN_FIELDS
+    """Where records lie in tars that somebody else made."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,10 @@ def _source(item: object, where: str, problems: list[str]) -> SourceConfig | Non
     if max_samples is not None and not _is_positive(max_samples, int):
         problems.append(f"{where}.max_samples={max_samples!r} must be a whole number above 0")
     shards = _shards(item.get("shards"), where, problems)
+    mapping = read_fields(item.get("fields"), f"{where}.fields", problems)
     if len(problems) > before:
         return None
-    return SourceConfig(str(name), shards, float(weight), epochs, max_samples)
+    return SourceConfig(str(name), shards, float(weight), epochs, max_samples, mapping)
 
 
 def _is_positive(value: Any, kind: Any) -> bool:

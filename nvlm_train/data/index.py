@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.data.array_file import ArrayFile, Texts
+from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.index_files import IndexFiles
 from nvlm_train.data.shards import Shard, Stamp
 from nvlm_train.data.tar_scan import scan_tar
@@ -22,7 +24,6 @@ from nvlm_train.errors import ShardError
 
 INDEX_VERSION = 2
 INDEX_SUFFIX = ".index"
-_RECORD_FIELDS = 3
 _IMAGE_FIELDS = 5
 
 
@@ -45,7 +46,8 @@ class ShardIndex:
     keys: Texts
     """[N]."""
     records: NDArray[np.int64]
-    """[N, 3]: offset, bytes and CRC-32 of KEY.json; 0 bytes when there is none."""
+    """[N, 3R]: offset, bytes and CRC-32 of KEY.json; 0 bytes when there is none. A field mapping
+    may name R members instead."""
     first_image: NDArray[np.int64]
     """[N + 1]: sample i has images first_image[i] to first_image[i + 1]."""
     images: NDArray[np.int64]
@@ -54,7 +56,7 @@ class ShardIndex:
     """Image row -> why its header cannot be read."""
     stamp: Stamp
     digest: str
-    """SHA-256 over names, places and CRCs: equal digests mean equal contents."""
+    """SHA-256 over names, places, CRCs and field mapping: equal digests mean equal contents."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -76,51 +78,64 @@ class ShardIndex:
         return [(width, height) for width, height in sizes.tolist()]
 
 
-def load_index(shard: Shard, files: IndexFiles = BESIDE) -> ShardIndex:
+def load_index(
+    shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
+) -> ShardIndex:
     """The shard's stored index, made anew when it is missing, damaged or out of date.
+
+    Each field mapping has an index of its own.
 
     Raises:
         FileNotFoundError: the shard is missing.
         ShardError: the tar is torn or holds members that are refused.
     """
     stamp = shard.stamp()
-    stored = files.open(shard, INDEX_SUFFIX)
+    stored = files.open(shard, index_suffix(fields))
     if stored is not None and _is_of(stored.facts, stamp):
         return _from_file(stored)
-    index = _build(shard, stamp)
-    files.write(shard, INDEX_SUFFIX, _facts(index), _arrays(index))
+    index = _build(shard, stamp, fields)
+    files.write(shard, index_suffix(fields), _facts(index), _arrays(index))
     return index
 
 
-def read_summary(shard: Shard, files: IndexFiles = BESIDE) -> IndexSummary | None:
+def index_suffix(fields: FieldMapping) -> str:
+    """Name of an index file after the shard's own name."""
+    return f"{INDEX_SUFFIX}-{fields.digest}" if fields.digest else INDEX_SUFFIX
+
+
+def read_summary(
+    shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
+) -> IndexSummary | None:
     """What the stored index says about the whole shard; None when it has to be made anew.
 
     Raises:
         FileNotFoundError: the shard is missing.
     """
     stamp = shard.stamp()
-    facts = files.facts(shard, INDEX_SUFFIX)
+    facts = files.facts(shard, index_suffix(fields))
     if facts is None or not _is_of(facts, stamp):
         return None
     return IndexSummary(facts["num_samples"], facts["digest"])
 
 
-def open_index(shard: Shard, files: IndexFiles = BESIDE) -> ShardIndex | None:
+def open_index(
+    shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
+) -> ShardIndex | None:
     """The stored index as it is, without a look at the shard; None where there is none."""
-    stored = files.open(shard, INDEX_SUFFIX)
+    stored = files.open(shard, index_suffix(fields))
     if stored is None or stored.facts.get("version") != INDEX_VERSION:
         return None
     return _from_file(stored)
 
 
-def _build(shard: Shard, stamp: Stamp) -> ShardIndex:
+def _build(shard: Shard, stamp: Stamp, fields: FieldMapping) -> ShardIndex:
     keys: list[str] = []
-    records: list[tuple[int, int, int]] = []
+    records: list[tuple[int, ...]] = []
     images: list[tuple[int, int, int, int, int]] = []
     first_image, problems = [0], dict[int, str]()
-    for sample in scan_tar(shard):
+    for sample in scan_tar(shard, fields):
         keys.append(sample.key)
-        records.append(sample.record)
+        records.append(tuple(chain.from_iterable(sample.records)))
         for image in sample.images:
             if image.problem:
                 problems[len(images)] = f"{image.problem} ({sample.key}.{image.suffix})"
@@ -132,19 +147,22 @@ def _build(shard: Shard, stamp: Stamp) -> ShardIndex:
         )
     return ShardIndex(
         keys=Texts.pack(keys),
-        records=np.array(records, dtype=np.int64).reshape(-1, _RECORD_FIELDS),
+        records=np.array(records, dtype=np.int64).reshape(len(keys), -1),
         first_image=np.array(first_image, dtype=np.int64),
         images=np.array(images, dtype=np.int64).reshape(-1, _IMAGE_FIELDS),
         problems=problems,
         stamp=stamp,
-        digest=_digest(keys, records, images),
+        digest=_digest(keys, records, images, fields.digest),
     )
 
 
 def _digest(
-    keys: list[str], records: Sequence[tuple[int, ...]], images: Sequence[tuple[int, ...]]
+    keys: list[str],
+    records: Sequence[tuple[int, ...]],
+    images: Sequence[tuple[int, ...]],
+    mapping: str,
 ) -> str:
-    digest = hashlib.sha256("\0".join(keys).encode())
+    digest = hashlib.sha256("\0".join(keys).encode() + mapping.encode())
     digest.update(np.array(records, dtype="<i8").tobytes())
     digest.update(np.array(images, dtype="<i8").tobytes())
     return digest.hexdigest()

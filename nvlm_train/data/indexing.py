@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from nvlm_train.config.schema import TokenizerConfig
 from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
+from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.index import load_index, read_summary
 from nvlm_train.data.index_files import IndexFiles
 from nvlm_train.data.lengths import load_lengths, read_lengths_summary
@@ -50,6 +51,14 @@ class IndexedShard:
     """Why it could not be indexed."""
 
 
+@dataclass(frozen=True)
+class WantedShard:
+    """A shard as a source reads it: each field mapping has an index of its own."""
+
+    path: str
+    fields: FieldMapping = OWN_FIELDS
+
+
 class Indexer:
     """Indexes shards in one process; encoders are opened once."""
 
@@ -57,15 +66,17 @@ class Indexer:
         self._encoders = [encoding.open() for encoding in encodings]
         self._files = files
 
-    def index(self, path: str, encodings: Sequence[int]) -> IndexedShard:
+    def index(self, wanted: WantedShard, encodings: Sequence[int]) -> IndexedShard:
         """One shard, with its lengths under the encodings of these numbers."""
+        path, fields = wanted.path, wanted.fields
         start, shard = time.process_time(), open_shard(path)
         encoders = [self._encoders[number] for number in encodings]
         try:
             num_bytes = shard.stamp().size
-            known = self._known(shard, encoders)
+            known = self._known(shard, fields, encoders)
             if known is None:
-                reader = ShardReader(path, shard, load_index(shard, self._files))
+                index = load_index(shard, self._files, fields)
+                reader = ShardReader(path, shard, index, fields)
                 for encoder in encoders:
                     load_lengths(reader, encoder, self._files)
             num_samples = len(reader.index) if known is None else known
@@ -78,24 +89,26 @@ class Indexer:
         seconds = time.process_time() - start
         return IndexedShard(path, num_samples, num_bytes, seconds, known is not None)
 
-    def _known(self, shard: Shard, encoders: Sequence[SampleEncoder]) -> int | None:
+    def _known(
+        self, shard: Shard, fields: FieldMapping, encoders: Sequence[SampleEncoder]
+    ) -> int | None:
         """Samples of a shard of which everything is stored; None when something is missing."""
-        index = read_summary(shard, self._files)
+        index = read_summary(shard, self._files, fields)
         if index is None:
             return None
         for encoder in encoders:
-            if read_lengths_summary(shard, index.digest, encoder, self._files) is None:
+            if read_lengths_summary(shard, index.digest, encoder, self._files, fields) is None:
                 return None
         return index.num_samples
 
 
 def index_shards(
-    shards: Mapping[str, Sequence[int]],
+    shards: Mapping[WantedShard, Sequence[int]],
     encodings: Sequence[Encoding],
     files: IndexFiles,
     num_workers: int,
 ) -> Iterator[IndexedShard]:
-    """Indexes every shard (path -> numbers of its encodings), in the order in which they finish.
+    """Indexes every shard (with the numbers of its encodings), in the order in which they finish.
 
     A shard that cannot be indexed does not stop the others; its `error` says why.
 
@@ -104,12 +117,12 @@ def index_shards(
     """
     if num_workers <= 1 or len(shards) <= 1:
         indexer = Indexer(encodings, files)
-        yield from (indexer.index(path, numbers) for path, numbers in shards.items())
+        yield from (indexer.index(shard, numbers) for shard, numbers in shards.items())
         return
     for encoding in encodings:
         encoding.open()  # its errors are the user's: better here than in every process
     with processes(min(num_workers, len(shards)), _start_indexer, encodings, files) as pool:
-        work = [pool.submit(_index, path, numbers) for path, numbers in shards.items()]
+        work = [pool.submit(_index, shard, numbers) for shard, numbers in shards.items()]
         yield from _as_they_finish(work)
 
 
@@ -131,5 +144,5 @@ def _start_indexer(encodings: Sequence[Encoding], files: IndexFiles) -> None:
     _indexers.append(Indexer(encodings, files))
 
 
-def _index(path: str, encodings: Sequence[int]) -> IndexedShard:
-    return _indexers[0].index(path, encodings)
+def _index(wanted: WantedShard, encodings: Sequence[int]) -> IndexedShard:
+    return _indexers[0].index(wanted, encodings)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from nvlm_train.data.array_file import ArrayFile, Texts
 from nvlm_train.data.encoding import ImageSize, Layout, SampleEncoder
+from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.index import BESIDE
 from nvlm_train.data.index_files import IndexFiles
 from nvlm_train.data.reader import ShardReader
@@ -77,16 +78,17 @@ class _Draft:
     layout: Layout
 
 
-def lengths_suffix(encoder: SampleEncoder) -> str:
+def lengths_suffix(encoder: SampleEncoder, fields: FieldMapping) -> str:
     """Name of a shard's lengths file after the shard's own name."""
-    return f".lengths-{encoder.fingerprint[:_FINGERPRINT_CHARS]}"
+    mapped = f"-{fields.digest}" if fields.digest else ""
+    return f".lengths-{encoder.fingerprint[:_FINGERPRINT_CHARS]}{mapped}"
 
 
 def load_lengths(
     reader: ShardReader, encoder: SampleEncoder, files: IndexFiles = BESIDE
 ) -> ShardLengths:
     """Stored lengths of a shard, else computed and stored."""
-    suffix = lengths_suffix(encoder)
+    suffix = lengths_suffix(encoder, reader.fields)
     stored = files.open(reader.shard, suffix)
     if stored is not None and _is_of(stored.facts, reader.index.digest):
         return _from_file(stored)
@@ -100,10 +102,14 @@ def load_lengths(
 
 
 def read_lengths_summary(
-    shard: Shard, index_digest: str, encoder: SampleEncoder, files: IndexFiles = BESIDE
+    shard: Shard,
+    index_digest: str,
+    encoder: SampleEncoder,
+    files: IndexFiles = BESIDE,
+    fields: FieldMapping = OWN_FIELDS,
 ) -> LengthsSummary | None:
     """What the stored lengths say about the whole shard; None when they have to be made anew."""
-    facts = files.facts(shard, lengths_suffix(encoder))
+    facts = files.facts(shard, lengths_suffix(encoder, fields))
     if facts is None or not _is_of(facts, index_digest):
         return None
     numbers = {name: facts[name] for name in LengthsSummary.__dataclass_fields__}

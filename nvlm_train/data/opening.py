@@ -108,15 +108,15 @@ class _SourceShards:
         """
         name = self.config.shards[number]
         shard = open_shard(join_root(self._root, name))
-        index = self._kept_indexes.get(number) or open_index(shard, self._files)
+        index = self._kept_indexes.get(number) or open_index(shard, self._files, self.config.fields)
         if index is None or index.digest != self._digests[number]:
-            index = load_index(shard, self._files)
+            index = load_index(shard, self._files, self.config.fields)
         if index.digest != self._digests[number]:
             raise ShardError(
                 f"changed shard={shard.path}: digest={index.digest[:12]}, the run began with "
                 f"{self._digests[number][:12]}; restore the shard, or start a new run"
             )
-        return ShardReader(name, shard, index)
+        return ShardReader(name, shard, index, self.config.fields)
 
     def lengths(self, number: int) -> ShardLengths:
         """One shard's lengths, mapped."""
@@ -128,11 +128,11 @@ class _SourceShards:
         path = join_root(self._root, name)
         shard = open_shard(path)
         try:
-            summary = read_summary(shard, self._files)
+            summary = read_summary(shard, self._files, self.config.fields)
             if summary is not None:
                 return summary
-            index = load_index(shard, self._files)
-            if read_summary(shard, self._files) is None:
+            index = load_index(shard, self._files, self.config.fields)
+            if read_summary(shard, self._files, self.config.fields) is None:
                 self._kept_indexes[number] = index
             return IndexSummary(len(index), index.digest)
         except FileNotFoundError as error:
@@ -149,7 +149,7 @@ class _SourceShards:
 
     def _lengths_summary(self, number: int) -> LengthsSummary:
         shard = open_shard(join_root(self._root, self.config.shards[number]))
-        stored = (shard, self._digests[number], self._encoder, self._files)
+        stored = (shard, self._digests[number], self._encoder, self._files, self.config.fields)
         summary = read_lengths_summary(*stored)
         if summary is not None:
             return summary

@@ -1,44 +1,15 @@
-"""Writing shards: `NAME-000000.tar`, ..., and a manifest that says what is in them."""
+"""Writing samples that a program makes: `NAME-000000.tar`, ..., and a manifest.
+
+Files that exist already are prepared by `prepare_input`, in parallel.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nvlm_train.data.manifest import Manifest, describe_shard
 from nvlm_train.data.shards import SAMPLES_PER_SHARD, Sample, write_shards
-
-_CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One shard of a manifest."""
-
-    file: str
-    num_samples: int
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What was written; stored as `NAME.manifest.json` beside the shards."""
-
-    name: str
-    num_samples: int
-    num_images: int
-    num_bytes: int
-    shards: tuple[ShardEntry, ...]
-
-    @property
-    def pattern(self) -> str:
-        """What a data recipe writes to read all shards."""
-        last = len(self.shards) - 1
-        return f"{self.name}-{{000000..{last:06d}}}.tar" if last else f"{self.name}-000000.tar"
 
 
 def prepare_shards(
@@ -60,15 +31,7 @@ def prepare_shards(
             yield sample
 
     written = write_shards(counted(), str(Path(directory) / f"{name}-%06d.tar"), samples_per_shard)
-    shards = tuple(
-        ShardEntry(
-            Path(shard.path).name,
-            shard.num_samples,
-            os.path.getsize(shard.path),
-            _sha256(shard.path),
-        )
-        for shard in written
-    )
+    shards = tuple(describe_shard(shard.path, shard.num_samples) for shard in written)
     manifest = Manifest(
         name=name,
         num_samples=sum(shard.num_samples for shard in shards),
@@ -76,15 +39,5 @@ def prepare_shards(
         num_bytes=sum(shard.num_bytes for shard in shards),
         shards=shards,
     )
-    partial = Path(directory) / f"{name}.manifest.json.partial"
-    partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-    partial.replace(partial.with_suffix(""))
+    manifest.write(directory)
     return manifest
-
-
-def _sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 
+from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.index import ShardIndex
 from nvlm_train.data.shards import Shard
 from nvlm_train.errors import ShardError
@@ -15,28 +16,35 @@ class ShardReader:
     `name` is the shard as the data recipe writes it: the same on machines with another data_root.
     """
 
-    def __init__(self, name: str, shard: Shard, index: ShardIndex) -> None:
+    def __init__(
+        self, name: str, shard: Shard, index: ShardIndex, fields: FieldMapping = OWN_FIELDS
+    ) -> None:
         self.name = name
         self.shard = shard
         self.index = index
+        self.fields = fields
 
     def key(self, row: int) -> str:
         """The sample's key."""
         return str(self.index.keys[row])
 
     def record(self, row: int) -> bytes:
-        """Bytes of KEY.json.
+        """Bytes of KEY.json, or the record that the field mapping makes of other members.
 
         Raises:
-            ValueError: the sample has none.
+            ValueError: the sample has none, or its members do not hold what the mapping names.
             ShardError: the shard changed since it was indexed.
         """
-        offset, size, crc = self.index.records[row].tolist()
-        if size == 0:
-            raise ValueError(
-                "record is missing: there is no KEY.json (or it is empty) beside the images"
-            )
-        return self._read(row, offset, size, crc)
+        contents: list[bytes] = []
+        places = self.index.records[row].reshape(-1, 3).tolist()
+        for member, (offset, size, crc) in zip(self.fields.members, places, strict=True):
+            if size == 0:
+                raise ValueError(
+                    f"record is missing: there is no KEY.{member} (or it is empty) beside the "
+                    "images; a data recipe's `fields` name other members"
+                )
+            contents.append(self._read(row, offset, size, crc))
+        return self.fields.record(contents)
 
     def image(self, row: int, number: int) -> bytes:
         """Bytes of the sample's image `number`. Raises ShardError: the shard changed."""

@@ -1,7 +1,7 @@
 """A sample's JSON record as chat turns.
 
 Accepted: `{"conversations": [{"from", "value"}]}` (LLaVA), `{"messages": [{"role", "content"}]}`
-(OpenAI), `{"caption"}`, `{"question", "answer"}` or
+(OpenAI), `{"caption"}` (a text, or several to choose from), `{"question", "answer"}` or
 `{"question", "answers": [{"answer", "weight"}]}`, and `{"text"}` (a page to read).
 """
 
@@ -102,7 +102,7 @@ def _turns_of(fields: Mapping[str, Any], key: str, family: PromptFamily) -> tupl
     for name, task in tasks:
         if name in fields:
             prompt = choose_prompt(family, task, key)
-            return Turn("user", prompt), Turn("assistant", _text(fields, name))
+            return Turn("user", prompt), Turn("assistant", _text(_one_of(fields, name, key), name))
     raise ValueError(
         f"record cannot be read: fields {sorted(fields)} hold none of conversations, messages, "
         "question, caption, text"
@@ -168,6 +168,14 @@ def _answer(fields: Mapping[str, Any], key: str) -> str:
             f"record cannot be read: an answer's weight is no number ({error})"
         ) from error
     return _text(options[choose_weighted(weights, key)], "answer")
+
+
+def _one_of(fields: Mapping[str, Any], name: str, key: str) -> Mapping[str, Any]:
+    """The fields; of several texts one stays, always the same for a key."""
+    value = fields[name]
+    if not isinstance(value, list) or not value:
+        return fields
+    return {name: value[choose_weighted([1.0] * len(value), key)]}
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str:

@@ -161,9 +161,14 @@ class WrittenShard:
 
 
 def write_shards(
-    samples: Iterable[Sample], pattern: str, samples_per_shard: int = SAMPLES_PER_SHARD
+    samples: Iterable[Sample],
+    pattern: str,
+    samples_per_shard: int = SAMPLES_PER_SHARD,
+    first_shard: int = 0,
 ) -> list[WrittenShard]:
     """Writes samples to `pattern % number` (`train-%06d.tar`) with `webdataset.ShardWriter`.
+
+    Numbers start at `first_shard`.
 
     The same samples make the same bytes. Shards get their names only when all of them are complete.
 
@@ -179,7 +184,7 @@ def write_shards(
     # Fixed times and names: the bytes depend on the samples alone.
     writer: Any = webdataset.ShardWriter(
         pattern, samples_per_shard, maxsize=1 << 62, opener=files.create, verbose=0,
-        encoder=False, mtime=0, user="nvlm", group="nvlm",
+        encoder=False, mtime=0, user="nvlm", group="nvlm", start_shard=first_shard,
         post=lambda name: files.finish(name, writer.count),
     )  # fmt: skip
     try:

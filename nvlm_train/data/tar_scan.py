@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
+from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.images import read_size
-from nvlm_train.data.shards import IMAGE_SUFFIX, Shard
+from nvlm_train.data.shards import Shard
 from nvlm_train.errors import ShardError
 
 _BLOCK = 512
@@ -25,8 +26,13 @@ _REFUSED = {
 _TORN = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
 """What tarfile raises on damaged headers, extended ones included."""
 
+_META = re.compile(r"(^|/)__[^/]*__($|/)")
+"""Names that WebDataset keeps for itself, and what some archivers add."""
+
 Place = tuple[int, int, int]
 """(offset, bytes, CRC-32) of a member's content."""
+
+_NOWHERE: Place = (0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +52,22 @@ class TarSample:
     """Members that share a key."""
 
     key: str
-    record: Place = (0, 0, 0)
+    records: list[Place]
+    """One for each member that the field mapping names, 0 bytes when missing."""
     images: list[TarImage] = field(default_factory=list)
 
 
-def scan_tar(shard: Shard) -> Iterator[TarSample]:
-    """Samples in tar order, images by their number (`KEY.jpg` counts as 0).
+def scan_tar(shard: Shard, fields: FieldMapping = OWN_FIELDS) -> list[TarSample]:
+    """Samples in the order of their first members, images by their number (`KEY.jpg` counts as 0).
+
+    The members of a sample need not stand together (`tar` packs a folder in any order). What
+    WebDataset passes over is passed over: names without a suffix, hidden files, `__meta__`.
 
     Raises:
-        ShardError: torn tar, a member that is no plain file or leaves the tar, a repeated key.
+        ShardError: torn tar, a member that is no plain file or leaves the tar, a repeated member.
     """
-    seen: set[str] = set()
-    current: TarSample | None = None
-    last_good = "none"
+    samples: dict[str, TarSample] = {}
+    current, last_good = "none", "none"
     try:
         with shard.open() as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             end, total = 0, shard.stamp().size
@@ -66,33 +75,34 @@ def scan_tar(shard: Shard) -> Iterator[TarSample]:
                 end = member.offset_data + _padded(member.size)
                 if not 0 <= end <= total:
                     raise EOFError(f"member={member.name!r} ends at byte {end} of {total}")
-                if _check_member(shard.path, member):
-                    continue
                 key, suffix = split_name(member.name)
-                if current is None or key != current.key:
-                    if current is not None:
-                        yield _finished(current)
-                        last_good = current.key
-                    current = _new_sample(shard.path, key, seen)
-                _add_member(current, member, suffix, _content(stream, member))
+                if _check_member(shard.path, member) or not key or not suffix:
+                    continue
+                if key != current:
+                    current, last_good = key, current
+                sample = samples.setdefault(key, TarSample(key, [_NOWHERE] * len(fields.members)))
+                _add_member(shard.path, sample, member, stream, fields)
             _check_end(stream, end)
     except _TORN as error:
         raise ShardError(
             f"shard={shard.path} is torn or no plain tar: {error}; last good key={last_good}; "
             "write it again, or copy it again from its source"
         ) from error
-    if current is not None:
-        yield _finished(current)
+    for sample in samples.values():
+        sample.images.sort(key=lambda image: (image.number, image.suffix))
+    return list(samples.values())
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, suffix): WebDataset splits a file name at its first dot.
+    """(key, suffix): WebDataset splits a file name at its first dot; ("", "") for no sample's.
 
-    >>> split_name("a/b.0.JPG")
-    ('a/b', '0.jpg')
+    >>> split_name("./a/b.0.JPG"), split_name("a/._b.jpg")
+    (('a/b', '0.jpg'), ('', ''))
     """
-    directory, slash, base = name.rpartition("/")
+    directory, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.partition(".")
+    if not stem or _META.search(name):
+        return "", ""
     return directory + slash + stem, suffix.lower()
 
 
@@ -120,16 +130,6 @@ def _check_member(path: str, member: tarfile.TarInfo) -> bool:
     return member.isdir()
 
 
-def _new_sample(path: str, key: str, seen: set[str]) -> TarSample:
-    if key in seen:
-        raise ShardError(
-            f"shard={path}: key={key!r} occurs twice; keys name samples, and the members of one "
-            "sample stand together; write the shard again"
-        )
-    seen.add(key)
-    return TarSample(key)
-
-
 def _content(stream: IO[bytes], member: tarfile.TarInfo) -> bytes:
     stream.seek(member.offset_data)
     data = stream.read(member.size)
@@ -138,23 +138,35 @@ def _content(stream: IO[bytes], member: tarfile.TarInfo) -> bytes:
     return data
 
 
-def _add_member(sample: TarSample, member: tarfile.TarInfo, suffix: str, data: bytes) -> None:
+def _add_member(
+    path: str, sample: TarSample, member: tarfile.TarInfo, stream: IO[bytes], fields: FieldMapping
+) -> None:
+    suffix = split_name(member.name)[1]
+    number = fields.image_number(suffix)
+    if suffix not in fields.members and number is None:
+        return
+    data = _content(stream, member)
     place = (member.offset_data, member.size, zlib.crc32(data))
-    match = IMAGE_SUFFIX.fullmatch(suffix)
-    if suffix == "json":
-        sample.record = place
-    elif match:
+    if suffix in fields.members:
+        at = fields.members.index(suffix)
+        _check_new(path, member, sample.records[at] == _NOWHERE)
+        sample.records[at] = place
+    elif number is not None:
+        _check_new(path, member, suffix not in [image.suffix for image in sample.images])
         width, height, problem = 0, 0, ""
         try:
             width, height = read_size(data)
         except ValueError as error:
             problem = str(error)
-        sample.images.append(TarImage(suffix, int(match[1] or 0), place, width, height, problem))
+        sample.images.append(TarImage(suffix, number, place, width, height, problem))
 
 
-def _finished(sample: TarSample) -> TarSample:
-    sample.images.sort(key=lambda image: (image.number, image.suffix))
-    return sample
+def _check_new(path: str, member: tarfile.TarInfo, is_new: bool) -> None:
+    if not is_new:
+        raise ShardError(
+            f"shard={path}: member={member.name!r} occurs twice; keys name samples and suffixes "
+            "their members; write the shard again"
+        )
 
 
 def _check_end(stream: IO[bytes], end: int) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvlm_train.data.import_formats import read_jsonl
-from nvlm_train.data.prepare import prepare_shards
+from nvlm_train.data.inputs.entries import InputSpec
+from nvlm_train.data.prepare_input import Target, prepare_input
 from nvlm_train.demo.captions import (
     CAPTION_PROMPT,
     READ_PROMPT,
@@ -48,16 +48,17 @@ def prepare_material(directory: Path) -> None:
         return
     raw = directory / "raw"
     raw.mkdir(parents=True, exist_ok=True)
-    for name, records in (
-        ("captions", _captions()),
-        ("strips", _readings("strip", NUM_STRIPS, raw)),
-        ("vqa", _questions()),
-        ("pages", _readings("page", NUM_PAGES, raw)),
-        ("chats", _chats()),
+    for name, records, images in (
+        ("captions", _captions(), "/"),
+        ("strips", _readings("strip", NUM_STRIPS, raw), str(raw)),
+        ("vqa", _questions(), "/"),
+        ("pages", _readings("page", NUM_PAGES, raw), str(raw)),
+        ("chats", _chats(), str(raw)),
     ):
         _write_jsonl(raw / f"{name}.jsonl", records)
-        samples = read_jsonl(str(raw / f"{name}.jsonl"), str(raw))
-        manifest = prepare_shards(samples, str(directory), name, SAMPLES_PER_SHARD)
+        spec = InputSpec("jsonl", (str(raw / f"{name}.jsonl"),), images)
+        target = Target(str(directory), name, SAMPLES_PER_SHARD)
+        manifest = prepare_input(spec, target, num_workers=2)
         logger.info("%s: %d samples in %s", name, manifest.num_samples, manifest.pattern)
 
 

@@ -1,4 +1,4 @@
-"""Writing shards from foreign layouts, and the one call that opens them for a stage."""
+"""Writing samples as shards, and the one call that opens them for a stage."""
 
 from __future__ import annotations
 
@@ -21,57 +21,11 @@ from nvlm_train.config.schema import (
     VisionConfig,
 )
 from nvlm_train.data.assemble import build_data
-from nvlm_train.data.import_formats import read_jsonl, read_llava
 from nvlm_train.data.loader import Loader
 from nvlm_train.data.prepare import prepare_shards
-from nvlm_train.errors import SampleError, ShardError
+from nvlm_train.errors import ShardError
 from nvlm_train.tokens import Tokenizer
-from tests.data.conftest import chat, encoded, mixed_samples, picture
-
-
-@pytest.fixture
-def llava(tmp_path: Path) -> Path:
-    """A LLaVA-style folder: one image, two images, none."""
-    (tmp_path / "images").mkdir()
-    for name in ("a.png", "b.jpg"):
-        image_format = "PNG" if name.endswith("png") else "JPEG"
-        (tmp_path / "images" / name).write_bytes(encoded(picture(40, 30), image_format))
-    items = [
-        {"id": "x.1", "image": "a.png", **chat("<image>\nq", "a")},
-        {"id": "x.1", "images": ["a.png", "b.jpg"], **chat("<image><image>\nq", "a")},
-        chat("q", "a"),
-    ]
-    (tmp_path / "data.json").write_text(json.dumps(items))
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(item) for item in items) + "\n\n")
-    return tmp_path
-
-
-def test_both_readers_make_the_same_samples(llava: Path) -> None:
-    images = str(llava / "images")
-    samples = list(read_llava(str(llava / "data.json"), images))
-    assert samples == list(read_jsonl(str(llava / "data.jsonl"), images))
-    assert [[suffix for suffix, _ in sample[2]] for sample in samples] == [
-        ["png"], ["0.png", "1.jpg"], []
-    ]  # fmt: skip
-    assert len({key for key, _, _ in samples}) == 3 and "images" not in samples[1][1]
-
-
-def test_missing_and_unknown_images(llava: Path) -> None:
-    (llava / "data.json").write_text(json.dumps([{"image": "z.png", **chat("q", "a")}]))
-    with pytest.raises(SampleError, match=r"sample=000000000 .*image=.*z.png does not exist"):
-        list(read_llava(str(llava / "data.json"), str(llava / "images")))
-    (llava / "data.json").write_text(json.dumps([{"image": "z.psd", **chat("q", "a")}]))
-    with pytest.raises(SampleError, match=r"image=z.psd: the suffix must be one of jpg, "):
-        list(read_llava(str(llava / "data.json"), str(llava / "images")))
-    (llava / "data.json").write_text("{}")
-    with pytest.raises(ValueError, match="must be a JSON list"):
-        list(read_llava(str(llava / "data.json"), str(llava / "images")))
-
-
-def test_jsonl_names_the_bad_line(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text('{"caption": "a"}\n\n{"caption"\n')
-    with pytest.raises(ValueError, match=r"x.jsonl: line 3 is not JSON"):
-        list(read_jsonl(str(tmp_path / "x.jsonl"), str(tmp_path)))
+from tests.data.conftest import mixed_samples
 
 
 def test_manifest(tmp_path: Path) -> None:

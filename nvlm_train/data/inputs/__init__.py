@@ -1,0 +1,5 @@
+"""Foreign layouts as numbered entries, each of which any process can read by itself.
+
+`formats.FORMATS` is the table: one line, one layout. An entry is read as a record and its pictures;
+what is wrong with one entry is a ValueError, what is wrong with the whole input a ShardError.
+"""
