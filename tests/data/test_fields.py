@@ -32,7 +32,7 @@ def jpeg(seed: int = 0) -> bytes:
 
 def open_tar(path: Path, fields: FieldMapping = OWN_FIELDS) -> ShardReader:
     shard = LocalShard(str(path))
-    return ShardReader(path.name, shard, load_index(shard, fields), fields)
+    return ShardReader(path.name, shard, load_index(shard, fields=fields), fields)
 
 
 def img2dataset_tar(path: Path) -> None:
@@ -183,7 +183,7 @@ def test_the_empty_mapping_changes_no_digest(tmp_path: Path) -> None:
     write_shards(mixed_samples(4, "k"), str(tmp_path / "s-%06d.tar"))
     first = load_index(LocalShard(str(tmp_path / "s-000000.tar"))).digest
     assert read_fields(None, "", []) == OWN_FIELDS and OWN_FIELDS.digest == ""
-    other = load_index(LocalShard(str(tmp_path / "s-000000.tar")), FieldMapping((), ("jpg",)))
+    other = load_index(LocalShard(str(tmp_path / "s-000000.tar")), fields=FieldMapping((), ("jpg",)))
     assert other.digest != first and len(other.images) < 5
 
 
