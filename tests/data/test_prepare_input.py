@@ -56,10 +56,10 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path) -> None:
     assert (manifest.num_samples, manifest.num_images, manifest.num_bad) == (23, 8, 0)
 
 
-@pytest.mark.parametrize("moments", [(20,), pytest.param((1, 60, 110), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [(10,), pytest.param((1, 20, 40), marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path, moments: tuple[int, ...]) -> None:
     """kill -9 of the command: its workers end too, and the same command makes the same bytes."""
-    spec = make_input(tmp_path, 1500)  # 150 shards
+    spec = make_input(tmp_path, 600)  # 60 shards
     prepare_input(spec, Target(str(tmp_path / "whole"), "x", 10))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "nvlm_train", "data", "prepare", "jsonl", *spec.paths]
@@ -77,11 +77,11 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path, moments: tuple[int, ...
         assert run.wait() == -signal.SIGKILL
         assert len(family) >= 2 and not psutil.wait_procs(family, timeout=20)[1]
         kept = len(results(out / "x.partial"))
-        assert 0 < kept < 150 and not list(out.glob("*.tar")) and not list(out.glob("*.json"))
+        assert 0 < kept < 60 and not list(out.glob("*.tar")) and not list(out.glob("*.json"))
         assert run.stderr is not None
         run.stderr.close()
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"{kept} of 150 shards are there from the run before" in ended.stderr
+    assert f"{kept} of 60 shards are there from the run before" in ended.stderr
     assert contents(out) == contents(tmp_path / "whole")
 
 
