@@ -18,7 +18,8 @@ import pytest
 from nvlm_train.cli import main
 from nvlm_train.data.inputs.entries import InputSpec
 from nvlm_train.data.manifest import read_manifest
-from nvlm_train.data.prepare_input import PrepareProgress, Target, prepare_input
+from nvlm_train.data.prepare_input import PrepareProgress, prepare_input
+from nvlm_train.data.staging import Target
 from nvlm_train.errors import ShardError
 from tests.data.conftest import chat, encoded, picture
 
@@ -153,6 +154,21 @@ def test_a_repaired_picture_is_read_again(tmp_path: Path) -> None:
         prepare_input(spec, target)
     (tmp_path / "photos" / "1.jpg").write_bytes(data)
     assert prepare_input(spec, target).num_samples == 12
+
+
+def test_no_repaired_line_stays_left_out(tmp_path: Path) -> None:
+    """Also not those in shards that were ready before the error was known."""
+    spec = make_input(tmp_path, 12)
+    photos, hidden = tmp_path / "photos", tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("1.jpg", "2.jpg", "3.jpg"):  # entries 9, 6 and 3
+        (photos / name).rename(hidden / name)
+    target = Target(str(tmp_path / "out"), "x", 1, max_bad=1)
+    with pytest.raises(ShardError, match="max_bad=1: 2 or more"):
+        prepare_input(spec, target, 2)
+    for file in hidden.iterdir():
+        file.rename(photos / file.name)
+    assert prepare_input(spec, target, 2).num_bad == 0
 
 
 def test_a_shard_of_bad_entries_leaves_no_gap(tmp_path: Path) -> None:
