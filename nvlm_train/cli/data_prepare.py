@@ -65,7 +65,8 @@ def prepare(options: argparse.Namespace) -> int:
     from nvlm_train.cli.prepare_view import open_view
     from nvlm_train.data.fields import read_fields
     from nvlm_train.data.inputs.entries import InputSpec
-    from nvlm_train.data.prepare_input import Target, prepare_input
+    from nvlm_train.data.prepare_input import prepare_input
+    from nvlm_train.data.staging import Target
 
     problems = _problems(options)
     mapping = read_fields(_fields(options.field, problems), "--field", problems)

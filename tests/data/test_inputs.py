@@ -17,9 +17,10 @@ from nvlm_train.data.fields import FieldMapping
 from nvlm_train.data.inputs.entries import Entries, InputSpec, as_sample
 from nvlm_train.data.inputs.formats import FORMATS, open_entries
 from nvlm_train.data.inputs.ocr import grounded
-from nvlm_train.data.prepare_input import Target, prepare_input
+from nvlm_train.data.prepare_input import prepare_input
 from nvlm_train.data.records import read_turns
 from nvlm_train.data.shards import Sample
+from nvlm_train.data.staging import Target
 from nvlm_train.errors import ShardError
 from tests.data.conftest import chat, encoded, picture
 

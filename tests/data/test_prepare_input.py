@@ -18,7 +18,8 @@ import pytest
 from nvlm_train.cli import main
 from nvlm_train.data.inputs.entries import InputSpec
 from nvlm_train.data.manifest import read_manifest
-from nvlm_train.data.prepare_input import PrepareProgress, Target, prepare_input
+from nvlm_train.data.prepare_input import PrepareProgress, prepare_input
+from nvlm_train.data.staging import Target
 from nvlm_train.errors import ShardError
 from tests.data.conftest import chat, encoded, picture
 
@@ -56,10 +57,10 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path) -> None:
     assert (manifest.num_samples, manifest.num_images, manifest.num_bad) == (23, 8, 0)
 
 
-@pytest.mark.parametrize("moments", [(20,), pytest.param((1, 60, 110), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moments", [(10,), pytest.param((1, 20, 40), marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path, moments: tuple[int, ...]) -> None:
     """kill -9 of the command: its workers end too, and the same command makes the same bytes."""
-    spec = make_input(tmp_path, 1500)  # 150 shards
+    spec = make_input(tmp_path, 600)  # 60 shards
     prepare_input(spec, Target(str(tmp_path / "whole"), "x", 10))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "nvlm_train", "data", "prepare", "jsonl", *spec.paths]
@@ -77,11 +78,11 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path, moments: tuple[int, ...
         assert run.wait() == -signal.SIGKILL
         assert len(family) >= 2 and not psutil.wait_procs(family, timeout=20)[1]
         kept = len(results(out / "x.partial"))
-        assert 0 < kept < 150 and not list(out.glob("*.tar")) and not list(out.glob("*.json"))
+        assert 0 < kept < 60 and not list(out.glob("*.tar")) and not list(out.glob("*.json"))
         assert run.stderr is not None
         run.stderr.close()
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"{kept} of 150 shards are there from the run before" in ended.stderr
+    assert f"{kept} of 60 shards are there from the run before" in ended.stderr
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -153,6 +154,21 @@ def test_a_repaired_picture_is_read_again(tmp_path: Path) -> None:
         prepare_input(spec, target)
     (tmp_path / "photos" / "1.jpg").write_bytes(data)
     assert prepare_input(spec, target).num_samples == 12
+
+
+def test_no_repaired_line_stays_left_out(tmp_path: Path) -> None:
+    """Also not those in shards that were ready before the error was known."""
+    spec = make_input(tmp_path, 12)
+    photos, hidden = tmp_path / "photos", tmp_path / "hidden"
+    hidden.mkdir()
+    for name in ("1.jpg", "2.jpg", "3.jpg"):  # entries 9, 6 and 3
+        (photos / name).rename(hidden / name)
+    target = Target(str(tmp_path / "out"), "x", 1, max_bad=1)
+    with pytest.raises(ShardError, match="max_bad=1: 2 or more"):
+        prepare_input(spec, target, 2)
+    for file in hidden.iterdir():
+        file.rename(photos / file.name)
+    assert prepare_input(spec, target, 2).num_bad == 0
 
 
 def test_a_shard_of_bad_entries_leaves_no_gap(tmp_path: Path) -> None:
