@@ -166,7 +166,7 @@ def test_mappings_do_not_share_caches(
     for _ in range(2):
         for name in ("long", "short", "long"):
             mapping = FieldMapping((("caption", f"json.{name}"),))
-            blend = Blend("b", (SourceConfig("s", ("a.tar",), 1.0, mapping),))
+            blend = Blend("b", (SourceConfig("s", ("a.tar",), fields=mapping),))
             source = open_sources(blend, str(tmp_path), make_encoder())[0]
             lengths.append(int(source.lengths[0].num_trained[0]))
             digests.append(source.readers[0].index.digest)
