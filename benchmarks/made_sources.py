@@ -6,6 +6,7 @@ Lengths follow three kinds of material: captions (1 tile), documents (2 to 7 til
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -96,7 +97,7 @@ def _write_shard(path: Path, kind: str, rows: int, sequence_length: int, seed: i
     with path.open("wb") as stream:
         stream.truncate(rows * 100_000)
     status = path.stat()
-    digest = f"{abs(hash((kind, seed))):064x}"
+    digest = hashlib.sha256(f"{kind}-{seed}".encode()).hexdigest()
     lengths = make_lengths(kind, rows, sequence_length, seed)
     facts = {
         "version": INDEX_VERSION, "size": status.st_size, "stamp": str(status.st_mtime_ns),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from nvlm_train.config.schema import Recipe, StageConfig
@@ -45,7 +46,7 @@ def build_data(
         stage.sequence_length,
         recipe.seed,
         loader.max_skipped_fraction,
-        table_stem(blend, loader.data_root, loader.index_dir),
+        table_stem(blend, recipe),
     )
     plan.check_steps(stage.steps)
     for kind in plan.unusable:
@@ -79,7 +80,11 @@ def encoding_spec(stage: StageConfig, recipe: Recipe) -> EncodingSpec:
     )
 
 
-def table_stem(blend: Blend, data_root: str, index_dir: str | None) -> Path | None:
-    """Where a blend's tables of packs lie: with the index of its first shard; None for nowhere."""
-    first = open_shard(join_root(data_root, blend.sources[0].shards[0]))
-    return IndexFiles(index_dir).path(first, "")
+def table_stem(blend: Blend, recipe: Recipe) -> Path:
+    """Where a blend's tables of packs lie: with the index of its first shard, else with the run."""
+    loader = recipe.loader
+    first = open_shard(join_root(loader.data_root, blend.sources[0].shards[0]))
+    beside = IndexFiles(loader.index_dir).path(first, "")
+    if beside is not None and os.access(beside.parent, os.W_OK):
+        return beside
+    return Path(recipe.run_dir) / blend.name

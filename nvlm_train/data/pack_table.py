@@ -92,6 +92,7 @@ class PackTable:
             facts = {"version": TABLE_VERSION, "fingerprint": self._fingerprint}
             counts = np.diff(self._ends, prepend=0).astype(np.int32)
             try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
                 write_arrays(self._path, facts, {"num_packs": counts})
             except OSError as error:
                 _log.warning("cannot write %s (%s); packs are counted again", self._path, error)
