@@ -61,6 +61,7 @@ setup(
     package_data={
         "nvlm_train": ["py.typed"],
         "nvlm_train.demo": ["report.html", "assets/**/*", "assets/*"],
+        "nvlm_train.data.viewing": ["page.html"],
         "nvlm_train.recipes": ["*.yaml", "*/*.yaml"],
         "nvlm_train.data_recipes": ["*.yaml"],
     },

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from nvlm_train.cli import data_prepare
+from nvlm_train.cli import data_prepare, data_show
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The commands under `nvlm data`."""
     data_prepare.add_parser(commands)
+    data_show.add_parser(commands)

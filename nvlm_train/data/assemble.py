@@ -9,6 +9,7 @@ from nvlm_train.data.data_recipe import Blend, SourceConfig, read_blend
 from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
 from nvlm_train.data.index import load_index
 from nvlm_train.data.lengths import load_lengths
+from nvlm_train.data.manifests import missing_shard, shard_names
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.shards import join_root, open_shard
@@ -76,17 +77,13 @@ def _open_source(
     blend: str, source: SourceConfig, data_root: str, encoder: SampleEncoder
 ) -> Source:
     readers: list[ShardReader] = []
-    for name in source.shards:
+    for name in shard_names(blend, source, data_root):
         path = join_root(data_root, name)
         shard = open_shard(path)
         try:
             index = load_index(shard)
         except FileNotFoundError as error:
-            raise ShardError(
-                f"missing shard={path}: blend={blend} source={source.name} names {name}, and "
-                f"relative names start at loader.data_root={data_root}; correct either, or write "
-                "the shard with `nvlm data prepare`"
-            ) from error
+            raise missing_shard(blend, source, name, data_root) from error
         except OSError as error:
             raise ShardError(
                 f"shard={path} cannot be read: {error}; blend={blend} source={source.name} names it"

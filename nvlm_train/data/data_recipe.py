@@ -22,6 +22,28 @@ class SourceConfig:
     shards: tuple[str, ...]
     """Names after brace expansion, as written in the recipe."""
     weight: float = 1.0
+    task: str = ""
+    """What is asked of the pictures: captioning, charts, ... Groups sources in reports."""
+    layout: str = ""
+    """The format of `nvlm data prepare` that makes the shards."""
+    licence: str = ""
+    """Where the licence is to be read."""
+    note: str = ""
+    """What else its user should know: which files, which part, whose weight."""
+
+    @property
+    def remedy(self) -> str:
+        """How somebody who lacks the shards gets them."""
+        layout = self.layout or "FORMAT"
+        command = f"nvlm data prepare {layout} INPUT --out DIR --name {self.name}"
+        parts = [f"write them with `{command}`"]
+        parts += [self.note] if self.note else []
+        parts += [f"licence: {self.licence}"] if self.licence else []
+        return "; ".join(parts)
+
+
+_DESCRIPTIONS = ("task", "layout", "licence", "note")
+"""Keys of a source that decide nothing about a run; they are for people."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,8 @@ class Blend:
 
     name: str
     sources: tuple[SourceConfig, ...]
+    note: str = ""
+    """What its user should know of the whole blend."""
 
 
 def read_blend(name: str, recipes_dir: str) -> Blend:
@@ -53,14 +77,15 @@ def read_blend(name: str, recipes_dir: str) -> Blend:
     sources = _sources(content, str(path), problems)
     if problems:
         raise ConfigError(problems)
-    return Blend(path.stem, sources)
+    return Blend(path.stem, sources, _description(content, "note"))
 
 
 def _sources(content: object, path: str, problems: list[str]) -> tuple[SourceConfig, ...]:
     if not isinstance(content, dict) or not isinstance(content.get("sources"), list):
         problems.append(f"{path}: must have a list `sources:` of name, shards, weight")
         return ()
-    _check_keys(content, ["sources"], path, problems)
+    _check_keys(content, ["sources", "note"], path, problems)
+    _check_descriptions(content, ["note"], path, problems)
     found: list[SourceConfig] = []
     for number, item in enumerate(content["sources"]):
         where = f"{path}: sources[{number}]"
@@ -91,8 +116,26 @@ def _source(item: object, where: str, problems: list[str]) -> SourceConfig | Non
         problems.append(
             f"{where}.weight={weight!r} must be a positive number; leave unused sources out"
         )
+    _check_descriptions(item, _DESCRIPTIONS, where, problems)
     shards = _shards(item.get("shards"), where, problems)
-    return None if len(problems) > before else SourceConfig(str(name), shards, float(weight))
+    if len(problems) > before:
+        return None
+    described = {key: _description(item, key) for key in _DESCRIPTIONS}
+    return SourceConfig(str(name), shards, float(weight), **described)
+
+
+def _check_descriptions(
+    item: Mapping[str, Any], keys: Sequence[str], where: str, problems: list[str]
+) -> None:
+    for key in keys:
+        value = item.get(key, "none")
+        if not isinstance(value, str) or not value.strip():
+            problems.append(f"{where}.{key}={value!r} must be text; leave it out where none is known")
+
+
+def _description(item: Mapping[str, Any], key: str) -> str:
+    """The text on one line, however YAML folded it."""
+    return " ".join(str(item.get(key, "")).split())
 
 
 def _shards(value: object, where: str, problems: list[str]) -> tuple[str, ...]:

@@ -1,0 +1,77 @@
+"""A planned step as lanes: which data-parallel rank gets which packs, and what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from nvlm_train.batch import SampleRef, StepPlan
+from nvlm_train.data.encoding import SampleEncoder
+from nvlm_train.data.plan import DataPlan
+from nvlm_train.data.viewing.samples import SampleView, view_ref
+
+
+@dataclass(frozen=True)
+class PlacedSample:
+    """A sample of a step and where it stands."""
+
+    ref: SampleRef
+    key: str
+    source: str
+    dp_rank: int
+    pack: int
+    """Of its rank."""
+    offset: int
+    """Of its first token in the pack."""
+    view: SampleView | None
+    """None for a sample that the page only counts."""
+
+
+@dataclass(frozen=True)
+class StepView:
+    """A step, and some of its samples in full."""
+
+    plan: StepPlan
+    sequence_length: int
+    samples: tuple[PlacedSample, ...]
+    """In rank, pack, offset order."""
+
+    def pack(self, dp_rank: int, pack: int) -> list[PlacedSample]:
+        """What stands in one pack."""
+        return [each for each in self.samples if (each.dp_rank, each.pack) == (dp_rank, pack)]
+
+
+def view_step(
+    plan: DataPlan,
+    encoder: SampleEncoder,
+    step: int,
+    dp_size: int,
+    keys: Collection[str],
+    count: int,
+) -> StepView:
+    """Step `step`; shown in full are the samples with these keys, or the first `count`.
+
+    The first ones are taken from all ranks in turn, pack by pack.
+    """
+    planned = plan.step(step, dp_size)
+    placed = list(_place(plan, planned))
+    in_turn = sorted(range(len(placed)), key=lambda n: (placed[n].pack, placed[n].dp_rank, n))
+    chosen = [n for n in in_turn if placed[n].key in keys] if keys else in_turn[:count]
+    shown = {n: view_ref(plan, placed[n].ref, encoder) for n in chosen}
+    samples = tuple(
+        PlacedSample(
+            each.ref, each.key, each.source, each.dp_rank, each.pack, each.offset, shown.get(n)
+        )
+        for n, each in enumerate(placed)
+    )
+    return StepView(planned, plan.sequence_length, samples)
+
+
+def _place(plan: DataPlan, planned: StepPlan) -> Iterator[PlacedSample]:
+    for dp_rank, packs in enumerate(planned.packs):
+        for number, pack in enumerate(packs):
+            offset = 0
+            for ref in pack.samples:
+                key, source = plan.info(ref).key, plan.source_names[ref.source]
+                yield PlacedSample(ref, key, source, dp_rank, number, offset, None)
+                offset += ref.num_tokens
