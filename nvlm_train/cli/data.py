@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from nvlm_train.cli import data_prepare, data_show
+from nvlm_train.cli import data_prepare, data_show, data_stats
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The commands under `nvlm data`."""
     data_prepare.add_parser(commands)
     data_show.add_parser(commands)
+    data_stats.add_parser(commands)

@@ -19,7 +19,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Arguments of the command."""
     command = commands.add_parser("show", help="an HTML page of what the model sees")
     command.add_argument(
-        "what", nargs="*", metavar="[SOURCE] KEY=VALUE", help="a source of the blend; Hydra overrides"
+        "what",
+        nargs="*",
+        metavar="[SOURCE] KEY=VALUE",
+        help="a source of the blend; Hydra overrides",
     )
     command.add_argument("--step", type=int, metavar="N", help="the samples of this optimizer step")
     command.add_argument("--stage", help="default: the schedule's last")
@@ -48,7 +51,11 @@ def show(options: argparse.Namespace) -> int:
     stage = options.stage or recipe.schedule[-1]
     if stage not in recipe.stages:
         raise ConfigError([f"stage={stage}: the recipe has {', '.join(recipe.stages)}"])
-    page = _source_page(options, recipe, stage, names[0]) if names else _step_page(options, recipe, stage)
+    page = (
+        _source_page(options, recipe, stage, names[0])
+        if names
+        else _step_page(options, recipe, stage)
+    )
     Path(options.out).write_text(page, encoding="utf-8")
     sys.stdout.write(f"{options.out}: {len(page) / 1e6:.1f} MB\n")
     return 0
@@ -74,6 +81,7 @@ def _source_page(options: argparse.Namespace, recipe: Recipe, stage: str, name: 
     from nvlm_train.config.paths import data_recipes_dir
     from nvlm_train.data.assemble import build_encoder, open_sources
     from nvlm_train.data.data_recipe import read_blend
+    from nvlm_train.data.manifests import list_shards
     from nvlm_train.data.viewing.page import source_page
     from nvlm_train.data.viewing.samples import view_source
 
@@ -83,7 +91,8 @@ def _source_page(options: argparse.Namespace, recipe: Recipe, stage: str, name: 
         raise ConfigError([f"source={name}: blend={blend.name} has {', '.join(names)}"])
     encoder = build_encoder(recipe.stages[stage], recipe)
     only = replace(blend, sources=tuple(each for each in blend.sources if each.name == name))
-    (source,) = open_sources(only, recipe.loader.data_root, encoder)
+    root = recipe.loader.data_root
+    (source,) = open_sources(list_shards(only, root), root, encoder)
     views = view_source(source, options.key, options.samples, encoder)
     return source_page(_context(options, recipe, stage, names), name, views)
 

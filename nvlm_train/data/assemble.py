@@ -9,7 +9,7 @@ from nvlm_train.data.data_recipe import Blend, SourceConfig, read_blend
 from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
 from nvlm_train.data.index import load_index
 from nvlm_train.data.lengths import load_lengths
-from nvlm_train.data.manifests import missing_shard, shard_names
+from nvlm_train.data.manifests import list_shards, missing_shard
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.shards import join_root, open_shard
@@ -35,7 +35,7 @@ def build_data(
         ShardError: a shard that is missing or torn.
         TrainingError: more unusable samples than the recipe tolerates.
     """
-    blend = read_blend(stage.blend, recipes_dir)
+    blend = list_shards(read_blend(stage.blend, recipes_dir), recipe.loader.data_root)
     encoder = build_encoder(stage, recipe)
     sources = open_sources(blend, recipe.loader.data_root, encoder)
     plan = DataPlan(
@@ -77,7 +77,7 @@ def _open_source(
     blend: str, source: SourceConfig, data_root: str, encoder: SampleEncoder
 ) -> Source:
     readers: list[ShardReader] = []
-    for name in shard_names(blend, source, data_root):
+    for name in source.shards:
         path = join_root(data_root, name)
         shard = open_shard(path)
         try:

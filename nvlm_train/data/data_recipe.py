@@ -130,7 +130,9 @@ def _check_descriptions(
     for key in keys:
         value = item.get(key, "none")
         if not isinstance(value, str) or not value.strip():
-            problems.append(f"{where}.{key}={value!r} must be text; leave it out where none is known")
+            problems.append(
+                f"{where}.{key}={value!r} must be text; leave it out where none is known"
+            )
 
 
 def _description(item: Mapping[str, Any], key: str) -> str:

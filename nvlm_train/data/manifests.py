@@ -7,24 +7,28 @@ holds for any number of shards, and a shard lost on the way is an error, not a s
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
-from nvlm_train.data.data_recipe import SourceConfig
+from nvlm_train.data.data_recipe import Blend, SourceConfig
 from nvlm_train.data.shards import join_root, open_shard
 from nvlm_train.errors import ShardError
 
 MANIFEST_SUFFIX = ".manifest.json"
 
 
-def shard_names(blend: str, source: SourceConfig, data_root: str) -> tuple[str, ...]:
-    """Names of the source's shards; a manifest stands for the shards it lists, beside it.
+def list_shards(blend: Blend, data_root: str) -> Blend:
+    """The blend with every manifest replaced by the shards it lists, which lie beside it.
 
     Raises:
         ShardError: a manifest that is missing or is none.
     """
-    names: list[str] = []
-    for name in source.shards:
-        names += _listed(blend, source, name, data_root) if _is_manifest(name) else [name]
-    return tuple(names)
+    return replace(
+        blend,
+        sources=tuple(
+            replace(source, shards=_shard_names(blend.name, source, data_root))
+            for source in blend.sources
+        ),
+    )
 
 
 def missing_shard(blend: str, source: SourceConfig, name: str, data_root: str) -> ShardError:
@@ -36,8 +40,12 @@ def missing_shard(blend: str, source: SourceConfig, name: str, data_root: str) -
     )
 
 
-def _is_manifest(name: str) -> bool:
-    return name.endswith(MANIFEST_SUFFIX)
+def _shard_names(blend: str, source: SourceConfig, data_root: str) -> tuple[str, ...]:
+    names: list[str] = []
+    for name in source.shards:
+        is_manifest = name.endswith(MANIFEST_SUFFIX)
+        names += _listed(blend, source, name, data_root) if is_manifest else [name]
+    return tuple(names)
 
 
 def _listed(blend: str, source: SourceConfig, name: str, data_root: str) -> list[str]:

@@ -16,7 +16,7 @@ from nvlm_train.data.viewing.token_runs import Token, TokenRun
 _SMALL_TILE = 128
 """Tiles up to this edge are shown with their pixels as squares, and stored without loss."""
 _TILE_WIDTH, _LEAST_TILE_WIDTH = 190, 64
-_GRID_WIDTH = 660
+_GRID_WIDTH, _TAG_WIDTH = 760, 172
 _MINI = 44
 _ZERO_WIDTH = {"\n": '<span class="end">↵</span>\n', "\t": '<span class="end">⇥</span>\t'}
 
@@ -49,7 +49,7 @@ def _counts(view: SampleView) -> str:
         (len(encoded.token_ids), "tokens"),
         (len(encoded.label_ids), "trained"),
         (len(encoded.image_positions), "image slots"),
-        (encoded.num_tiles, "tiles"),
+        (encoded.num_tiles, "tiles" if encoded.num_tiles > 1 else "tile"),
     ]
     if encoded.cross.is_cross_T.any():
         counts.append((int(encoded.cross.is_cross_T.sum()), "read by cross-attention"))
@@ -83,8 +83,7 @@ def _image(image: ImageView) -> str:
     thumbnail = ""
     if len(tiles) > columns * rows:
         thumbnail = (
-            f'<div class="thumbnail" style="--width:{width}px"><p>then the whole image</p>'
-            f"{tiles[-1]}</div>"
+            f'<div class="thumbnail" style="--width:{max(width, _TAG_WIDTH)}px">{tiles[-1]}</div>'
         )
     squashed = f"{columns * edge} × {rows * edge}"
     caption = (
@@ -98,7 +97,7 @@ def _image(image: ImageView) -> str:
 def _tile(pixels_CEE: NDArray[np.uint8], tag: str, route: str) -> str:
     label = f"<figcaption>{html.escape(tag)}</figcaption>" if tag else ""
     kind = "tile cross" if route == "cross" else "tile"
-    return f'<figure class="{kind}"><img src="{_embed(pixels_CEE)}" alt="">{label}</figure>'
+    return f'<figure class="{kind}">{label}<img src="{_embed(pixels_CEE)}" alt=""></figure>'
 
 
 def _tokens(view: SampleView, minis: list[str]) -> str:
@@ -115,7 +114,10 @@ def _tokens(view: SampleView, minis: list[str]) -> str:
 
 
 def _token(token: Token, role: str) -> str:
-    kinds = ["tok"] + ([role] if role == "trained" else []) + (["special"] if token.is_special else [])
+    kinds = ["tok"]
+    kinds += ["trained"] if role == "trained" else []
+    kinds += ["special"] if token.is_special else []
+    kinds += ["odd"] if token.position % 2 else []
     text = html.escape(token.text) or '<span class="end">·</span>'
     for character, shown in _ZERO_WIDTH.items():
         text = text.replace(character, shown)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Template
 
+from nvlm_train.data.statistics import imbalance, rank_load
 from nvlm_train.data.viewing.cards import card
 from nvlm_train.data.viewing.samples import SampleView
 from nvlm_train.data.viewing.steps import PlacedSample, StepView
@@ -113,13 +114,19 @@ def _step_figures(step: StepView) -> list[tuple[str, str]]:
     tokens = sum(pack.num_tokens for pack in packs)
     figures = [
         (f"{len(step.samples):,}", f"sample{_s(len(step.samples))}"),
-        (f"{len(packs)}", f"pack{_s(len(packs))} on {len(ranks)} data-parallel rank{_s(len(ranks))}"),
-        (_share(tokens, len(packs) * step.sequence_length), f"of the packs used: {tokens:,} tokens"),
+        (
+            f"{len(packs)}",
+            f"pack{_s(len(packs))} on {len(ranks)} data-parallel rank{_s(len(ranks))}",
+        ),
+        (
+            _share(tokens, len(packs) * step.sequence_length),
+            f"of the packs used: {tokens:,} tokens",
+        ),
         (f"{sum(pack.num_tiles for pack in packs):,}", "tiles to encode"),
     ]
     if len(ranks) > 1:
         balance = [
-            _imbalance([sum(getattr(pack, name) for pack in rank) for rank in ranks])
+            f"{imbalance([rank_load(rank, name) for rank in ranks]):.2f}"
             for name in ("num_tokens", "num_tiles")
         ]
         figures.append((" / ".join(balance), "busiest rank over mean: tokens / tiles"))
@@ -182,11 +189,6 @@ def _place(each: PlacedSample) -> str:
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "0%"
-
-
-def _imbalance(loads: Sequence[int]) -> str:
-    total = sum(loads)
-    return f"{max(loads) * len(loads) / total:.2f}" if total else "1.00"
 
 
 def _s(count: int) -> str:

@@ -55,9 +55,7 @@ class SampleView:
     runs: tuple[TokenRun, ...]
 
 
-def view_sample(
-    source: str, reader: ShardReader, row: int, encoder: SampleEncoder
-) -> SampleView:
+def view_sample(source: str, reader: ShardReader, row: int, encoder: SampleEncoder) -> SampleView:
     """The sample with its pixels. Raises ShardError: the shard changed since it was indexed."""
     key = reader.key(row)
     try:
@@ -96,7 +94,9 @@ def view_source(
         if key not in by_key:
             near = ", ".join(reader.key(row) for reader, row in places[:3])
             raise SampleError(
-                source.readers[0].name, key, f"source={source.name} has no such key; it has {near}, ..."
+                source.readers[0].name,
+                key,
+                f"source={source.name} has no such key; it has {near}, ...",
             )
     return [view_sample(source.name, *by_key[key], encoder) for key in keys]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from nvlm_train.batch import SampleRef, StepPlan
@@ -51,12 +52,14 @@ def view_step(
 ) -> StepView:
     """Step `step`; shown in full are the samples with these keys, or the first `count`.
 
-    The first ones are taken from all ranks in turn, pack by pack.
+    The first ones are taken from all sources in turn, so that a small source is seen, too.
     """
     planned = plan.step(step, dp_size)
     placed = list(_place(plan, planned))
-    in_turn = sorted(range(len(placed)), key=lambda n: (placed[n].pack, placed[n].dp_rank, n))
-    chosen = [n for n in in_turn if placed[n].key in keys] if keys else in_turn[:count]
+    if keys:
+        chosen = [n for n, each in enumerate(placed) if each.key in keys]
+    else:
+        chosen = _sources_in_turn(placed)[:count]
     shown = {n: view_ref(plan, placed[n].ref, encoder) for n in chosen}
     samples = tuple(
         PlacedSample(
@@ -65,6 +68,16 @@ def view_step(
         for n, each in enumerate(placed)
     )
     return StepView(planned, plan.sequence_length, samples)
+
+
+def _sources_in_turn(placed: Sequence[PlacedSample]) -> list[int]:
+    """Each source's first sample, then each one's second, and so on."""
+    seen: Counter[str] = Counter()
+    turns: list[tuple[int, int]] = []
+    for n, each in enumerate(placed):
+        turns.append((seen[each.source], n))
+        seen[each.source] += 1
+    return [n for _, n in sorted(turns)]
 
 
 def _place(plan: DataPlan, planned: StepPlan) -> Iterator[PlacedSample]:
