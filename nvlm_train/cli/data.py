@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nvlm_train.cli import data_prepare, data_show, data_stats
+from nvlm_train.cli import data_check, data_prepare, data_show, data_stats
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -12,3 +12,4 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     data_prepare.add_parser(commands)
     data_show.add_parser(commands)
     data_stats.add_parser(commands)
+    data_check.add_parser(commands)

@@ -100,7 +100,7 @@ def _drawn_table(found: BlendStatistics) -> Table:
     table.add_column("source", no_wrap=True)
     for heading in ("asked", "samples", "tokens", "trained", "tiles"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("of trained tokens", no_wrap=True)
+    table.add_column("trained tokens", no_wrap=True)
     table.add_column("epochs", justify="right", no_wrap=True)
     totals = _totals(found.sources)
     top = max(source.drawn.trained_tokens for source in found.sources) or 1

@@ -12,6 +12,8 @@ import numpy as np
 from nvlm_train.data.encoding import EncodedSample
 from nvlm_train.tokens import Tokenizer
 
+Role = Literal["context", "trained", "image"]
+
 _MAX_BYTES_OF_A_CHARACTER = 4
 _BROKEN = "\ufffd"
 
@@ -33,7 +35,7 @@ class Token:
 class TokenRun:
     """Neighbouring tokens of one role that see the same tiles through cross-attention."""
 
-    role: Literal["context", "trained", "image"]
+    role: Role
     tokens: tuple[Token, ...]
     tile: int | None
     """Of image slots: which of the sample's tiles stands in them."""
@@ -56,18 +58,20 @@ class TokenRun:
 def token_runs(encoded: EncodedSample, tokenizer: Tokenizer) -> list[TokenRun]:
     """All N tokens of a sample, in order. A token counts as trained when some label asks for it."""
     count = len(encoded.token_ids)
-    roles = np.full(count, "context", dtype=object)
-    roles[encoded.label_positions + 1] = "trained"
-    roles[encoded.image_positions] = "image"
+    roles: list[Role] = ["context"] * count
+    for position in encoded.label_positions.tolist():
+        roles[position + 1] = "trained"
+    for position in encoded.image_positions.tolist():
+        roles[position] = "image"
     tiles = _tiles_in_slots(encoded)
     views = np.zeros((count, 2), dtype=np.int64)
     for start, stop, first, last in encoded.cross.views.tolist():
         views[start:stop] = first, last
     tokens = read_tokens(encoded.token_ids.tolist(), tokenizer)
 
-    def kind(token: Token) -> tuple[object, ...]:
-        place = token.position
-        return roles[place], tiles.get(place), tuple(views[place].tolist())
+    def kind(token: Token) -> tuple[Role, int | None, tuple[int, int]]:
+        first, last = views[token.position].tolist()
+        return roles[token.position], tiles.get(token.position), (first, last)
 
     return [
         TokenRun(role, tuple(members), tile, view)
