@@ -42,6 +42,9 @@ class SourceConfig:
         return "; ".join(parts)
 
 
+LAYOUTS = ("llava", "jsonl", "parquet", "datasets", "members", "coco", "vqa", "ocr", "text")
+"""Formats of `nvlm data prepare`."""
+
 _DESCRIPTIONS = ("task", "layout", "licence", "note")
 """Keys of a source that decide nothing about a run; they are for people."""
 
@@ -117,6 +120,11 @@ def _source(item: object, where: str, problems: list[str]) -> SourceConfig | Non
             f"{where}.weight={weight!r} must be a positive number; leave unused sources out"
         )
     _check_descriptions(item, _DESCRIPTIONS, where, problems)
+    if item.get("layout", LAYOUTS[0]) not in LAYOUTS:
+        problems.append(
+            f"{where}.layout={item['layout']!r} must be a format of `nvlm data prepare`: "
+            f"{', '.join(LAYOUTS)}"
+        )
     shards = _shards(item.get("shards"), where, problems)
     if len(problems) > before:
         return None
