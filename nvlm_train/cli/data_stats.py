@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,10 +40,12 @@ def stats(options: argparse.Namespace) -> int:
         NvlmError: the recipe or its shards.
     """
     from rich.console import Console
+    from rich.markup import escape
 
     from nvlm_train.config.load import load_recipe
     from nvlm_train.config.paths import data_recipes_dir
     from nvlm_train.data.assemble import build_data
+    from nvlm_train.data.data_recipe import read_blend
     from nvlm_train.data.statistics import blend_statistics
 
     recipe = load_recipe(options.overrides, options.recipes)
@@ -64,7 +66,11 @@ def stats(options: argparse.Namespace) -> int:
     found = blend_statistics(plan, options.steps, options.dp, stage.steps)
     console = Console()
     console.print(f"\n[bold]{recipe.name}[/], stage {name}, blend {Path(stage.blend).stem}\n")
-    console.print(_held_table(found, stage.sequence_length))
+    blend = read_blend(stage.blend, str(data_recipes_dir()))
+    if blend.note:
+        console.print(f"[dim]{escape(blend.note)}[/]\n")
+    tasks = {source.name: source.task for source in blend.sources}
+    console.print(_held_table(found, tasks, stage.sequence_length))
     console.print(_drawn_table(found))
     console.print(_summary(found, stage))
     if options.json:
@@ -72,15 +78,20 @@ def stats(options: argparse.Namespace) -> int:
     return 0
 
 
-def _held_table(found: BlendStatistics, sequence_length: int) -> Table:
-    """What the shards hold."""
+def _held_table(found: BlendStatistics, tasks: Mapping[str, str], sequence_length: int) -> Table:
+    """What the shards hold, by task where the data recipe names tasks."""
     table = _table("What the sources hold")
     table.add_column("source", no_wrap=True)
     for heading in ("samples", "unusable", "cut", "tokens", "trained", "tiles"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column(f"length, to {sequence_length:,}", no_wrap=True)
+    task = ""
     for source in found.sources:
         held = source.held
+        if tasks[source.name] != task:
+            task = tasks[source.name]
+            table.add_section()
+            table.add_row(f"[dim]{task}[/]")
         table.add_row(
             source.name,
             f"{held.samples:,}",
