@@ -33,7 +33,9 @@ REQUIRED = [
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.4"],
     "demo": ["easy-vqa==1.0", "matplotlib>=3.8", "transformers>=4.57"],
+    "check": ["ImageHash>=4.3.2"],
     "dev": [
+        "ImageHash>=4.3.2",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",

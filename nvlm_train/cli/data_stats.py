@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nvlm_train.data.statistics import BlendStatistics, SourceStatistics
 
 _LEVELS = " ▁▂▃▄▅▆▇█"
-_BAR = 16
+_BAR = 12
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
