@@ -227,6 +227,14 @@ def test_several_processes_find_the_same(tmp_path: Path) -> None:
         (["a.tar", "experiment=smoke"], "give a recipe's overrides, or names of shards"),
         (["a.tar", "--image-distance", "8"], "--image-distance=8 must be 0 to 7"),
         (["a{.tar"], "balance the braces"),
+        (
+            ["experiment=smoke", "stages.sft.blend=nvlm_sft_text"],
+            "missing shard=./sharegpt.manifest",
+        ),
+        (
+            ["experiment=smoke", "model.tokenizer.path=no", "--workers", "4"],
+            "model.tokenizer.path=no",
+        ),
         (["a.tar", "--against", "no.jsonl"], "evaluation=no.jsonl cannot be read"),
         (["a.tar", "--against", "no.tar"], "evaluation shard=no.tar: missing shard"),
     ],

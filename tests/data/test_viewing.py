@@ -187,6 +187,7 @@ def test_unusable_and_damaged_samples_are_shown(root: Path, tmp_path: Path) -> N
         (["vqa", "--step", "1"], "SOURCE=vqa, --step=1: name one source of the blend, or a step"),
         ([], "SOURCE=none, --step=None: name one source"),
         (["--step", "-1"], "--step=-1: steps count from 0"),
+        (["--step", "0", "--key", "nope"], "sample=nope in shard=step 0: the step has no such key"),
         (["vqa", "--stage", "sfft"], "stage=sfft: the recipe has pretrain, sft"),
         (["vqaa"], "source=vqaa: blend=blend has captions, vqa, text"),
         (["vqa", "--key", "nope"], "source=vqa has no such key; it has vqa0000, vqa0001"),

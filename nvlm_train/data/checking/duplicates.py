@@ -16,9 +16,6 @@ SAME = "duplicate sample"
 SAME_WORDS = "near-duplicate sample"
 SAME_LOOKS = "near-duplicate image"
 
-_PAIRS = 1 << 22
-"""Hashes compared at once: 32 MiB."""
-
 Describe = Callable[[int], tuple[str, str]]
 """A place's (shard, key)."""
 
@@ -85,30 +82,21 @@ class DuplicateTables:
     def _report_looks(self, findings: Findings, describe: Describe) -> None:
         """Every image that looks like another, counted once however many it looks like."""
         shown: dict[int, Example] = {}
-        for group in self._parts.groups():
-            for one, other, bits in self._close_pairs(group):
-                self._flagged.add(np.array([one], dtype=np.uint64), np.array([one]))
-                if len(shown) < MAX_EXAMPLES and one not in shown:
-                    reason = f"looks like {_name(other, describe)}: {bits} of 64 bits differ"
-                    shown[one] = Example(*describe(one), reason)
+        for rows in self._parts.buckets():
+            files = _different_files(rows)
+            later, earlier = close_rows(files, self._distance)
+            where = files["place"]
+            self._flagged.add(where[later].astype(np.uint64), where[later])
+            bits = differing_bits(files["value"][later], files["value"][earlier])
+            for number in range(len(later)):
+                place = int(where[later[number]])
+                if len(shown) == MAX_EXAMPLES:
+                    break
+                other = _name(int(where[earlier[number]]), describe)
+                reason = f"looks like {other}: {bits[number]} of 64 bits differ"
+                shown.setdefault(place, Example(*describe(place), reason))
         count = sum(len(np.unique(rows["place"])) for rows in self._flagged.buckets())
         findings.add(SAME_LOOKS, count, shown.values())
-
-    def _close_pairs(self, group: NDArray[np.void]) -> Iterator[tuple[int, int, int]]:
-        """(later place, earlier place, bits that differ) of different files that look alike."""
-        _, first = np.unique(group["other"], return_index=True)
-        files = group[np.sort(first)]
-        looks, where = files["value"], files["place"]
-        chunk = max(1, _PAIRS // max(1, len(looks)))
-        for start in range(0, len(looks), chunk):
-            bits = differing_bits(looks[start : start + chunk, None], looks[None, :])
-            numbers = np.arange(start, start + len(bits))
-            # Only earlier files of other samples; the first of them is enough.
-            earlier = np.arange(len(looks))[None, :] < numbers[:, None]
-            close = (bits <= self._distance) & earlier & (where[None, :] != where[numbers, None])
-            for row in np.flatnonzero(close.any(axis=1)).tolist():
-                other = int(close[row].argmax())
-                yield int(where[start + row]), int(where[other]), int(bits[row, other])
 
     def _part(self, looks: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
         """Part `number` of each hash, with the number in it."""
@@ -118,6 +106,42 @@ class DuplicateTables:
         # Parts of one number only meet each other: mixed, two numbers' values hardly ever agree.
         with np.errstate(over="ignore"):
             return part * np.uint64(2 * count + 1) + np.uint64(number)
+
+
+def close_rows(
+    files: NDArray[np.void], distance: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows that look like an earlier one of their key, and which one: two int64 [found].
+
+    `files` are sorted by key and place. All pairs (i, i + 1) are compared at once, then all
+    (i, i + 2), until no two rows so far apart share a key.
+    """
+    key, looks, place = files["key"], files["value"], files["place"]
+    partner = np.full(len(files), -1, dtype=np.int64)
+    first = np.arange(len(files), dtype=np.int64)
+    for step in range(1, len(files)):
+        first = first[first + step < len(files)]
+        first = first[key[first] == key[first + step]]
+        if len(first) == 0:
+            break
+        bits = differing_bits(looks[first], looks[first + step])
+        close = first[(bits <= distance) & (place[first] != place[first + step])]
+        partner[close + step] = close
+    later = np.flatnonzero(partner >= 0)
+    return later, partner[later]
+
+
+def _different_files(rows: NDArray[np.void]) -> NDArray[np.void]:
+    """Of rows with equal key and content the first: copies of a file are no near-duplicates."""
+    order = np.lexsort((rows["place"], rows["other"], rows["key"]))
+    ordered = rows[order]
+    is_first = np.append(
+        True,
+        (ordered["key"][1:] != ordered["key"][:-1])
+        | (ordered["other"][1:] != ordered["other"][:-1]),
+    )
+    kept: NDArray[np.void] = rows[np.sort(order[is_first])]
+    return kept
 
 
 def _columns(pairs: list[tuple[int, int]]) -> tuple[NDArray[np.uint64], list[int]]:

@@ -92,6 +92,7 @@ def run_check(
     the rest waits in temporary files, about 250 bytes an image.
 
     Raises:
+        ConfigError: the recipe's tokenizer.
         ShardError, SampleError: evaluation material that cannot be read.
     """
     evaluation = read_evaluation(settings.against, settings.max_image_pixels)
@@ -117,8 +118,8 @@ def _reports(
     jobs: Sequence[ShardJob], settings: CheckSettings, evaluation: EvaluationPrints
 ) -> Iterator[Iterator[_ShardReport]]:
     """Reports in the order of the jobs, so that the same data gives the same examples."""
+    worker = _Worker(settings, evaluation)  # what is wrong with the recipe is raised here
     if settings.workers == 1:
-        worker = _Worker(settings, evaluation)
         yield map(worker.check, jobs)
         return
     pool = ProcessPoolExecutor(

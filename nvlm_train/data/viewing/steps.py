@@ -10,6 +10,7 @@ from nvlm_train.batch import SampleRef, StepPlan
 from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.viewing.samples import SampleView, view_ref
+from nvlm_train.errors import SampleError
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,15 @@ def view_step(
     """Step `step`; shown in full are the samples with these keys, or the first `count`.
 
     The first ones are taken from all sources in turn, so that a small source is seen, too.
+
+    Raises:
+        SampleError: a key that is not in the step.
     """
     planned = plan.step(step, dp_size)
     placed = list(_place(plan, planned))
     if keys:
         chosen = [n for n, each in enumerate(placed) if each.key in keys]
+        _check_keys(keys, placed, step)
     else:
         chosen = _sources_in_turn(placed)[:count]
     shown = {n: view_ref(plan, placed[n].ref, encoder) for n in chosen}
@@ -68,6 +73,16 @@ def view_step(
         for n, each in enumerate(placed)
     )
     return StepView(planned, plan.sequence_length, samples)
+
+
+def _check_keys(keys: Collection[str], placed: Sequence[PlacedSample], step: int) -> None:
+    there = {each.key for each in placed}
+    for key in keys:
+        if key not in there:
+            raise SampleError(
+                f"step {step}", key, f"the step has no such key; its {len(placed)} samples are on "
+                "its page without --key"
+            )  # fmt: skip
 
 
 def _sources_in_turn(placed: Sequence[PlacedSample]) -> list[int]:
