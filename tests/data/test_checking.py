@@ -272,6 +272,21 @@ def test_near_images_are_all_found(
     assert (kind.count if kind else 0) == wanted
 
 
+@pytest.mark.parametrize("distance", range(8))
+def test_changes_spread_over_the_hash_are_found(tmp_path: Path, distance: int) -> None:
+    """The worst case: every part of the hash but one has changed."""
+    parts = distance + 1
+    images = []
+    for n in range(parts):
+        kept = [64 * part // parts for part in range(parts) if part != n]
+        base = hash_parts(b"base", bytes([n]))
+        images += [(2 * n, base, 2 * n), (2 * n + 1, base ^ sum(1 << b for b in kept), 2 * n + 1)]
+    tables, found = DuplicateTables(tmp_path, distance), Findings()
+    tables.add(ShardPrints(images=images), 0)
+    tables.report(found, lambda place: ("s", str(place)))
+    assert found.kinds["near-duplicate image"].count == parts
+
+
 def test_differing_bits() -> None:
     a = np.array([0, 2**64 - 1, 5], dtype=np.uint64)
     assert differing_bits(a[:, None], a[None, :]).tolist() == [[0, 64, 2], [64, 0, 62], [2, 62, 0]]
