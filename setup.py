@@ -35,7 +35,9 @@ EXTRAS = {
     # `nvlm data prepare parquet` and `datasets`.
     "prepare": ["pyarrow>=17", "datasets>=3"],
     "demo": ["easy-vqa==1.0", "matplotlib>=3.8", "transformers>=4.57"],
+    "check": ["ImageHash>=4.3.2"],
     "dev": [
+        "ImageHash>=4.3.2",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
@@ -65,6 +67,7 @@ setup(
     package_data={
         "nvlm_train": ["py.typed"],
         "nvlm_train.demo": ["report.html", "assets/**/*", "assets/*"],
+        "nvlm_train.data.viewing": ["page.html"],
         "nvlm_train.recipes": ["*.yaml", "*/*.yaml"],
         "nvlm_train.data_recipes": ["*.yaml"],
     },

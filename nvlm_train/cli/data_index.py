@@ -111,6 +111,7 @@ def _shards_of_recipes(
     from nvlm_train.config.paths import data_recipes_dir
     from nvlm_train.data.data_recipe import read_blend
     from nvlm_train.data.indexing import WantedShard
+    from nvlm_train.data.manifests import list_shards
     from nvlm_train.data.shards import join_root
 
     wanted = [(name, tuple(range(len(stages)))) for name in names]
@@ -118,7 +119,7 @@ def _shards_of_recipes(
         wanted = [(recipe.stages[stage].blend, (n,)) for n, stage in enumerate(stages)]
     found: dict[WantedShard, tuple[int, ...]] = {}
     for name, numbers in wanted:
-        for source in read_blend(name, str(data_recipes_dir())).sources:
+        for source in list_shards(read_blend(name, str(data_recipes_dir())), root).sources:
             for shard in source.shards:
                 wanted_shard = WantedShard(join_root(root, shard), source.fields)
                 before = found.get(wanted_shard, ())

@@ -10,6 +10,7 @@ from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.data.data_recipe import Blend, read_blend
 from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
 from nvlm_train.data.index_files import IndexFiles
+from nvlm_train.data.manifests import list_shards
 from nvlm_train.data.opening import open_sources
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.shards import join_root, open_shard
@@ -36,7 +37,7 @@ def build_data(
         TrainingError: more unusable samples than the recipe tolerates, or fewer samples than its
             steps take.
     """
-    blend = read_blend(stage.blend, recipes_dir)
+    blend = list_shards(read_blend(stage.blend, recipes_dir), recipe.loader.data_root)
     encoder = build_encoder(stage, recipe)
     loader = recipe.loader
     sources = open_sources(blend, loader.data_root, encoder, loader.index_dir)

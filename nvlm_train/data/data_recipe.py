@@ -31,6 +31,31 @@ class SourceConfig:
     """Draws, repeated ones included, after which the source leaves the blend."""
     fields: FieldMapping = OWN_FIELDS
     """Where records lie in tars that somebody else made."""
+    task: str = ""
+    """What is asked of the pictures: captioning, charts, ... Groups sources in reports."""
+    layout: str = ""
+    """The format of `nvlm data prepare` that makes the shards."""
+    licence: str = ""
+    """Where the licence is to be read."""
+    note: str = ""
+    """What else its user should know: which files, which part, whose weight."""
+
+    @property
+    def remedy(self) -> str:
+        """How somebody who lacks the shards gets them."""
+        layout = self.layout or "FORMAT"
+        command = f"nvlm data prepare {layout} INPUT --out DIR --name {self.name}"
+        parts = [f"write them with `{command}`"]
+        parts += [self.note] if self.note else []
+        parts += [f"licence: {self.licence}"] if self.licence else []
+        return "; ".join(parts)
+
+
+LAYOUTS = ("llava", "jsonl", "parquet", "datasets", "members", "coco", "vqa", "ocr", "text")
+"""Formats of `nvlm data prepare`."""
+
+_DESCRIPTIONS = ("task", "layout", "licence", "note")
+"""Keys of a source that decide nothing about a run; they are for people."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +66,8 @@ class Blend:
     sources: tuple[SourceConfig, ...]
     weight_by: WeightBy = "samples"
     """What a weight is a share of: samples drawn, or tokens trained on."""
+    note: str = ""
+    """What its user should know of the whole blend."""
 
 
 def read_blend(name: str, recipes_dir: str) -> Blend:
@@ -65,7 +92,7 @@ def read_blend(name: str, recipes_dir: str) -> Blend:
     weight_by = _weight_by(content, str(path), problems)
     if problems:
         raise ConfigError(problems)
-    return Blend(path.stem, sources, weight_by)
+    return Blend(path.stem, sources, weight_by, _description(content, "note"))
 
 
 def _weight_by(content: object, path: str, problems: list[str]) -> WeightBy:
@@ -81,7 +108,8 @@ def _sources(content: object, path: str, problems: list[str]) -> tuple[SourceCon
     if not isinstance(content, dict) or not isinstance(content.get("sources"), list):
         problems.append(f"{path}: must have a list `sources:` of name, shards, weight")
         return ()
-    _check_keys(content, ["sources", "weight_by"], path, problems)
+    _check_keys(content, ["sources", "weight_by", "note"], path, problems)
+    _check_descriptions(content, ["note"], path, problems)
     found: list[SourceConfig] = []
     for number, item in enumerate(content["sources"]):
         where = f"{path}: sources[{number}]"
@@ -113,15 +141,38 @@ def _source(item: object, where: str, problems: list[str]) -> SourceConfig | Non
         problems.append(f"{where}.epochs={epochs!r} must be a positive number, or left out")
     if max_samples is not None and not _is_positive(max_samples, int):
         problems.append(f"{where}.max_samples={max_samples!r} must be a whole number above 0")
+    _check_descriptions(item, _DESCRIPTIONS, where, problems)
+    if item.get("layout", LAYOUTS[0]) not in LAYOUTS:
+        problems.append(
+            f"{where}.layout={item['layout']!r} must be a format of `nvlm data prepare`: "
+            f"{', '.join(LAYOUTS)}"
+        )
     shards = _shards(item.get("shards"), where, problems)
     mapping = read_fields(item.get("fields"), f"{where}.fields", problems)
     if len(problems) > before:
         return None
-    return SourceConfig(str(name), shards, float(weight), epochs, max_samples, mapping)
+    described = {key: _description(item, key) for key in _DESCRIPTIONS}
+    return SourceConfig(str(name), shards, float(weight), epochs, max_samples, mapping, **described)
 
 
 def _is_positive(value: Any, kind: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _check_descriptions(
+    item: Mapping[str, Any], keys: Sequence[str], where: str, problems: list[str]
+) -> None:
+    for key in keys:
+        value = item.get(key, "none")
+        if not isinstance(value, str) or not value.strip():
+            problems.append(
+                f"{where}.{key}={value!r} must be text; leave it out where none is known"
+            )
+
+
+def _description(item: Mapping[str, Any], key: str) -> str:
+    """The text on one line, however YAML folded it."""
+    return " ".join(str(item.get(key, "")).split())
 
 
 def _shards(value: object, where: str, problems: list[str]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from nvlm_train.data.lengths import (
     read_lengths_summary,
     summarise,
 )
+from nvlm_train.data.manifests import missing_shard
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.shards import join_root, open_shard
 from nvlm_train.data.sources import OpenedLater, Recent, ShardTable, Source, recently_used
@@ -136,11 +137,7 @@ class _SourceShards:
                 self._kept_indexes[number] = index
             return IndexSummary(len(index), index.digest)
         except FileNotFoundError as error:
-            raise ShardError(
-                f"missing shard={path}: blend={self._blend} source={self.config.name} names "
-                f"{name}, and relative names start at loader.data_root={self._root}; correct "
-                "either, or write the shard with `nvlm data prepare`"
-            ) from error
+            raise missing_shard(self._blend, self.config, name, self._root) from error
         except OSError as error:
             raise ShardError(
                 f"shard={path} cannot be read: {error}; blend={self._blend} "

@@ -183,7 +183,9 @@ def test_the_empty_mapping_changes_no_digest(tmp_path: Path) -> None:
     write_shards(mixed_samples(4, "k"), str(tmp_path / "s-%06d.tar"))
     first = load_index(LocalShard(str(tmp_path / "s-000000.tar"))).digest
     assert read_fields(None, "", []) == OWN_FIELDS and OWN_FIELDS.digest == ""
-    other = load_index(LocalShard(str(tmp_path / "s-000000.tar")), fields=FieldMapping((), ("jpg",)))
+    other = load_index(
+        LocalShard(str(tmp_path / "s-000000.tar")), fields=FieldMapping((), ("jpg",))
+    )
     assert other.digest != first and len(other.images) < 5
 
 

@@ -99,6 +99,6 @@ def test_missing_shard(tmp_path: Path, tokenizer: Tokenizer) -> None:
     root = tmp_path / "data"
     assert str(caught.value) == (
         f"missing shard={root}/train-000002.tar: blend=mix source=all names train-000002.tar, and "
-        f"relative names start at loader.data_root={root}; correct either, or write the shard with "
-        "`nvlm data prepare`"
+        f"relative names start at loader.data_root={root}; correct either, or write them with "
+        "`nvlm data prepare FORMAT INPUT --out DIR --name all`"
     )

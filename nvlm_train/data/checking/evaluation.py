@@ -1,0 +1,224 @@
+"""Evaluation material, and what of it turns up in training data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvlm_train.data.checking.duplicates import Describe, differing_bits, places
+from nvlm_train.data.checking.findings import MAX_EXAMPLES, Example, Findings
+from nvlm_train.data.checking.fingerprints import (
+    hash_parts,
+    perceptual_hash,
+    sample_texts,
+    text_grams,
+)
+from nvlm_train.data.checking.shard import ShardChecker, ShardJob, ShardPrints
+from nvlm_train.data.checking.spill import SpilledTable
+from nvlm_train.data.images import decode_image
+from nvlm_train.data.index import load_index
+from nvlm_train.data.records import read_turns
+from nvlm_train.data.shards import open_shard
+from nvlm_train.errors import SampleError, ShardError
+
+SAME_IMAGE = "image of evaluation"
+SIMILAR_IMAGE = "near-duplicate image of evaluation"
+SAME_TEXT = "text of evaluation"
+
+COMMON = 10
+"""A run of words that more training samples than this share is an instruction, no leak. Our rule."""
+
+_PAIRS = 1 << 22
+
+
+@dataclass(frozen=True)
+class EvaluationPrints:
+    """Hashes of all evaluation samples, each with its owner: an index into `labels`."""
+
+    labels: tuple[str, ...]
+    images: NDArray[np.uint64]
+    """Of bytes, ascending."""
+    image_owners: NDArray[np.int64]
+    looks: NDArray[np.uint64]
+    """Perceptual ones, in the order of `images`."""
+    grams: NDArray[np.uint64]
+    """Of runs of words, ascending and different."""
+    gram_owners: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaks:
+    """Training rows of one shard that hold evaluation material: (row, owner, what)."""
+
+    images: list[tuple[int, int, int]]
+    """`what`: bits that differ, -1 for the same file."""
+    grams: list[tuple[int, int, int]]
+    """`what`: the hash of the run of words."""
+
+
+def read_evaluation(paths: Sequence[str], max_image_pixels: int) -> EvaluationPrints:
+    """Hashes of evaluation sets: tars, or JSON Lines whose `image`, `images` lie beside the file.
+
+    Raises:
+        ShardError, SampleError: a file or image that is missing or damaged.
+    """
+    prints, labels = ShardPrints(), list[str]()
+    for path in paths:
+        if path.endswith(".tar"):
+            _read_tar(path, max_image_pixels, prints, labels)
+        else:
+            _read_lines(path, max_image_pixels, prints, labels)
+    table = np.array(prints.images, dtype=np.uint64).reshape(-1, 3)
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    empty = np.empty(0, dtype=np.uint64)
+    grams = np.concatenate([empty, *(found for found, _ in prints.grams)])
+    owners = np.repeat(
+        np.array([row for _, row in prints.grams], dtype=np.int64),
+        [len(found) for found, _ in prints.grams],
+    )
+    different, first = np.unique(grams, return_index=True)
+    return EvaluationPrints(
+        labels=tuple(labels),
+        images=table[:, 0],
+        image_owners=table[:, 2].astype(np.int64),
+        looks=table[:, 1],
+        grams=different,
+        gram_owners=owners[first],
+    )
+
+
+def find_leaks(prints: ShardPrints, evaluation: EvaluationPrints, distance: int) -> Leaks:
+    """What of the evaluation sets a shard holds."""
+    images: list[tuple[int, int, int]] = []
+    chunk = max(1, _PAIRS // max(1, len(evaluation.looks)))
+    for start in range(0, len(prints.images) if len(evaluation.images) else 0, chunk):
+        part = prints.images[start : start + chunk]
+        looks = np.array([each[1] for each in part], dtype=np.uint64)
+        bits = differing_bits(looks[:, None], evaluation.looks[None, :])
+        for (content, _, row), own_bits in zip(part, bits, strict=True):
+            place = int(np.searchsorted(evaluation.images, np.uint64(content)))
+            nearest = int(own_bits.argmin())
+            if place < len(evaluation.images) and int(evaluation.images[place]) == content:
+                images.append((row, int(evaluation.image_owners[place]), -1))
+            elif own_bits[nearest] <= distance:
+                owner = int(evaluation.image_owners[nearest])
+                images.append((row, owner, int(own_bits[nearest])))
+    grams: list[tuple[int, int, int]] = []
+    for found, row in prints.grams:
+        _, own, known = np.intersect1d(
+            found, evaluation.grams, assume_unique=True, return_indices=True
+        )
+        grams += [
+            (row, int(evaluation.gram_owners[k]), int(found[o]))
+            for o, k in zip(own, known, strict=True)
+        ]
+    return Leaks(images, grams)
+
+
+class LeakTables:
+    """Leaks of all shards, on disk until it is known which runs of words are common."""
+
+    def __init__(self, directory: Path, labels: Sequence[str]) -> None:
+        self._labels = labels
+        self._images = SpilledTable(directory, "leaked-images")
+        self._grams = SpilledTable(directory, "leaked-grams")
+        self._texts = SpilledTable(directory, "leaked-texts")
+
+    def add(self, leaks: Leaks, shard: int) -> None:
+        """One shard's leaks."""
+        for table, rows in ((self._images, leaks.images), (self._grams, leaks.grams)):
+            where = places([row for row, _, _ in rows], shard)
+            owners = np.array([owner for _, owner, _ in rows], dtype=np.uint64)
+            what = np.array([each for _, _, each in rows], dtype=object)
+            numbers = (what % (1 << 64)).astype(np.uint64)
+            if table is self._images:
+                table.add(where.astype(np.uint64), where, value=owners, other=numbers)
+            else:
+                table.add(numbers, where, value=owners)
+
+    def report(self, findings: Findings, describe: Describe) -> None:
+        """Adds what was found."""
+        for rows in self._images.buckets():
+            is_same = rows["other"] == np.uint64((1 << 64) - 1)
+            self._count(findings, SAME_IMAGE, rows[is_same], describe)
+            self._count(findings, SIMILAR_IMAGE, rows[~is_same], describe)
+        for rows in self._grams.buckets():
+            _, owners, counts = np.unique(rows["key"], return_inverse=True, return_counts=True)
+            rare = rows[counts[owners] <= COMMON]
+            self._texts.add(rare["place"].astype(np.uint64), rare["place"], value=rare["value"])
+        for rows in self._texts.buckets():
+            self._count(findings, SAME_TEXT, rows, describe)
+
+    def _count(
+        self, findings: Findings, kind: str, rows: NDArray[np.void], describe: Describe
+    ) -> None:
+        """Counts each sample of a bucket once."""
+        _, first = np.unique(rows["place"], return_index=True)
+        examples = [
+            Example(*describe(int(row["place"])), f"also in {self._labels[int(row['value'])]}")
+            for row in rows[first[:MAX_EXAMPLES]]
+        ]
+        findings.add(kind, len(first), examples)
+
+
+def _read_tar(path: str, max_image_pixels: int, prints: ShardPrints, labels: list[str]) -> None:
+    findings, found = ShardChecker(None, max_image_pixels).check(ShardJob(0, path, path))
+    for name in findings.kinds:
+        example = findings.kinds[name].examples[0]
+        if not example.key:
+            raise ShardError(f"evaluation shard={path}: {name}: {example.reason}")
+    offset = len(labels)
+    index = load_index(open_shard(path))
+    labels += [f"{key} in {path}" for key in index.keys.tolist()]
+    prints.images += [(content, looks, row + offset) for content, looks, row in found.images]
+    prints.grams += [(grams, row + offset) for grams, row in found.grams]
+
+
+def _read_lines(path: str, max_image_pixels: int, prints: ShardPrints, labels: list[str]) -> None:
+    for number, record in _records(path):
+        where = f"line {number} of {path}"
+        owner = len(labels)
+        labels.append(where)
+        named = record.get("image", record.get("images")) or []
+        files = [named] if isinstance(named, str) else list(named)
+        try:
+            for file in files:
+                data = (Path(path).parent / str(file)).read_bytes()
+                looks = perceptual_hash(decode_image(data, max_image_pixels))
+                prints.images.append((hash_parts(data), looks, owner))
+            text = json.dumps(record).encode()
+            turns = read_turns(text, where, len(files), "sft")
+        except (OSError, ValueError) as error:
+            raise SampleError(path, f"line {number}", str(error)) from error
+        prints.grams.append((text_grams(sample_texts(text, turns)), owner))
+
+
+def _records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with Path(path).open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, _object(json.loads(line))
+    except (OSError, ValueError) as error:
+        raise ShardError(
+            f"evaluation={path} cannot be read: {error}; give tars, or JSON Lines of records"
+        ) from error
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a line holds a {type(value).__name__}, not an object")
+    return value
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """Paths of brace patterns. Raises ValueError: unbalanced braces."""
+    from nvlm_train.data.shards import expand_pattern
+
+    return [path for pattern in patterns for path in expand_pattern(pattern)]

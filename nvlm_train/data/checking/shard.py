@@ -1,0 +1,138 @@
+"""One shard: every record parsed and encoded, every image decoded in full, everything hashed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvlm_train.data.checking.findings import Example, Findings
+from nvlm_train.data.checking.fingerprints import (
+    hash_parts,
+    perceptual_hash,
+    sample_texts,
+    split_words,
+    text_grams,
+)
+from nvlm_train.data.encoding import SampleEncoder
+from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
+from nvlm_train.data.images import decode_image
+from nvlm_train.data.index import load_index
+from nvlm_train.data.index_files import IndexFiles
+from nvlm_train.data.reader import ShardReader
+from nvlm_train.data.records import Turn, read_turns
+from nvlm_train.data.shards import open_shard
+from nvlm_train.errors import ShardError
+
+TORN = "torn or refused shard"
+MISSING = "missing shard"
+_NO_LABELS = "every label is masked: the conversation has no assistant turn"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """A shard to look at."""
+
+    number: int
+    name: str
+    """As the data recipe writes it."""
+    path: str
+    remedy: str = "correct the name"
+    """What to do when it is missing."""
+    fields: FieldMapping = OWN_FIELDS
+    index_dir: str | None = None
+
+    def open(self) -> ShardReader:
+        """Raises FileNotFoundError, ShardError, OSError: it cannot be read."""
+        shard = open_shard(self.path)
+        index = load_index(shard, IndexFiles(self.index_dir), self.fields)
+        return ShardReader(self.name, shard, index, self.fields)
+
+
+@dataclass(slots=True)
+class ShardPrints:
+    """Hashes of a shard's samples and images, in order; rows count from 0."""
+
+    exact: list[tuple[int, int]] = field(default_factory=list)
+    """(hash of texts and image bytes, row)."""
+    near: list[tuple[int, int]] = field(default_factory=list)
+    """(hash of words and of the images' looks, row)."""
+    images: list[tuple[int, int, int]] = field(default_factory=list)
+    """(hash of bytes, perceptual hash, row)."""
+    grams: list[tuple[NDArray[np.uint64], int]] = field(default_factory=list)
+    """(hashes of runs of words, row)."""
+
+
+class ShardChecker:
+    """Checks shards by a stage's own encoding, or by what holds for every stage.
+
+    Args:
+        encoder: the stage's; without one (shards given by name) only the record's own form counts.
+        max_image_pixels: larger images are findings.
+    """
+
+    def __init__(self, encoder: SampleEncoder | None, max_image_pixels: int) -> None:
+        self._encoder = encoder
+        self._max_pixels = max_image_pixels
+
+    def check(self, job: ShardJob) -> tuple[Findings, ShardPrints]:
+        """What is wrong inside the shard, and the hashes of what is in it."""
+        findings, prints = Findings(num_shards=1), ShardPrints()
+        try:
+            reader = job.open()
+        except FileNotFoundError:
+            findings.add(MISSING, 1, [Example(job.name, "", f"{job.path}: {job.remedy}")])
+            return findings, prints
+        except (ShardError, OSError) as error:
+            findings.add(TORN, 1, [Example(job.name, "", str(error))])
+            return findings, prints
+        for row in range(len(reader.index)):
+            findings.num_samples += 1
+            reasons = dict.fromkeys(self._sample(reader, row, findings, prints))
+            for kind in dict.fromkeys(reason.partition(":")[0] for reason in reasons):
+                first = next(reason for reason in reasons if reason.startswith(kind))
+                findings.add(kind, 1, [Example(job.name, reader.key(row), first)])
+        return findings, prints
+
+    def _sample(
+        self, reader: ShardReader, row: int, findings: Findings, prints: ShardPrints
+    ) -> Iterator[str]:
+        """Reasons why the sample cannot be used; hashes of one that can."""
+        looks: list[tuple[int, int]] = []
+        images = reader.index.image_rows(row)
+        for number in range(len(images)):
+            findings.num_images += 1
+            data = reader.image(row, number)
+            try:
+                pixels_CHW = decode_image(data, self._max_pixels)
+            except ValueError as error:
+                yield str(error)
+                continue
+            looks.append((hash_parts(data), perceptual_hash(pixels_CHW)))
+        prints.images += [(*look, row) for look in looks]
+        try:
+            record = reader.record(row)
+            turns = self._turns(reader, row, record)
+        except ValueError as error:
+            yield str(error)
+            return
+        texts = sample_texts(record, turns)
+        words = [" ".join(split_words(text)).encode() for text in texts]
+        bytes_of = [each.to_bytes(8, "big") for each, _ in looks]
+        looks_of = [each.to_bytes(8, "big") for _, each in looks]
+        prints.exact.append((hash_parts(*(text.encode() for text in texts), *bytes_of), row))
+        prints.near.append((hash_parts(*words, *looks_of), row))
+        prints.grams.append((text_grams(texts), row))
+
+    def _turns(self, reader: ShardReader, row: int, record: bytes) -> tuple[Turn, ...]:
+        """The sample's turns. Raises ValueError: it cannot be trained on."""
+        key, sizes = reader.key(row), reader.index.image_sizes(row)
+        if self._encoder is not None:
+            self._encoder.encode(key, record, sizes)
+            return self._encoder.turns(key, record, sizes)
+        turns = read_turns(record, key, len(sizes), "sft")
+        if not any(turn.role == "assistant" for turn in turns):
+            raise ValueError(_NO_LABELS)
+        return turns

@@ -1,0 +1,1 @@
+"""Looking at data: real samples and steps as a self-contained HTML page."""

@@ -1,0 +1,120 @@
+"""A sample's tokens as text, in runs that share a role and a view. Shape legend: N tokens, T tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import numpy as np
+
+from nvlm_train.data.encoding import EncodedSample
+from nvlm_train.tokens import Tokenizer
+
+Role = Literal["context", "trained", "image"]
+
+_MAX_BYTES_OF_A_CHARACTER = 4
+_BROKEN = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token as a reader sees it."""
+
+    position: int
+    """In the sample."""
+    number: int
+    """Its id."""
+    text: str
+    """Empty where the character goes on in the next token."""
+    is_special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRun:
+    """Neighbouring tokens of one role that see the same tiles through cross-attention."""
+
+    role: Role
+    tokens: tuple[Token, ...]
+    tile: int | None
+    """Of image slots: which of the sample's tiles stands in them."""
+    view: tuple[int, int]
+    """[first, last) of the sample's cross-routed tiles; (0, 0) sees none."""
+
+    @property
+    def start(self) -> int:
+        return self.tokens[0].position
+
+    @property
+    def stop(self) -> int:
+        return self.tokens[-1].position + 1
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+
+def token_runs(encoded: EncodedSample, tokenizer: Tokenizer) -> list[TokenRun]:
+    """All N tokens of a sample, in order. A token counts as trained when some label asks for it."""
+    count = len(encoded.token_ids)
+    roles: list[Role] = ["context"] * count
+    for position in encoded.label_positions.tolist():
+        roles[position + 1] = "trained"
+    for position in encoded.image_positions.tolist():
+        roles[position] = "image"
+    tiles = _tiles_in_slots(encoded)
+    views = np.zeros((count, 2), dtype=np.int64)
+    for start, stop, first, last in encoded.cross.views.tolist():
+        views[start:stop] = first, last
+    tokens = read_tokens(encoded.token_ids.tolist(), tokenizer)
+
+    def kind(token: Token) -> tuple[Role, int | None, tuple[int, int]]:
+        first, last = views[token.position].tolist()
+        return roles[token.position], tiles.get(token.position), (first, last)
+
+    return [
+        TokenRun(role, tuple(members), tile, view)
+        for (role, tile, view), members in groupby(tokens, kind)
+    ]
+
+
+def read_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[Token]:
+    """Each id's own text. The bytes of a character that several tokens share come with the last."""
+    config = tokenizer.config
+    special = {
+        tokenizer.pad: config.pad,
+        tokenizer.turn_start: config.turn_start,
+        tokenizer.turn_end: config.turn_end,
+    }
+    found: list[Token] = []
+    before: list[int] = []
+    pending: list[int] = []
+    for position, number in enumerate(ids):
+        if number in special:
+            found.append(Token(position, number, special[number], True))
+            before, pending = [], []
+            continue
+        pending.append(number)
+        text = _text_after(before, pending, tokenizer)
+        if text.endswith(_BROKEN) and len(pending) < _MAX_BYTES_OF_A_CHARACTER:
+            found.append(Token(position, number, "", False))
+            continue
+        found.append(Token(position, number, text, False))
+        before, pending = [number], []
+    return found
+
+
+def _text_after(before: list[int], pending: list[int], tokenizer: Tokenizer) -> str:
+    """Some decoders drop a space at the very beginning: the token before keeps it."""
+    head, whole = tokenizer.decode(before), tokenizer.decode(before + pending)
+    return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(pending)
+
+
+def _tiles_in_slots(encoded: EncodedSample) -> dict[int, int]:
+    """Slot position -> which of the sample's T tiles stands there."""
+    decoder_tiles = np.flatnonzero(~encoded.cross.is_cross_T)
+    if len(decoder_tiles) == 0:
+        return {}
+    owners = np.repeat(decoder_tiles, len(encoded.image_positions) // len(decoder_tiles))
+    return dict(zip(encoded.image_positions.tolist(), owners.tolist(), strict=True))
