@@ -31,9 +31,11 @@ REQUIRED = [
 ]
 
 EXTRAS = {
+    "http": ["aiohttp>=3.10"],
     "gpu": ["transformer-engine[pytorch]>=2.4"],
     "demo": ["easy-vqa==1.0", "matplotlib>=3.8", "transformers>=4.57"],
     "dev": [
+        "aiohttp>=3.10",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",

@@ -187,6 +187,15 @@ class LoaderConfig:
     workers: int = 1
     """Decoding threads of a rank; 0 decodes in the training thread."""
     prefetch_steps: int = 2
+    """Most steps made ahead of the one that trains."""
+    prefetch_gib: float = 8.0
+    """Fewer are made ahead when their pixels and those of the next step take more than this (GiB)."""
+    cache_dir: str | None = None
+    """Directory on a node's disk for copies of remote shards and their indexes; none reads by range."""
+    cache_gib: float = 100.0
+    """Limit on the copies (GiB); the least recently used ones make room."""
+    read_attempts: int = 5
+    """How often a read is tried that fails for a reason which may pass."""
     max_skipped_fraction: float = 0.001
     """Training stops when more than this share of the samples drawn so far could not be used."""
     max_image_pixels: int = 178_956_970

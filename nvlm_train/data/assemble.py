@@ -11,8 +11,9 @@ from nvlm_train.data.index import load_index
 from nvlm_train.data.lengths import load_lengths
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.reader import ShardReader
-from nvlm_train.data.shards import join_root, open_shard
+from nvlm_train.data.shards import join_root
 from nvlm_train.data.sources import Source
+from nvlm_train.data.store import DIRECT, Store, build_store
 from nvlm_train.errors import ShardError
 from nvlm_train.geometry import context_tokens_per_tile, tokens_per_tile
 from nvlm_train.routes import ROUTES
@@ -36,7 +37,7 @@ def build_data(
     """
     blend = read_blend(stage.blend, recipes_dir)
     encoder = build_encoder(stage, recipe)
-    sources = open_sources(blend, recipe.loader.data_root, encoder)
+    sources = open_sources(blend, recipe.loader.data_root, encoder, build_store(recipe.loader))
     plan = DataPlan(
         sources, stage.batch, stage.sequence_length, recipe.seed, recipe.loader.max_skipped_fraction
     )
@@ -67,18 +68,20 @@ def build_encoder(stage: StageConfig, recipe: Recipe) -> SampleEncoder:
     return SampleEncoder(Tokenizer(recipe.model.tokenizer), spec)
 
 
-def open_sources(blend: Blend, data_root: str, encoder: SampleEncoder) -> list[Source]:
+def open_sources(
+    blend: Blend, data_root: str, encoder: SampleEncoder, store: Store = DIRECT
+) -> list[Source]:
     """Every source with its shards' indexes and lengths. Raises ShardError."""
-    return [_open_source(blend.name, source, data_root, encoder) for source in blend.sources]
+    return [_open_source(blend.name, source, data_root, encoder, store) for source in blend.sources]
 
 
 def _open_source(
-    blend: str, source: SourceConfig, data_root: str, encoder: SampleEncoder
+    blend: str, source: SourceConfig, data_root: str, encoder: SampleEncoder, store: Store
 ) -> Source:
     readers: list[ShardReader] = []
     for name in source.shards:
         path = join_root(data_root, name)
-        shard = open_shard(path)
+        shard = store.open(path)
         try:
             index = load_index(shard)
         except FileNotFoundError as error:

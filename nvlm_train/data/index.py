@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.shards import LocalShard, Shard, Stamp
+from nvlm_train.data.shards import Shard, Stamp, is_remote
 from nvlm_train.data.tar_scan import scan_tar
 from nvlm_train.errors import ShardError
 
@@ -158,8 +158,8 @@ def _from_arrays(arrays: dict[str, NDArray[np.generic]]) -> ShardIndex | None:
 
 
 def read_beside(shard: Shard, suffix: str) -> dict[str, NDArray[np.generic]] | None:
-    """Arrays of a cache file beside a local shard; None when missing or damaged. No pickles."""
-    if not isinstance(shard, LocalShard):
+    """Arrays of a cache file beside a shard; None when missing or damaged. No pickles."""
+    if is_remote(shard.sibling(suffix)):
         return None
     path = Path(shard.sibling(suffix))
     try:
@@ -173,7 +173,7 @@ def read_beside(shard: Shard, suffix: str) -> dict[str, NDArray[np.generic]] | N
 
 
 def write_beside(shard: Shard, suffix: str, arrays: dict[str, NDArray[np.generic]]) -> None:
-    """Stores a cache file beside a local shard, whole or not at all.
+    """Stores a cache file beside a shard, whole or not at all.
 
     Where nothing can be written (a read-only directory, a remote store) it stays in memory, which
     one warning per directory says.
@@ -181,8 +181,8 @@ def write_beside(shard: Shard, suffix: str, arrays: dict[str, NDArray[np.generic
     directory = os.path.dirname(shard.path)
     path = Path(shard.sibling(suffix))
     try:
-        if not isinstance(shard, LocalShard):
-            raise PermissionError("not a local directory")
+        if is_remote(shard.sibling(suffix)):
+            raise PermissionError("not a local directory; loader.cache_dir would keep them")
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
         # Several ranks may write the same cache at once; each rename is atomic and all are equal.

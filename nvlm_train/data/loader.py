@@ -5,6 +5,10 @@ threads (decoding releases the interpreter lock); results do not depend on how m
 thread uses torch's intra-op threads as the process set them: with several workers a launcher
 should set OMP_NUM_THREADS, as torchrun does.
 
+Memory is bounded: tiles of steps made ahead by `loader.prefetch_gib` (one step more than that only
+when a single step takes it all), and each worker holds one decoded image, at most
+3 * `loader.max_image_pixels` bytes, with its file and its resized canvas.
+
 Shape legend: T tiles, E tile edge in pixels, C = 3.
 """
 
@@ -38,6 +42,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_PackedRound = tuple[PackPlan, ...]
+
+
 @dataclass(frozen=True)
 class _PackJob:
     """A pack, the range of its tiles that is this rank's, and where their pixels go."""
@@ -66,6 +73,11 @@ class _PendingStep:
     step: int
     rounds: tuple[_PendingRound, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its pixels."""
+        return sum(part.pixels_TCEE.nbytes for part in self.rounds)
+
 
 def split_tiles(num_tiles: int, num_ranks: int) -> tuple[int, ...]:
     """Tiles of each rank, as even as possible, the larger shares first.
@@ -77,7 +89,7 @@ def split_tiles(num_tiles: int, num_ranks: int) -> tuple[int, ...]:
     return tuple(share + (rank < extra) for rank in range(num_ranks))
 
 
-def group_rounds(packs: Sequence[PackPlan], max_tiles: int) -> list[tuple[PackPlan, ...]]:
+def group_rounds(packs: Sequence[PackPlan], max_tiles: int) -> list[_PackedRound]:
     """Packs in order, in rounds of at most `max_tiles` tiles; a pack with more is a round alone."""
     rounds: list[list[PackPlan]] = []
     tiles = 0
@@ -114,13 +126,20 @@ class Loader(Iterator[StepBatch]):
         self._next_step = start_step
         # Without workers nothing runs ahead: a step is made when it is asked for.
         self._steps_ahead = loader.prefetch_steps if loader.workers else 0
+        self._max_bytes = round(loader.prefetch_gib * 2**30)
         self._threads = ThreadPoolExecutor(loader.workers, "nvlm-data") if loader.workers else None
         self._pending: deque[_PendingStep] = deque()
+        self._planned: list[_PackedRound] | None = None
 
     def __next__(self) -> StepBatch:
         try:
             while len(self._pending) <= self._steps_ahead:
-                self._pending.append(self._start(self._next_step))
+                if self._planned is None:
+                    self._planned = self._plan_rounds(self._next_step)
+                if not self._has_room(self._planned):
+                    break
+                self._pending.append(self._start(self._next_step, self._planned))
+                self._planned = None
                 self._next_step += 1
             return _collect(self._pending.popleft())
         except BaseException:
@@ -144,17 +163,34 @@ class Loader(Iterator[StepBatch]):
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, step: int) -> _PendingStep:
-        """Plans a step and hands its packs to the threads."""
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes of the pixels of the steps made ahead, finished or not."""
+        return sum(step.num_bytes for step in self._pending)
+
+    def _has_room(self, rounds: Sequence[_PackedRound]) -> bool:
+        """Whether a step's pixels fit beside those that wait; a step alone always does."""
+        tiles = sum(self._split(packs)[self._share.replica_rank] for packs in rounds)
+        num_bytes = 3 * self._encoder.spec.tile_size**2 * tiles
+        return not self._pending or self.buffered_bytes + num_bytes <= self._max_bytes
+
+    def _split(self, packs: _PackedRound) -> tuple[int, ...]:
+        """Tiles of each of the replica's ranks."""
+        return split_tiles(sum(pack.num_tiles for pack in packs), self._share.replica_size)
+
+    def _plan_rounds(self, step: int) -> list[_PackedRound]:
         packs = self._plan.step(step, self._share.dp_size).packs[self._share.dp_rank]
-        rounds = group_rounds(packs, self._max_tiles)
+        return group_rounds(packs, self._max_tiles)
+
+    def _start(self, step: int, rounds: Sequence[_PackedRound]) -> _PendingStep:
+        """Hands a step's packs to the threads."""
         return _PendingStep(step, tuple(self._start_round(round_packs) for round_packs in rounds))
 
-    def _start_round(self, packs: Sequence[PackPlan]) -> _PendingRound:
+    def _start_round(self, packs: _PackedRound) -> _PendingRound:
         import torch
 
         edge = self._encoder.spec.tile_size
-        split = split_tiles(sum(pack.num_tiles for pack in packs), self._share.replica_size)
+        split = self._split(packs)
         own_first = sum(split[: self._share.replica_rank])
         own_last = own_first + split[self._share.replica_rank]
         pixels_TCEE = torch.zeros(own_last - own_first, 3, edge, edge, dtype=torch.uint8)
