@@ -62,6 +62,7 @@ setup(
     package_dir={"nvlm_train.recipes": "recipes", "nvlm_train.data_recipes": "data_recipes"},
     package_data={
         "nvlm_train": ["py.typed"],
+        "nvlm_train.data": ["prompts.yaml"],
         "nvlm_train.demo": ["report.html", "assets/**/*", "assets/*"],
         "nvlm_train.recipes": ["*.yaml", "*/*.yaml"],
         "nvlm_train.data_recipes": ["*.yaml"],

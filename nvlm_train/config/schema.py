@@ -12,6 +12,7 @@ from typing import Literal
 
 Architecture = Literal["d", "x", "h"]
 TrainablePart = Literal["projector", "cross_attention", "language_model"]
+ChatTemplateName = Literal["qwen2", "yi"]
 TileTags = Literal["none", "1d", "2d_grid", "2d_bbox"]
 
 
@@ -82,14 +83,17 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A Hugging Face fast tokenizer and the ids the chat template needs."""
+    """A Hugging Face fast tokenizer, the chat template, and the special tokens that it needs."""
 
     path: str
     """A tokenizer.json, or a directory that holds one."""
     pad: str = "<|endoftext|>"
     turn_start: str = "<|im_start|>"
     turn_end: str = "<|im_end|>"
-    thumbnail_tag: str = "<tile_global_thumbnail>"
+    template: ChatTemplateName = "qwen2"
+    """`yi` for NVLM's 34B models; see `nvlm_train.tokens.TEMPLATES`."""
+    thumbnail_tag: str | None = None
+    """None for the template's own."""
 
 
 @dataclass(frozen=True)
