@@ -20,6 +20,7 @@ REQUIRED = [
     "numpy>=1.26",
     "pillow>=10",
     "simplejpeg>=1.7",
+    "isal>=1.7",
     "webdataset>=1.0",
     "fsspec>=2024.2",
     "safetensors>=0.4",

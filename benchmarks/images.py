@@ -29,7 +29,7 @@ from nvlm_train.data.tiling import Grid, choose_grid, num_tiles
 from nvlm_train.vision.intern_vit import IMAGENET_MEAN, IMAGENET_STD
 
 TILE = 448
-QUALITY = 90
+QUALITY = 84
 
 
 def photo(width: int = 1600, height: int = 1200, seed: int = 0) -> Image.Image:

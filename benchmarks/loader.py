@@ -2,14 +2,14 @@
 
     python -m benchmarks.loader
 
-Local shards of 1600 x 1200 photo-like JPEGs with one question each, page cache warm, one core, no
-worker processes; CPU seconds, the sides taking turns. megatron-energon takes part where it can be
-imported. Three comparisons:
+Local shards of 1600 x 1200 photo-like JPEGs (about 160 kB) with one question each, page cache warm,
+one core, no worker processes; CPU seconds, the sides taking turns. megatron-energon takes part
+where it can be imported. Three comparisons:
 
 - undecoded: the bytes of record and picture (here with their checksums verified);
-- same decoder: every side decodes, tiles and tokenises with this project's functions, so that what
-  differs is the reading; and the same from one background worker, which is a thread here and a
-  process of torch's DataLoader there (CPU seconds of both processes);
+- same decoder: every side decodes, tiles and tokenises with this project's functions and joins the
+  tiles of 16 samples to one tensor; and the same from one background worker, which is a thread here
+  and a process of torch's DataLoader there (CPU seconds of both processes);
 - own decoder: webdataset and energon decode with Pillow, tile with Pillow and normalise, as
   Megatron-LM's multimodal example does; they tokenise with this project's function.
 """
@@ -19,10 +19,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
+import resource
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ from nvlm_train.tokens import Tokenizer
 PER_SHARD, BATCH, LENGTH, MAX_PIXELS = 64, 16, 4096, 10**8
 Sample = dict[str, Any]
 Counted = Callable[[], int]
+Cook = Callable[[Sample], tuple[Tensor, Tensor]]
 
 
 def write_data(root: Path, count: int) -> list[str]:
@@ -104,8 +106,17 @@ class Work:
         return torch.from_numpy(text.token_ids), to_tensor(tiles)
 
 
+def join(samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """A batch: ids of each sample, and all tiles as one tensor."""
+    return [ids for ids, _ in samples], torch.cat([tiles for _, tiles in samples])
+
+
 def count_all(items: Iterator[Any]) -> int:
     return sum(1 for _ in items)
+
+
+def count_batches(batches: Iterator[tuple[list[Tensor], Tensor]]) -> int:
+    return sum(len(ids) for ids, _ in batches)
 
 
 # ---- this project ----
@@ -141,14 +152,14 @@ def web(shards: list[str]) -> webdataset.WebDataset:
 
 
 def web_sides(shards: list[str], work: Work) -> dict[str, Counted]:
-    same = web(shards).map(work.same)
+    same = web(shards).map(work.same).batched(BATCH, collation_fn=join)
+    own = web(shards).decode("pil").map(work.pillow).batched(BATCH, collation_fn=join)
+    background = DataLoader(same, batch_size=None, num_workers=1)
     return {
         "webdataset_undecoded": lambda: count_all(iter(web(shards))),
-        "webdataset_same": lambda: count_all(iter(same)),
-        "webdataset_same_worker": lambda: count_all(
-            iter(DataLoader(same, batch_size=None, num_workers=1))
-        ),
-        "webdataset_own": lambda: count_all(iter(web(shards).decode("pil").map(work.pillow))),
+        "webdataset_same": lambda: count_batches(iter(same)),
+        "webdataset_same_worker": lambda: count_batches(iter(background)),
+        "webdataset_own": lambda: count_batches(iter(own)),
     }
 
 
@@ -169,27 +180,41 @@ def energon_sides(root: Path, count: int, work: Work) -> dict[str, Counted]:
     )
     config = energon.WorkerConfig(rank=0, world_size=1, num_workers=0)
 
-    def side(cook: Callable[[Sample], Any], decoder: energon.SampleDecoder | None) -> Counted:
+    @dataclass
+    class Cooked(energon.Sample):
+        work: tuple[Tensor, Tensor] | None = None
+
+    def side(cook: Cook, decoder: energon.SampleDecoder | None) -> Iterator[Any]:
         @energon.stateless
-        def cooked(sample: Sample) -> energon.Sample:
-            cook(sample)
-            return energon.Sample(**energon.basic_sample_keys(sample))
+        def cooked(sample: Sample) -> Cooked:
+            return Cooked(**energon.basic_sample_keys(sample), work=cook(sample))
 
         class Encoder(energon.DefaultTaskEncoder):
             cookers = [energon.Cooker(cooked)]  # noqa: RUF012
 
+            @energon.stateless
+            def batch(self, samples: list[Cooked]) -> list[Any]:
+                return join([sample.work for sample in samples])
+
         Encoder.decoder = decoder
         data = energon.get_train_dataset(
-            root, worker_config=config, batch_size=None, shuffle_buffer_size=None,
+            EPath(root), worker_config=config, batch_size=BATCH, shuffle_buffer_size=None,
             max_samples_per_sequence=None, task_encoder=Encoder(),
         )  # fmt: skip
-        loader = energon.get_loader(data)
-        return lambda: count_all(islice(iter(loader), count))
+        return energon.get_loader(data)
 
-    return {
-        "energon_undecoded": side(lambda sample: None, None),
+    def undecoded(sample: Sample) -> tuple[Tensor, Tensor]:
+        return nothing, nothing
+
+    nothing, pil = torch.zeros(0), energon.SampleDecoder(image_decode="pil")
+    loaders = {
+        "energon_undecoded": side(undecoded, None),
         "energon_same": side(work.same, None),
-        "energon_own": side(work.pillow, energon.SampleDecoder(image_decode="pil")),
+        "energon_own": side(work.pillow, pil),
+    }
+    return {
+        name: lambda loader=loader: count_batches(islice(iter(loader), count // BATCH))
+        for name, loader in loaders.items()
     }
 
 
@@ -198,8 +223,8 @@ def energon_sides(root: Path, count: int, work: Work) -> dict[str, Counted]:
 
 def cpu_seconds() -> float:
     """Of this process and of those of its children that have ended."""
-    spent = os.times()
-    return spent.user + spent.system + spent.children_user + spent.children_system
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def rates(sides: dict[str, Counted], count: int, repeats: int) -> dict[str, float]:
@@ -216,7 +241,7 @@ def rates(sides: dict[str, Counted], count: int, repeats: int) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

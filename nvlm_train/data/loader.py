@@ -20,6 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from nvlm_train.batch import (
     Microbatch,
     PackPlan,
@@ -32,7 +34,7 @@ from nvlm_train.batch import (
 from nvlm_train.config.schema import LoaderConfig
 from nvlm_train.data.batches import pack_samples
 from nvlm_train.data.encoding import EncodedSample, SampleEncoder
-from nvlm_train.data.images import cut_tiles, decode_image
+from nvlm_train.data.images import Pixels, cut_tiles, cut_tiles_into, decode_image
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.errors import ShardError
 
@@ -51,7 +53,7 @@ class _PackJob:
 
     pack: PackPlan
     first_tile: int
-    pixels_TCEE: Tensor
+    pixels_TCEE: Pixels
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ class Loader(Iterator[StepBatch]):
         split = self._split(packs)
         own_first = sum(split[: self._share.replica_rank])
         own_last = own_first + split[self._share.replica_rank]
-        pixels_TCEE = torch.zeros(own_last - own_first, 3, edge, edge, dtype=torch.uint8)
+        # numpy asks for huge pages, and nothing is zeroed: every tile is written, or fails.
+        pixels_TCEE = np.empty((own_last - own_first, 3, edge, edge), dtype=np.uint8)
         futures: list[Future[_LoadedPack]] = []
         pack_first = 0
         for pack in packs:
@@ -202,7 +205,7 @@ class Loader(Iterator[StepBatch]):
             own_TCEE = pixels_TCEE[first - own_first : last - own_first]
             futures.append(self._submit(_PackJob(pack, first - pack_first, own_TCEE)))
             pack_first += pack.num_tiles
-        return _PendingRound(split, pixels_TCEE, tuple(futures))
+        return _PendingRound(split, torch.from_numpy(pixels_TCEE), tuple(futures))
 
     def _submit(self, job: _PackJob) -> Future[_LoadedPack]:
         if self._threads is not None:
@@ -242,7 +245,7 @@ class Loader(Iterator[StepBatch]):
         return encoded
 
     def _decode(
-        self, sample: SampleRef, text: EncodedSample, image: int, pixels_TCEE: Tensor, first: int
+        self, sample: SampleRef, text: EncodedSample, image: int, pixels_TCEE: Pixels, first: int
     ) -> str:
         """Writes the image's tiles that lie inside `pixels_TCEE`; on failure they stay zero.
 
@@ -251,14 +254,18 @@ class Loader(Iterator[StepBatch]):
         reader = self._plan.reader(sample)
         data = reader.image(sample.row, image)
         num_tiles, grid = text.tiles_per_image[image], text.grids[image]
+        last = min(first + num_tiles, len(pixels_TCEE))
+        own_TCEE = pixels_TCEE[max(first, 0) : last]
         try:
             decoded_CHW = decode_image(data, self._max_pixels)
         except ValueError as error:
+            own_TCEE[:] = 0
             return str(error)
-        tiles_TCEE = cut_tiles(decoded_CHW, grid, num_tiles, self._encoder.spec.tile_size)
-        last = min(first + num_tiles, len(pixels_TCEE))
-        own_TCEE = tiles_TCEE[max(-first, 0) : last - first]
-        pixels_TCEE.numpy()[max(first, 0) : last] = own_TCEE.numpy()
+        if len(own_TCEE) == num_tiles:
+            cut_tiles_into(own_TCEE, decoded_CHW, grid)
+        else:
+            tiles_TCEE = cut_tiles(decoded_CHW, grid, num_tiles, self._encoder.spec.tile_size)
+            own_TCEE[:] = tiles_TCEE[max(-first, 0) : last - first].numpy()
         return ""
 
 

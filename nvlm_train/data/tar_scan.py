@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO
+
+from isal.isal_zlib import crc32
 
 from nvlm_train.data.images import read_size
 from nvlm_train.data.shards import IMAGE_SUFFIX, Shard
@@ -139,7 +140,7 @@ def _content(stream: IO[bytes], member: tarfile.TarInfo) -> bytes:
 
 
 def _add_member(sample: TarSample, member: tarfile.TarInfo, suffix: str, data: bytes) -> None:
-    place = (member.offset_data, member.size, zlib.crc32(data))
+    place = (member.offset_data, member.size, crc32(data))
     match = IMAGE_SUFFIX.fullmatch(suffix)
     if suffix == "json":
         sample.record = place
