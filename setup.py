@@ -20,6 +20,7 @@ REQUIRED = [
     "numpy>=1.26",
     "pillow>=10",
     "simplejpeg>=1.7",
+    "isal>=1.7",
     "webdataset>=1.0",
     "fsspec>=2024.2",
     "safetensors>=0.4",
@@ -31,12 +32,14 @@ REQUIRED = [
 ]
 
 EXTRAS = {
+    "http": ["aiohttp>=3.10"],
     "gpu": ["transformer-engine[pytorch]>=2.4"],
     # `nvlm data prepare parquet` and `datasets`.
     "prepare": ["pyarrow>=17", "datasets>=3"],
     "demo": ["easy-vqa==1.0", "matplotlib>=3.8", "transformers>=4.57"],
     "check": ["ImageHash>=4.3.2"],
     "dev": [
+        "aiohttp>=3.10",
         "ImageHash>=4.3.2",
         "pytest>=8",
         "pytest-timeout>=2.3",
@@ -66,6 +69,7 @@ setup(
     package_dir={"nvlm_train.recipes": "recipes", "nvlm_train.data_recipes": "data_recipes"},
     package_data={
         "nvlm_train": ["py.typed"],
+        "nvlm_train.data": ["prompts.yaml"],
         "nvlm_train.demo": ["report.html", "assets/**/*", "assets/*"],
         "nvlm_train.data.viewing": ["page.html"],
         "nvlm_train.recipes": ["*.yaml", "*/*.yaml"],

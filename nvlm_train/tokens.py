@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm_train.config.schema import TileTags, TokenizerConfig
+from nvlm_train.config.schema import ChatTemplateName, TileTags, TokenizerConfig
 from nvlm_train.errors import ConfigError
 
 IMAGE_START = "<Image>"
 IMAGE_END = "</Image>"
 IMAGE_MARKER = "<image>"
 """Placeholder of one image in a conversation's text; `IMAGE_START` and `IMAGE_END` surround its tiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """What a language model expects besides `<|im_start|>role\\ncontent<|im_end|>\\n`."""
+
+    bos: str | None
+    """Special token that opens a sample; not trained."""
+    thumbnail_tag: str
+    """Text before the thumbnail's features."""
+    answer_follows: str
+    """Text that an answer is tokenised behind: SentencePiece vocabularies put a space mark before
+    what begins a text, and an answer begins a line, not a text. Empty where both ways agree."""
+
+
+TEMPLATES: dict[ChatTemplateName, ChatTemplate] = {
+    "qwen2": ChatTemplate(None, "<tile_global_thumbnail>", ""),
+    "yi": ChatTemplate("<|startoftext|>", "<tile_global>", "assistant\n"),
+}
+"""`qwen2` is released as `qwen2p0` (NVLM-D 72B), `yi` as `nvlm-yi-34b` (Nous-Hermes-2-Yi-34B), in
+Megatron-LM at the tag NVLM-1.0. The header of an assistant's turn, which is not trained, is three
+tokens of Qwen2's vocabulary and four of Yi's."""
 
 
 class Tokenizer:
@@ -42,11 +65,33 @@ class Tokenizer:
         self._fast.no_truncation()
         self._fast.no_padding()
         problems: list[str] = []
+        self.template = TEMPLATES[config.template]
+        self.thumbnail_tag = config.thumbnail_tag or self.template.thumbnail_tag
+        self.opening = self._opening(problems)
+        """Ids that every sample begins with."""
         self.pad = self._special("pad", config.pad, problems)
         self.turn_start = self._special("turn_start", config.turn_start, problems)
         self.turn_end = self._special("turn_end", config.turn_end, problems)
         if problems:
             raise ConfigError(problems)
+
+    def _opening(self, problems: list[str]) -> tuple[int, ...]:
+        bos = self.template.bos
+        if bos is None:
+            return ()
+        number = self._fast.token_to_id(bos)
+        if number is None:
+            problems.append(
+                f"model.tokenizer.template={self.config.template} begins samples with {bos}, which "
+                f"is not in the vocabulary of {self.config.path}; use that model's own tokenizer"
+            )
+            return ()
+        return (int(number),)
+
+    def encode_after(self, before: str, text: str) -> list[int]:
+        """Ids of `text` as they are behind `before`, or by itself where a token would span both."""
+        joined, head = self.encode(before + text), self.encode(before)
+        return joined[len(head) :] if joined[: len(head)] == head else self.encode(text)
 
     def _special(self, field: str, token: str, problems: list[str]) -> int:
         number = self._fast.token_to_id(token)

@@ -130,8 +130,12 @@ def counters_are_positive(recipe: Recipe) -> Problems:
     yield from in_range("seed", recipe.seed, 0)
     yield from in_range("loader.workers", loader.workers, 0)
     yield from in_range("loader.prefetch_steps", loader.prefetch_steps, 1)
+    yield from in_range("loader.read_attempts", loader.read_attempts, 1)
     yield from in_range("loader.max_skipped_fraction", loader.max_skipped_fraction, 0, 1)
     yield from in_range("loader.max_image_pixels", loader.max_image_pixels, 1)
+    for key in ("prefetch_gib", "cache_gib"):
+        if getattr(loader, key) <= 0:
+            yield f"loader.{key}={getattr(loader, key)} is out of range; use more than 0"
     yield from in_range("checkpoint.interval_steps", checkpoint.interval_steps, 1)
     yield from in_range("checkpoint.keep_last", checkpoint.keep_last, 1)
     yield from in_range("tracking.log_every", recipe.tracking.log_every, 1)

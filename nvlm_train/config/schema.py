@@ -12,6 +12,7 @@ from typing import Literal
 
 Architecture = Literal["d", "x", "h"]
 TrainablePart = Literal["projector", "cross_attention", "language_model"]
+ChatTemplateName = Literal["qwen2", "yi"]
 TileTags = Literal["none", "1d", "2d_grid", "2d_bbox"]
 
 
@@ -82,14 +83,17 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A Hugging Face fast tokenizer and the ids the chat template needs."""
+    """A Hugging Face fast tokenizer, the chat template, and the special tokens that it needs."""
 
     path: str
     """A tokenizer.json, or a directory that holds one."""
     pad: str = "<|endoftext|>"
     turn_start: str = "<|im_start|>"
     turn_end: str = "<|im_end|>"
-    thumbnail_tag: str = "<tile_global_thumbnail>"
+    template: ChatTemplateName = "qwen2"
+    """`yi` for NVLM's 34B models; see `nvlm_train.tokens.TEMPLATES`."""
+    thumbnail_tag: str | None = None
+    """None for the template's own."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,15 @@ class LoaderConfig:
     workers: int = 1
     """Decoding threads of a rank; 0 decodes in the training thread."""
     prefetch_steps: int = 2
+    """Most steps made ahead of the one that trains."""
+    prefetch_gib: float = 8.0
+    """Fewer are made ahead when their pixels and those of the next step take more than this (GiB)."""
+    cache_dir: str | None = None
+    """Directory on a node's disk for copies of remote shards and their indexes; none reads by range."""
+    cache_gib: float = 100.0
+    """Limit on the copies (GiB); the least recently used ones make room."""
+    read_attempts: int = 5
+    """How often a read is tried that fails for a reason which may pass."""
     max_skipped_fraction: float = 0.001
     """Training stops when more than this share of the samples drawn so far could not be used."""
     max_image_pixels: int = 178_956_970

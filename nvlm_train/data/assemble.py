@@ -13,7 +13,8 @@ from nvlm_train.data.index_files import IndexFiles
 from nvlm_train.data.manifests import list_shards
 from nvlm_train.data.opening import open_sources
 from nvlm_train.data.plan import DataPlan
-from nvlm_train.data.shards import join_root, open_shard
+from nvlm_train.data.shards import join_root
+from nvlm_train.data.store import build_store
 from nvlm_train.geometry import context_tokens_per_tile, tokens_per_tile
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
@@ -40,7 +41,8 @@ def build_data(
     blend = list_shards(read_blend(stage.blend, recipes_dir), recipe.loader.data_root)
     encoder = build_encoder(stage, recipe)
     loader = recipe.loader
-    sources = open_sources(blend, loader.data_root, encoder, loader.index_dir)
+    store = build_store(loader)
+    sources = open_sources(blend, loader.data_root, encoder, loader.index_dir, store)
     plan = DataPlan(
         sources,
         stage.batch,
@@ -84,7 +86,7 @@ def encoding_spec(stage: StageConfig, recipe: Recipe) -> EncodingSpec:
 def table_stem(blend: Blend, recipe: Recipe) -> Path:
     """Where a blend's tables of packs lie: with the index of its first shard, else with the run."""
     loader = recipe.loader
-    first = open_shard(join_root(loader.data_root, blend.sources[0].shards[0]))
+    first = build_store(loader).open(join_root(loader.data_root, blend.sources[0].shards[0]))
     beside = IndexFiles(loader.index_dir).path(first, "")
     if beside is not None and os.access(beside.parent, os.W_OK):
         return beside

@@ -1,9 +1,10 @@
 """Turns as ChatML pieces: which text is tokenised together, where image slots go, what is trained.
 
-The released format is Qwen2's ChatML, `<|im_start|>role\\ncontent<|im_end|>\\n`. Trained are an
-assistant's content, its `<|im_end|>` and the newline after it. An image is `<Image>`, for each tile
-its tag and its slots, `</Image>`; tags are ordinary text, tokenised with what stands around them,
-so `<Image><tile_1>` is one string, as in the released Hugging Face code.
+The released format is ChatML, `<|im_start|>role\\ncontent<|im_end|>\\n` (see `tokens.TEMPLATES` for
+what differs between language models). Trained are an assistant's content, its `<|im_end|>` and the
+newline after it. An image is `<Image>`, for each tile its tag and its slots, `</Image>`; tags are
+ordinary text, tokenised with what stands around them, so `<Image><tile_1>` is one string, as in the
+released Hugging Face code.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class Piece(NamedTuple):
     role: Literal["context", "trained", "image"]
     view: tuple[int, int] = (0, 0)
     """Which of the sample's cross-routed tiles its tokens may see: [first, last)."""
+    after: str = ""
+    """Text that stands before `text` in the same run of characters: it decides how that is cut."""
 
 
 class ChatFormat:
@@ -49,7 +52,9 @@ class ChatFormat:
     ) -> None:
         self._tags = tags
         self._routes = routes
-        self._thumbnail_tag = tokenizer.config.thumbnail_tag
+        self._thumbnail_tag = tokenizer.thumbnail_tag
+        self._opening = tokenizer.opening
+        self._answer_follows = tokenizer.template.answer_follows
         self._start = (tokenizer.turn_start,)
         self._end = (tokenizer.turn_end,)
         self._slots = (tokenizer.pad,) * tokens_per_tile
@@ -57,16 +62,17 @@ class ChatFormat:
 
     def conversation(self, turns: Sequence[Turn], images: Sequence[ImageLayout]) -> list[Piece]:
         """All pieces of a sample; the images follow the markers."""
-        pieces: list[Piece] = []
-        waiting = iter(images)
         view = (0, 0)
+        pieces = [Piece("", self._opening, "context", view)] if self._opening else []
+        waiting = iter(images)
         for turn in turns:
             pieces.append(Piece("", self._start, "context", view))
             if turn.role == "assistant":
                 # The header is tokenised apart: generation begins right after it.
                 pieces.append(Piece("assistant\n", (), "context", view))
                 if turn.text:
-                    pieces.append(Piece(turn.text, (), "trained", view))
+                    after = self._answer_follows
+                    pieces.append(Piece(turn.text, (), "trained", view, after))
                 pieces += (
                     Piece("", self._end, "trained", view),
                     Piece("\n", (), "trained", view),

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.conversation import ChatFormat, ImageLayout, Piece
 from nvlm_train.data.images import check_pixels
-from nvlm_train.data.prompts import PROMPTS, PromptFamily
+from nvlm_train.data.prompts import PromptFamily, load_prompts
 from nvlm_train.data.records import Turn, place_images, read_turns
 from nvlm_train.data.tiling import Grid, choose_grid, num_tiles, tile_limits
 from nvlm_train.routes import Routes
 from nvlm_train.tokens import Tokenizer
 
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 """Raised whenever the same record would become other tokens; stored lengths are then made anew."""
 
 _SHORT_TEXT = 48
@@ -124,13 +124,14 @@ class SampleEncoder:
         self.spec = spec
         self.format = ChatFormat(tokenizer, spec.tiling.tags, spec.tokens_per_tile, spec.routes)
         self._remembered = lru_cache(maxsize=4096)(tokenizer.encode)
+        self._remembered_after = lru_cache(maxsize=4096)(tokenizer.encode_after)
 
     @property
     def fingerprint(self) -> str:
         """Equal fingerprints make equal encodings: hash of tokenizer, settings and prompts."""
         config = asdict(self.tokenizer.config)
         del config["path"]
-        prompts = {"/".join(name): texts for name, texts in PROMPTS.items()}
+        prompts = load_prompts()
         parts = [ENCODING_VERSION, self.tokenizer.digest, config, asdict(self.spec), prompts]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -153,6 +154,10 @@ class SampleEncoder:
         """Token ids of a piece; `known` holds texts that were tokenised before."""
         if not piece.text:
             return piece.ids
+        if piece.after:
+            short = len(piece.text) <= _SHORT_TEXT
+            encode = self._remembered_after if short else self.tokenizer.encode_after
+            return encode(piece.after, piece.text)
         if known is not None and piece.text in known:
             return known[piece.text]
         if len(piece.text) <= _SHORT_TEXT:

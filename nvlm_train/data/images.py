@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from nvlm_train.data.tiling import Grid
 
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
 FORMATS = tuple(
     plugin.format
     for plugin in (
@@ -101,18 +103,21 @@ def cut_tiles(image_CHW: Tensor, grid: Grid, num_tiles: int, tile_size: int) -> 
     """
     import torch
 
-    columns, rows = grid
-    whole_CHW = _resize(image_CHW, rows * tile_size, columns * tile_size).numpy()
-    # numpy moves the pixels: torch would start its thread team in every background thread.
     tiles_TCEE = np.empty((num_tiles, 3, tile_size, tile_size), dtype=np.uint8)
-    tiles_TCEE[: rows * columns] = (
-        whole_CHW.reshape(3, rows, tile_size, columns, tile_size)
-        .transpose(1, 3, 0, 2, 4)
-        .reshape(-1, 3, tile_size, tile_size)
-    )
-    if num_tiles > rows * columns:
-        tiles_TCEE[-1] = _resize(image_CHW, tile_size, tile_size).numpy()
+    cut_tiles_into(tiles_TCEE, image_CHW, grid)
     return torch.from_numpy(tiles_TCEE)
+
+
+def cut_tiles_into(tiles_TCEE: Pixels, image_CHW: Tensor, grid: Grid) -> None:
+    """`cut_tiles` into memory that is there already: contiguous uint8 [T, C, E, E]."""
+    columns, rows = grid
+    edge = tiles_TCEE.shape[-1]
+    whole_CHW = _resize(image_CHW, rows * edge, columns * edge).numpy()
+    # numpy moves the pixels, once: torch would start its thread team in every background thread.
+    regular = tiles_TCEE[: rows * columns].reshape(rows, columns, 3, edge, edge)
+    regular[:] = whole_CHW.reshape(3, rows, edge, columns, edge).transpose(1, 3, 0, 2, 4)
+    if len(tiles_TCEE) > rows * columns:
+        tiles_TCEE[-1] = _resize(image_CHW, edge, edge).numpy()
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -160,17 +165,15 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and value in range(1, 9) else 1
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _decode_jpeg(data: bytes) -> Pixels:
     """uint8 [H, W, C]. `strict` makes libjpeg's warnings, truncation among them, errors."""
     import simplejpeg
 
-    pixels: np.ndarray[Any, np.dtype[np.uint8]] = simplejpeg.decode_jpeg(
-        data, colorspace="RGB", strict=True
-    )
+    pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     return pixels
 
 
-def _decode_other(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _decode_other(image: Image.Image) -> Pixels:
     """uint8 [H, W, C] of anything that Pillow reads."""
     image.load()
     if image.mode == "F":
@@ -185,9 +188,7 @@ def _decode_other(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.asarray(image.convert("RGB"))
 
 
-def _turn_upright(
-    pixels_HWC: np.ndarray[Any, np.dtype[np.uint8]], orientation: int
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _turn_upright(pixels_HWC: Pixels, orientation: int) -> Pixels:
     """Undoes the camera's rotation and mirroring (EXIF 2.3, tag 0x0112)."""
     if orientation in (5, 6, 7, 8):
         pixels_HWC = pixels_HWC.transpose(1, 0, 2)

@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nvlm_train.data.array_file import ArrayFile, open_arrays, read_facts, write_arrays
-from nvlm_train.data.shards import LocalShard, Shard
+from nvlm_train.data.shards import Shard, is_remote
 
 _log = logging.getLogger(__name__)
 _warned_directories: set[str] = set()
@@ -24,7 +24,7 @@ class IndexFiles:
     """Files that belong to shards: `SHARD.tar.index`, `SHARD.tar.lengths-ENCODING`, ..."""
 
     directory: str | None = None
-    """None: beside each shard, and nowhere for remote shards."""
+    """None: beside each shard, or beside the node's copy of a remote one, or nowhere."""
 
     def path(self, shard: Shard, suffix: str) -> Path | None:
         """Where the shard's file with this suffix lies; None for a remote shard without directory."""
@@ -32,7 +32,8 @@ class IndexFiles:
             # Shards of two directories may have the same name.
             place = hashlib.sha256(shard.path.encode()).hexdigest()[:16]
             return Path(self.directory) / f"{place}-{os.path.basename(shard.path)}{suffix}"
-        return Path(shard.sibling(suffix)) if isinstance(shard, LocalShard) else None
+        beside = shard.sibling(suffix)
+        return None if is_remote(beside) else Path(beside)
 
     def facts(self, shard: Shard, suffix: str) -> dict[str, Any] | None:
         """What the file's header says; None when the file is missing or damaged."""

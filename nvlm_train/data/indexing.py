@@ -19,7 +19,8 @@ from nvlm_train.data.index import load_index, read_summary
 from nvlm_train.data.index_files import IndexFiles
 from nvlm_train.data.lengths import load_lengths, read_lengths_summary
 from nvlm_train.data.reader import ShardReader
-from nvlm_train.data.shards import Shard, open_shard
+from nvlm_train.data.shards import Shard
+from nvlm_train.data.store import DIRECT
 from nvlm_train.errors import ShardError
 from nvlm_train.tokens import Tokenizer
 
@@ -69,7 +70,7 @@ class Indexer:
     def index(self, wanted: WantedShard, encodings: Sequence[int]) -> IndexedShard:
         """One shard, with its lengths under the encodings of these numbers."""
         path, fields = wanted.path, wanted.fields
-        start, shard = time.process_time(), open_shard(path)
+        start, shard = time.process_time(), DIRECT.open(path)
         encoders = [self._encoders[number] for number in encodings]
         try:
             num_bytes = shard.stamp().size

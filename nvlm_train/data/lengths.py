@@ -204,7 +204,12 @@ def _drafts(
 def _tokenise(drafts: Sequence[_Draft], encoder: SampleEncoder) -> dict[str, list[int]]:
     """Ids of every different text of these samples."""
     texts = list(
-        {piece.text: None for draft in drafts for piece in draft.layout.pieces if piece.text}
+        {
+            piece.text: None
+            for draft in drafts
+            for piece in draft.layout.pieces
+            if piece.text and not piece.after
+        }
     )
     return dict(zip(texts, encoder.tokenizer.encode_batch(texts), strict=True))
 

@@ -5,6 +5,10 @@ threads (decoding releases the interpreter lock); results do not depend on how m
 thread uses torch's intra-op threads as the process set them: with several workers a launcher
 should set OMP_NUM_THREADS, as torchrun does.
 
+Memory is bounded: tiles of steps made ahead by `loader.prefetch_gib` (one step more than that only
+when a single step takes it all), and each worker holds one decoded image, at most
+3 * `loader.max_image_pixels` bytes, with its file and its resized canvas.
+
 Shape legend: T tiles, E tile edge in pixels, C = 3.
 """
 
@@ -15,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nvlm_train.batch import (
     Microbatch,
@@ -28,7 +34,7 @@ from nvlm_train.batch import (
 from nvlm_train.config.schema import LoaderConfig
 from nvlm_train.data.batches import pack_samples
 from nvlm_train.data.encoding import EncodedSample, SampleEncoder
-from nvlm_train.data.images import cut_tiles, decode_image
+from nvlm_train.data.images import Pixels, cut_tiles, cut_tiles_into, decode_image
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.errors import ShardError
 
@@ -38,13 +44,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_PackedRound = tuple[PackPlan, ...]
+
+
 @dataclass(frozen=True)
 class _PackJob:
     """A pack, the range of its tiles that is this rank's, and where their pixels go."""
 
     pack: PackPlan
     first_tile: int
-    pixels_TCEE: Tensor
+    pixels_TCEE: Pixels
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,11 @@ class _PendingStep:
     step: int
     rounds: tuple[_PendingRound, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its pixels."""
+        return sum(part.pixels_TCEE.nbytes for part in self.rounds)
+
 
 def split_tiles(num_tiles: int, num_ranks: int) -> tuple[int, ...]:
     """Tiles of each rank, as even as possible, the larger shares first.
@@ -77,7 +91,7 @@ def split_tiles(num_tiles: int, num_ranks: int) -> tuple[int, ...]:
     return tuple(share + (rank < extra) for rank in range(num_ranks))
 
 
-def group_rounds(packs: Sequence[PackPlan], max_tiles: int) -> list[tuple[PackPlan, ...]]:
+def group_rounds(packs: Sequence[PackPlan], max_tiles: int) -> list[_PackedRound]:
     """Packs in order, in rounds of at most `max_tiles` tiles; a pack with more is a round alone."""
     rounds: list[list[PackPlan]] = []
     tiles = 0
@@ -114,13 +128,20 @@ class Loader(Iterator[StepBatch]):
         self._next_step = start_step
         # Without workers nothing runs ahead: a step is made when it is asked for.
         self._steps_ahead = loader.prefetch_steps if loader.workers else 0
+        self._max_bytes = round(loader.prefetch_gib * 2**30)
         self._threads = ThreadPoolExecutor(loader.workers, "nvlm-data") if loader.workers else None
         self._pending: deque[_PendingStep] = deque()
+        self._planned: list[_PackedRound] | None = None
 
     def __next__(self) -> StepBatch:
         try:
             while len(self._pending) <= self._steps_ahead:
-                self._pending.append(self._start(self._next_step))
+                if self._planned is None:
+                    self._planned = self._plan_rounds(self._next_step)
+                if not self._has_room(self._planned):
+                    break
+                self._pending.append(self._start(self._next_step, self._planned))
+                self._planned = None
                 self._next_step += 1
             return _collect(self._pending.popleft())
         except BaseException:
@@ -144,20 +165,38 @@ class Loader(Iterator[StepBatch]):
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, step: int) -> _PendingStep:
-        """Plans a step and hands its packs to the threads."""
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes of the pixels of the steps made ahead, finished or not."""
+        return sum(step.num_bytes for step in self._pending)
+
+    def _has_room(self, rounds: Sequence[_PackedRound]) -> bool:
+        """Whether a step's pixels fit beside those that wait; a step alone always does."""
+        tiles = sum(self._split(packs)[self._share.replica_rank] for packs in rounds)
+        num_bytes = 3 * self._encoder.spec.tile_size**2 * tiles
+        return not self._pending or self.buffered_bytes + num_bytes <= self._max_bytes
+
+    def _split(self, packs: _PackedRound) -> tuple[int, ...]:
+        """Tiles of each of the replica's ranks."""
+        return split_tiles(sum(pack.num_tiles for pack in packs), self._share.replica_size)
+
+    def _plan_rounds(self, step: int) -> list[_PackedRound]:
         packs = self._plan.step(step, self._share.dp_size).packs[self._share.dp_rank]
-        rounds = group_rounds(packs, self._max_tiles)
+        return group_rounds(packs, self._max_tiles)
+
+    def _start(self, step: int, rounds: Sequence[_PackedRound]) -> _PendingStep:
+        """Hands a step's packs to the threads."""
         return _PendingStep(step, tuple(self._start_round(round_packs) for round_packs in rounds))
 
-    def _start_round(self, packs: Sequence[PackPlan]) -> _PendingRound:
+    def _start_round(self, packs: _PackedRound) -> _PendingRound:
         import torch
 
         edge = self._encoder.spec.tile_size
-        split = split_tiles(sum(pack.num_tiles for pack in packs), self._share.replica_size)
+        split = self._split(packs)
         own_first = sum(split[: self._share.replica_rank])
         own_last = own_first + split[self._share.replica_rank]
-        pixels_TCEE = torch.zeros(own_last - own_first, 3, edge, edge, dtype=torch.uint8)
+        # numpy asks for huge pages, and nothing is zeroed: every tile is written, or fails.
+        pixels_TCEE = np.empty((own_last - own_first, 3, edge, edge), dtype=np.uint8)
         futures: list[Future[_LoadedPack]] = []
         pack_first = 0
         for pack in packs:
@@ -166,7 +205,7 @@ class Loader(Iterator[StepBatch]):
             own_TCEE = pixels_TCEE[first - own_first : last - own_first]
             futures.append(self._submit(_PackJob(pack, first - pack_first, own_TCEE)))
             pack_first += pack.num_tiles
-        return _PendingRound(split, pixels_TCEE, tuple(futures))
+        return _PendingRound(split, torch.from_numpy(pixels_TCEE), tuple(futures))
 
     def _submit(self, job: _PackJob) -> Future[_LoadedPack]:
         if self._threads is not None:
@@ -206,7 +245,7 @@ class Loader(Iterator[StepBatch]):
         return encoded
 
     def _decode(
-        self, sample: SampleRef, text: EncodedSample, image: int, pixels_TCEE: Tensor, first: int
+        self, sample: SampleRef, text: EncodedSample, image: int, pixels_TCEE: Pixels, first: int
     ) -> str:
         """Writes the image's tiles that lie inside `pixels_TCEE`; on failure they stay zero.
 
@@ -215,14 +254,18 @@ class Loader(Iterator[StepBatch]):
         reader = self._plan.reader(sample)
         data = reader.image(sample.row, image)
         num_tiles, grid = text.tiles_per_image[image], text.grids[image]
+        last = min(first + num_tiles, len(pixels_TCEE))
+        own_TCEE = pixels_TCEE[max(first, 0) : last]
         try:
             decoded_CHW = decode_image(data, self._max_pixels)
         except ValueError as error:
+            own_TCEE[:] = 0
             return str(error)
-        tiles_TCEE = cut_tiles(decoded_CHW, grid, num_tiles, self._encoder.spec.tile_size)
-        last = min(first + num_tiles, len(pixels_TCEE))
-        own_TCEE = tiles_TCEE[max(-first, 0) : last - first]
-        pixels_TCEE.numpy()[max(first, 0) : last] = own_TCEE.numpy()
+        if len(own_TCEE) == num_tiles:
+            cut_tiles_into(own_TCEE, decoded_CHW, grid)
+        else:
+            tiles_TCEE = cut_tiles(decoded_CHW, grid, num_tiles, self._encoder.spec.tile_size)
+            own_TCEE[:] = tiles_TCEE[max(-first, 0) : last - first].numpy()
         return ""
 
 

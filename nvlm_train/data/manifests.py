@@ -10,7 +10,8 @@ import json
 from dataclasses import replace
 
 from nvlm_train.data.data_recipe import Blend, SourceConfig
-from nvlm_train.data.shards import join_root, open_shard
+from nvlm_train.data.shards import join_root
+from nvlm_train.data.store import DIRECT
 from nvlm_train.errors import ShardError
 
 MANIFEST_SUFFIX = ".manifest.json"
@@ -51,7 +52,7 @@ def _shard_names(blend: str, source: SourceConfig, data_root: str) -> tuple[str,
 def _listed(blend: str, source: SourceConfig, name: str, data_root: str) -> list[str]:
     path = join_root(data_root, name)
     try:
-        with open_shard(path).open() as stream:
+        with DIRECT.open(path).open() as stream:
             content = json.loads(stream.read())
         files = [str(shard["file"]) for shard in content["shards"]]
     except FileNotFoundError as error:

@@ -19,15 +19,20 @@ from nvlm_train.data.lengths import (
 )
 from nvlm_train.data.manifests import missing_shard
 from nvlm_train.data.reader import ShardReader
-from nvlm_train.data.shards import join_root, open_shard
+from nvlm_train.data.shards import join_root
 from nvlm_train.data.sources import OpenedLater, Recent, ShardTable, Source, recently_used
+from nvlm_train.data.store import DIRECT, Store
 from nvlm_train.errors import ShardError
 
 _EXAMPLES = 3
 
 
 def open_sources(
-    blend: Blend, data_root: str, encoder: SampleEncoder, index_dir: str | None = None
+    blend: Blend,
+    data_root: str,
+    encoder: SampleEncoder,
+    index_dir: str | None = None,
+    store: Store = DIRECT,
 ) -> list[Source]:
     """Every source of the blend; shards without stored index and lengths are read first.
 
@@ -37,7 +42,9 @@ def open_sources(
     files, recent = IndexFiles(index_dir), recently_used()
     return [
         _open_source(
-            _SourceShards(blend.name, source, data_root, encoder, files), blend.weight_by, recent
+            _SourceShards(blend.name, source, data_root, encoder, files, store),
+            blend.weight_by,
+            recent,
         )
         for source in blend.sources
     ]
@@ -80,12 +87,14 @@ class _SourceShards:
         data_root: str,
         encoder: SampleEncoder,
         files: IndexFiles,
+        store: Store,
     ) -> None:
         self.config = config
         self._blend = blend
         self._root = data_root
         self._encoder = encoder
         self._files = files
+        self._store = store
         self._digests: list[str] = []
         self._kept_indexes: dict[int, ShardIndex] = {}
         self._kept_lengths: dict[int, ShardLengths] = {}
@@ -108,7 +117,7 @@ class _SourceShards:
             ShardError: its index is not the one that was there at the start any more.
         """
         name = self.config.shards[number]
-        shard = open_shard(join_root(self._root, name))
+        shard = self._store.open(join_root(self._root, name))
         index = self._kept_indexes.get(number) or open_index(shard, self._files, self.config.fields)
         if index is None or index.digest != self._digests[number]:
             index = load_index(shard, self._files, self.config.fields)
@@ -127,7 +136,7 @@ class _SourceShards:
     def _index_summary(self, number: int) -> IndexSummary:
         name = self.config.shards[number]
         path = join_root(self._root, name)
-        shard = open_shard(path)
+        shard = self._store.open(path)
         try:
             summary = read_summary(shard, self._files, self.config.fields)
             if summary is not None:
@@ -145,7 +154,7 @@ class _SourceShards:
             ) from error
 
     def _lengths_summary(self, number: int) -> LengthsSummary:
-        shard = open_shard(join_root(self._root, self.config.shards[number]))
+        shard = self._store.open(join_root(self._root, self.config.shards[number]))
         stored = (shard, self._digests[number], self._encoder, self._files, self.config.fields)
         summary = read_lengths_summary(*stored)
         if summary is not None:

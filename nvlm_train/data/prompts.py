@@ -1,62 +1,69 @@
-"""Prompts for records that bring none: captions, questions, pages of text. Our own wording.
+"""Which words ask for a caption, an answer or a page of text: `prompts.yaml`, chosen by sample.
 
-The families follow the released ones (short prompts in pretraining, instructions in SFT). Which
-prompt a sample gets is a function of its key: it reads the same in every epoch and run.
+Which prompt a sample gets is a function of its key: it reads the same in every epoch and run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Literal, get_args
 
 from nvlm_train.data.ordering import stable_hash
 
 PromptFamily = Literal["pretrain", "sft"]
-Task = Literal["caption", "vqa", "ocr"]
+CaptionTask = Literal["caption"]
+QuestionTask = Literal["vqa", "vqa_raw", "docvqa", "multiple_choice", "referred_ocr"]
+PageTask = Literal["ocr", "ocr_multi", "ocr_markdown", "grounded_ocr", "latex"]
+Task = CaptionTask | QuestionTask | PageTask
 
-PROMPTS: dict[tuple[PromptFamily, Task], tuple[str, ...]] = {
-    ("pretrain", "caption"): (
-        "Describe this picture briefly.",
-        "What does the picture show?",
-        "Write a short caption.",
-        "Summarise this picture in a sentence.",
-        "Say what can be seen here.",
-    ),
-    ("pretrain", "vqa"): (
-        "Question: {question} Answer:",
-        "Question: {question} Short answer:",
-    ),
-    ("pretrain", "ocr"): (
-        "Read the text in this picture.",
-        "Transcribe the text.",
-        "What is written here?",
-        "Write out all of the text shown.",
-    ),
-    ("sft", "caption"): (
-        "Please describe this image.",
-        "Can you tell me what this image shows?",
-        "Give a description of the image.",
-        "Write a caption that fits this image.",
-        "Describe what is visible in the image.",
-        "What do you see in this image?",
-    ),
-    ("sft", "vqa"): (
-        "{question}\nAnswer with one word or a short phrase.",
-    ),
-    ("sft", "ocr"): (
-        "Please transcribe all text in this image.",
-        "What text does the image contain? Write it out in reading order.",
-        "Read the page and give its text.",
-        "Extract the text of this image.",
-    ),
-}  # fmt: skip
+CAPTION_TASKS: tuple[CaptionTask, ...] = get_args(CaptionTask)
+"""Tasks of records with `caption`."""
+QUESTION_TASKS: tuple[QuestionTask, ...] = get_args(QuestionTask)
+"""Tasks of records with `question`."""
+PAGE_TASKS: tuple[PageTask, ...] = get_args(PageTask)
+"""Tasks of records with `text`."""
+
+Prompts = Mapping[PromptFamily, Sequence[str]]
+_FILE = Path(__file__).with_name("prompts.yaml")
+
+
+@cache
+def load_prompts() -> Mapping[Task, Prompts]:
+    """Every task's prompts of either family."""
+    import yaml
+
+    content: Mapping[Task, Prompts] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
+    assert set(content) == {*CAPTION_TASKS, *QUESTION_TASKS, *PAGE_TASKS}, f"{_FILE}: other tasks"
+    return content
 
 
 def choose_prompt(family: PromptFamily, task: Task, key: str) -> str:
-    """The prompt of this sample."""
-    prompts = PROMPTS[family, task]
+    """The prompt of this sample, with `{question}` and `{choices}` in it where the task has them."""
+    prompts = load_prompts()[task][family]
     return prompts[stable_hash("prompt", key) % len(prompts)]
+
+
+def fill_prompt(prompt: str, question: str, choices: Sequence[str]) -> str:
+    """The prompt with the record's words; braces inside those stay as they are.
+
+    >>> fill_prompt("{question}\\n{choices}", "Which?", ["cat", "dog"])
+    'Which?\\nA. cat\\nB. dog'
+    """
+    lettered = "\n".join(f"{letter(number)}. {choice}" for number, choice in enumerate(choices))
+    before, _, after = prompt.partition("{question}")
+    return before.replace("{choices}", lettered) + question + after.replace("{choices}", lettered)
+
+
+def letter(number: int) -> str:
+    """The letter of a choice.
+
+    >>> letter(0), letter(25)
+    ('A', 'Z')
+    """
+    return chr(ord("A") + number)
 
 
 def choose_weighted(weights: Sequence[float], key: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+from isal.isal_zlib import crc32  # zlib's CRC-32, three times as fast
 
 from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.index import ShardIndex
@@ -60,7 +60,7 @@ class ShardReader:
                 f"shard={self.shard.path} cannot be read any more: {error}; "
                 "restore it and start again"
             ) from error
-        if len(data) != size or zlib.crc32(data) != crc:
+        if len(data) != size or crc32(data) != crc:
             raise ShardError(
                 f"changed shard={self.shard.path}: sample={self.key(row)} holds other bytes than "
                 "were indexed; restore the shard, or delete its .index and start a new run"

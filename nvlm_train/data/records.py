@@ -2,7 +2,9 @@
 
 Accepted: `{"conversations": [{"from", "value"}]}` (LLaVA), `{"messages": [{"role", "content"}]}`
 (OpenAI), `{"caption"}` (a text, or several to choose from), `{"question", "answer"}` or
-`{"question", "answers": [{"answer", "weight"}]}`, and `{"text"}` (a page to read).
+`{"question", "answers": [{"answer", "weight"}]}`, `{"question", "choices", "answer"}`, and
+`{"text"}` (a page to read). Where the fields leave it open, `task` says what kind of question or
+page it is (`docvqa`, `ocr_markdown`, ...: see `prompts.yaml`).
 """
 
 from __future__ import annotations
@@ -12,7 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nvlm_train.data.prompts import PromptFamily, Task, choose_prompt, choose_weighted
+from nvlm_train.data.prompts import (
+    CAPTION_TASKS,
+    PAGE_TASKS,
+    QUESTION_TASKS,
+    PromptFamily,
+    Task,
+    choose_prompt,
+    choose_weighted,
+    fill_prompt,
+    letter,
+)
 from nvlm_train.tokens import IMAGE_MARKER
 
 Role = Literal["system", "user", "assistant"]
@@ -24,6 +36,13 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
 }
+
+_TASKS: tuple[tuple[str, tuple[Task, ...], Task], ...] = (
+    ("question", QUESTION_TASKS, "vqa"),
+    ("caption", CAPTION_TASKS, "caption"),
+    ("text", PAGE_TASKS, "ocr"),
+)
+"""(field, tasks of records that have it, the usual one)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +113,61 @@ def _turns_of(fields: Mapping[str, Any], key: str, family: PromptFamily) -> tupl
         return _chat(fields["conversations"], "conversations", "from", "value")
     if "messages" in fields:
         return _chat(fields["messages"], "messages", "role", "content")
-    if "question" in fields:
-        prompt = choose_prompt(family, "vqa", key)
-        question = prompt.replace("{question}", _text(fields, "question"))
-        return Turn("user", question), Turn("assistant", _answer(fields, key))
-    tasks: tuple[tuple[str, Task], ...] = (("caption", "caption"), ("text", "ocr"))
-    for name, task in tasks:
+    for name, tasks, usual in _TASKS:
         if name in fields:
-            prompt = choose_prompt(family, task, key)
-            return Turn("user", prompt), Turn("assistant", _text(_one_of(fields, name, key), name))
+            return _asked(fields, key, family, name, _task(fields, name, tasks, usual))
     raise ValueError(
         f"record cannot be read: fields {sorted(fields)} hold none of conversations, messages, "
         "question, caption, text"
+    )
+
+
+def _task(fields: Mapping[str, Any], name: str, tasks: Sequence[Task], usual: Task) -> Task:
+    """The record's own `task`, or the usual one of records with this field."""
+    if "task" not in fields:
+        return "multiple_choice" if name == "question" and "choices" in fields else usual
+    for task in tasks:
+        if fields["task"] == task:
+            return task
+    raise ValueError(
+        f"record cannot be read: task={fields['task']!r} of a record with {name} is none of "
+        f"{', '.join(tasks)}"
+    )
+
+
+def _asked(
+    fields: Mapping[str, Any], key: str, family: PromptFamily, name: str, task: Task
+) -> tuple[Turn, ...]:
+    """A prompt of the task's family, and the answer."""
+    prompt = choose_prompt(family, task, key)
+    if name != "question":
+        return Turn("user", prompt), Turn("assistant", _text(_one_of(fields, name, key), name))
+    choices = _choices(fields) if task == "multiple_choice" else []
+    question = fill_prompt(prompt, _text(fields, "question"), choices)
+    answer = _letter(fields, choices) if choices else _answer(fields, key)
+    return Turn("user", question), Turn("assistant", answer)
+
+
+def _choices(fields: Mapping[str, Any]) -> list[str]:
+    choices = fields.get("choices")
+    if not isinstance(choices, list) or not 2 <= len(choices) <= 26:
+        raise ValueError("record cannot be read: choices must be a list of 2 to 26 texts")
+    return [_text({f"choices[{n}]": each}, f"choices[{n}]") for n, each in enumerate(choices)]
+
+
+def _letter(fields: Mapping[str, Any], choices: Sequence[str]) -> str:
+    """The right choice's letter; `answer` is the letter, the choice's text, or its number from 0."""
+    answer = fields.get("answer")
+    letters = [letter(number) for number in range(len(choices))]
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return letters[answer]
+    if answer in letters:
+        return str(answer)
+    if answer in choices:
+        return letters[choices.index(answer)]
+    raise ValueError(
+        f"record cannot be read: answer={answer!r} is none of the choices, no letter of one "
+        f"({letters[0]} to {letters[-1]}) and no number from 0 to {len(choices) - 1}"
     )
 
 

@@ -1,7 +1,7 @@
-"""Plain WebDataset tars: their names, reading them by offset, and writing them.
+"""Plain WebDataset tars: their names, reading local ones by offset, and writing them.
 
-Local files are read with `pread` (threads share a descriptor, nobody seeks); anything with a scheme
-(`s3://...`) goes through fsspec.
+Local files are read with `pread` (threads share a descriptor, nobody seeks); for anything with a
+scheme (`s3://...`) see `remote`, and `store` for which is which.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from nvlm_train.data.retry import DEFAULT_RETRY, RetryPolicy, try_again
 from nvlm_train.errors import ShardError
 
 SAMPLES_PER_SHARD = 1000
@@ -54,44 +55,27 @@ class Shard(Protocol):
 class LocalShard:
     """A tar in a file system."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, retry: RetryPolicy = DEFAULT_RETRY) -> None:
         self.path = path
+        self._retry = retry
 
     def stamp(self) -> Stamp:
         status = os.stat(self.path)
         return Stamp(status.st_size, str(status.st_mtime_ns))
 
     def read(self, offset: int, size: int, stamp: Stamp) -> bytes:
-        return os.pread(_descriptor(self.path, stamp).number, size, offset)
+        return try_again(self.path, self._retry, lambda: self._pread(offset, size, stamp))
+
+    def _pread(self, offset: int, size: int, stamp: Stamp) -> bytes:
+        try:
+            return os.pread(_descriptor(self.path, stamp).number, size, offset)
+        except OSError:
+            # A network file system's stale handle stays stale: the next try opens the file anew.
+            _descriptor.cache_clear()
+            raise
 
     def open(self) -> IO[bytes]:
         return Path(self.path).open("rb")
-
-    def sibling(self, suffix: str) -> str:
-        return self.path + suffix
-
-
-class RemoteShard:
-    """A tar behind an fsspec URL."""
-
-    def __init__(self, path: str) -> None:
-        import fsspec
-
-        self.path = path
-        self._files, self._name = fsspec.core.url_to_fs(path)
-
-    def stamp(self) -> Stamp:
-        self._files.invalidate_cache()
-        return Stamp(int(self._files.info(self._name)["size"]), str(self._files.ukey(self._name)))
-
-    def read(self, offset: int, size: int, stamp: Stamp) -> bytes:
-        del stamp  # a store has no descriptors to keep apart
-        data: bytes = self._files.cat_file(self._name, start=offset, end=offset + size)
-        return data
-
-    def open(self) -> IO[bytes]:
-        stream: IO[bytes] = self._files.open(self._name, "rb")
-        return stream
 
     def sibling(self, suffix: str) -> str:
         return self.path + suffix
@@ -115,11 +99,6 @@ def _descriptor(path: str, stamp: Stamp) -> _Descriptor:
     """An open file per shard, bounded; a rewritten shard has another stamp and is opened anew."""
     del stamp
     return _Descriptor(path)
-
-
-def open_shard(path: str) -> Shard:
-    """The shard at a local path or an fsspec URL; nothing is opened yet."""
-    return RemoteShard(path) if is_remote(path) else LocalShard(path)
 
 
 def is_remote(path: str) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import tarfile
-import zlib
 from dataclasses import dataclass, field
 from typing import IO
+
+from isal.isal_zlib import crc32
 
 from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.images import read_size
@@ -146,7 +147,7 @@ def _add_member(
     if suffix not in fields.members and number is None:
         return
     data = _content(stream, member)
-    place = (member.offset_data, member.size, zlib.crc32(data))
+    place = (member.offset_data, member.size, crc32(data))
     if suffix in fields.members:
         at = fields.members.index(suffix)
         _check_new(path, member, sample.records[at] == _NOWHERE)

@@ -49,6 +49,8 @@ BROKEN = {
     "checkpoint.keep_last=0": "checkpoint.keep_last=0 is out of range; use at least 1",
     "loader.max_skipped_fraction=2": "use from 0 to 1",
     "loader.prefetch_steps=0": "out of range",
+    "loader.read_attempts=0": "loader.read_attempts=0 is out of range; use at least 1",
+    "loader.cache_gib=0": "loader.cache_gib=0.0 is out of range; use more than 0",
     "tracking.log_every=0": "out of range",
     "seed=-1": "seed=-1 is out of range",
 }

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from nvlm_train.data.index import load_index
 from nvlm_train.data.reader import ShardReader
-from nvlm_train.data.shards import LocalShard, expand_pattern, join_root, open_shard, write_shards
+from nvlm_train.data.shards import LocalShard, expand_pattern, join_root, write_shards
+from nvlm_train.data.store import Store
 from nvlm_train.errors import ShardError
 from tests.data.conftest import chat, encoded, mixed_samples, picture
 
@@ -214,9 +215,9 @@ def test_remote_shard(shard: LocalShard, monkeypatch: pytest.MonkeyPatch) -> Non
     url = "memory://bucket/s-000000.tar"
     with fsspec.open(url, "wb") as stream:
         stream.write(Path(shard.path).read_bytes())
-    local, remote = load_index(shard), load_index(open_shard(url))
+    local, remote = load_index(shard), load_index(Store().open(url))
     assert remote.digest == local.digest
-    reader = ShardReader("s", open_shard(url), remote)
+    reader = ShardReader("s", Store().open(url), remote)
     assert reader.image(1, 0) == mixed_samples(8, "k")[1][2][0][1]
 
 

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from nvlm_train.data.prompts import PROMPTS, PromptFamily, choose_prompt, choose_weighted
+from nvlm_train.data.prompts import (
+    PAGE_TASKS,
+    QUESTION_TASKS,
+    PromptFamily,
+    choose_prompt,
+    choose_weighted,
+    load_prompts,
+)
 from nvlm_train.data.records import Turn, read_turns
 
 
@@ -40,10 +47,10 @@ def test_openai_messages_with_parts() -> None:
 
 def test_caption_and_page() -> None:
     caption = turns({"caption": "A red circle."}, 1)
-    assert caption[0].text.removeprefix("<image>\n") in PROMPTS["sft", "caption"]
+    assert caption[0].text.removeprefix("<image>\n") in load_prompts()["caption"]["sft"]
     assert caption[1] == Turn("assistant", "A red circle.")
     page = turns({"text": "lorem"}, 1, "pretrain")
-    assert page[0].text.removeprefix("<image>\n") in PROMPTS["pretrain", "ocr"]
+    assert page[0].text.removeprefix("<image>\n") in load_prompts()["ocr"]["pretrain"]
 
 
 def test_question_keeps_braces() -> None:
@@ -60,7 +67,7 @@ def test_answer_weights_are_followed_and_fixed_per_key() -> None:
     assert turns(record)[1].text == "y"
     assert choose_weighted([1, 1], "same") == choose_weighted([1, 1], "same")
     assert {choose_prompt("sft", "caption", f"k{n}") for n in range(200)} == set(
-        PROMPTS["sft", "caption"]
+        load_prompts()["caption"]["sft"]
     )
 
 
@@ -162,3 +169,57 @@ def test_weights_without_a_finite_sum() -> None:
 def test_not_json() -> None:
     with pytest.raises(ValueError, match="^record cannot be read: it is not JSON"):
         read_turns(b'{"a": \xff', "key", 0, "sft")
+
+
+@pytest.mark.parametrize("family", ["pretrain", "sft"])
+def test_every_task_has_prompts_with_its_fields(family: PromptFamily) -> None:
+    for task, families in load_prompts().items():
+        prompts = families[family]
+        assert prompts and len(set(prompts)) == len(prompts)
+        assert all(prompt == prompt.strip() and prompt.isascii() for prompt in prompts)
+        assert all(prompt.count("{question}") == (task in QUESTION_TASKS) for prompt in prompts)
+        assert all(prompt.count("{choices}") == (task == "multiple_choice") for prompt in prompts)
+
+
+@pytest.mark.parametrize("task", PAGE_TASKS)
+def test_a_page_names_its_task(task: str) -> None:
+    asked = turns({"text": "lorem", "task": task}, 1, "pretrain")
+    prompts: dict[str, Any] = dict(load_prompts())
+    assert asked[0].text.removeprefix("<image>\n") in prompts[task]["pretrain"]
+    assert asked[1] == Turn("assistant", "lorem")
+
+
+def test_a_question_names_its_task() -> None:
+    record = {"question": "Who signed {choices}?", "answer": "Ada"}
+    assert turns(record | {"task": "vqa_raw"}) == said("Who signed {choices}?", "Ada")
+    asked = {
+        read_turns(json.dumps(record | {"task": "docvqa"}).encode(), f"k{n}", 0, "sft")[0].text
+        for n in range(99)
+    }
+    prompts = load_prompts()["docvqa"]["sft"]
+    assert asked == {prompt.replace("{question}", "Who signed {choices}?") for prompt in prompts}
+
+
+@pytest.mark.parametrize("answer", ["B", "dog", 1])
+def test_multiple_choice_is_answered_with_the_letter(answer: object) -> None:
+    record = {"question": "Which {question}?", "choices": ["cat", "dog", "{question}"]}
+    user, assistant = turns(record | {"answer": answer})
+    assert user.text.startswith("Which {question}?\nA. cat\nB. dog\nC. {question}\n")
+    assert assistant == Turn("assistant", "B")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"question": "q", "answer": "a", "task": "ocr"}, "task='ocr' of a record with question is none"),
+        ({"caption": "c", "task": "docvqa"}, r"task='docvqa' of a record with caption is none of caption"),
+        ({"text": "t", "task": 7}, r"task=7 of a record with text is none of ocr, ocr_multi"),
+        ({"question": "q", "choices": ["a"], "answer": "a"}, "choices must be a list of 2 to 26"),
+        ({"question": "q", "choices": ["a", 1], "answer": "a"}, r"choices\[1\]=1 must be text"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "C"}, r"answer='C' is none .* \(A to B\)"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "no number from 0 to 1"),
+    ],
+)  # fmt: skip
+def test_tasks_that_do_not_fit_say_why(record: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"record cannot be read: .*{message}"):
+        turns(record, 1)

@@ -24,7 +24,7 @@ from nvlm_train.data.checking.spill import SpilledTable
 from nvlm_train.data.images import decode_image
 from nvlm_train.data.index import load_index
 from nvlm_train.data.records import read_turns
-from nvlm_train.data.shards import open_shard
+from nvlm_train.data.store import DIRECT
 from nvlm_train.errors import SampleError, ShardError
 
 SAME_IMAGE = "image of evaluation"
@@ -174,7 +174,7 @@ def _read_tar(path: str, max_image_pixels: int, prints: ShardPrints, labels: lis
         if not example.key:
             raise ShardError(f"evaluation shard={path}: {name}: {example.reason}")
     offset = len(labels)
-    index = load_index(open_shard(path))
+    index = load_index(DIRECT.open(path))
     labels += [f"{key} in {path}" for key in index.keys.tolist()]
     prints.images += [(content, looks, row + offset) for content, looks, row in found.images]
     prints.grams += [(grams, row + offset) for grams, row in found.grams]

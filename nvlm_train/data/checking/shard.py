@@ -23,7 +23,7 @@ from nvlm_train.data.index import load_index
 from nvlm_train.data.index_files import IndexFiles
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.records import Turn, read_turns
-from nvlm_train.data.shards import open_shard
+from nvlm_train.data.store import DIRECT
 from nvlm_train.errors import ShardError
 
 TORN = "torn or refused shard"
@@ -46,7 +46,7 @@ class ShardJob:
 
     def open(self) -> ShardReader:
         """Raises FileNotFoundError, ShardError, OSError: it cannot be read."""
-        shard = open_shard(self.path)
+        shard = DIRECT.open(self.path)
         index = load_index(shard, IndexFiles(self.index_dir), self.fields)
         return ShardReader(self.name, shard, index, self.fields)
 

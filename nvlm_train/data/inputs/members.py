@@ -23,7 +23,8 @@ from nvlm_train.data.inputs.entries import (
 )
 from nvlm_train.data.inputs.files import modified, open_files
 from nvlm_train.data.reader import ShardReader
-from nvlm_train.data.shards import expand_pattern, open_shard
+from nvlm_train.data.shards import expand_pattern
+from nvlm_train.data.store import DIRECT
 from nvlm_train.data.tar_scan import split_name
 from nvlm_train.errors import ShardError
 
@@ -60,7 +61,7 @@ class TarSamples:
 @lru_cache(maxsize=16)
 def _reader(path: str, version: int, fields: FieldMapping) -> ShardReader:
     del version  # another one is opened anew
-    shard = open_shard(path)
+    shard = DIRECT.open(path)
     try:
         return ShardReader(path, shard, load_index(shard, fields=fields), fields)
     except OSError as error:

@@ -116,7 +116,7 @@ def _view_image(
     except ValueError as error:
         problem = str(error)
         tiles_TCEE = np.zeros((count, 3, edge, edge), dtype=np.uint8)
-    thumbnail_tag = encoder.tokenizer.config.thumbnail_tag
+    thumbnail_tag = encoder.tokenizer.thumbnail_tag
     tags = tile_tags(encoder.spec.tiling.tags, grid, count, thumbnail_tag)
     routes = encoder.spec.routes.of_image(count)
     return ImageView(size, grid, tiles_TCEE, tuple(tags), tuple(routes), problem)
