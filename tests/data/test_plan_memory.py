@@ -12,6 +12,7 @@ import pytest
 SAMPLES = 4_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux")
 def test_four_million_samples() -> None:
     command = [sys.executable, "-m", "benchmarks.plan_memory", f"--samples={SAMPLES}"]

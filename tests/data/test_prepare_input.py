@@ -57,7 +57,8 @@ def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path) -> None:
     assert (manifest.num_samples, manifest.num_images, manifest.num_bad) == (23, 8, 0)
 
 
-@pytest.mark.parametrize("moments", [(10,), pytest.param((1, 20, 40), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", [(10,), (1, 20, 40)])
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path, moments: tuple[int, ...]) -> None:
     """kill -9 of the command: its workers end too, and the same command makes the same bytes."""
     spec = make_input(tmp_path, 600)  # 60 shards
