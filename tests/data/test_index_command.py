@@ -84,6 +84,7 @@ def test_only_the_changed_shard_is_read(
     assert "2 shard(s) were indexed already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_bad_shards_are_all_named_and_the_others_indexed(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,6 +98,7 @@ def test_bad_shards_are_all_named_and_the_others_indexed(
     assert len(list(root.glob("*.index"))) == 2
 
 
+@pytest.mark.slow
 def test_index_dir_of_read_only_shards(root: Path, tokenizer: Tokenizer) -> None:
     before = {path.name for path in root.iterdir()}
     directory = root / "indexes"

@@ -217,6 +217,7 @@ def test_parquet_columns_by_other_names(tmp_path: Path, photos: Path) -> None:
         samples(tmp_path, InputSpec("parquet", (path,), fields=FieldMapping((), ("TEXT",))))
 
 
+@pytest.mark.slow
 def test_datasets_saved_to_disk(tmp_path: Path, photos: Path) -> None:
     import datasets
 

@@ -75,6 +75,7 @@ def test_full_and_even_on_a_realistic_mix(tmp_path: Path, sequence_length: int) 
         assert statistics.fmean(used) >= 0.97
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 400), st.sampled_from([1, 2, 3, 4, 8]))
 def test_any_step_from_nothing_is_that_of_the_whole_stream(

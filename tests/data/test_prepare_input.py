@@ -46,6 +46,7 @@ def results(staging: Path) -> list[Path]:
     return [path for path in staging.glob("*.json") if re.fullmatch(r"\d{6}", path.stem)]
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_makes_the_same_bytes(tmp_path: Path) -> None:
     spec = make_input(tmp_path, 23)
     for workers in (1, 3):
