@@ -71,12 +71,16 @@ class Cluster:
         self, *command: str, on: str = HEAD, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command on a node."""
-        enter = ["nsenter", f"--target={self.pid(on)}", "--net", "--uts", "--mount", "--pid"]
         return subprocess.run(
-            [*enter, f"--wd={os.getcwd()}", "--", *command],
+            [*self.enter(on), *command],
             env={**self._environment, **(environment or {})},
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
+
+    def enter(self, node: str) -> list[str]:
+        """What to write before a command that runs on a node, in the current directory."""
+        spaces = ["--net", "--uts", "--mount", "--pid"]
+        return ["nsenter", f"--target={self.pid(node)}", *spaces, f"--wd={os.getcwd()}", "--"]
 
     def ask(self, *command: str) -> str:
         """What a command that must succeed prints."""

@@ -62,7 +62,9 @@ def write_settings(root: Path, num_nodes: int) -> None:
     (root / "slurm.conf").write_text(filled)
     for number in range(GPUS):
         (root / f"gpu{number}").touch()
-    (root / "gres.conf").write_text(f"Name=gpu File={root}/gpu[0-{GPUS - 1}] Flags=nvidia_gpu_env\n")
+    (root / "gres.conf").write_text(
+        f"Name=gpu File={root}/gpu[0-{GPUS - 1}] Flags=nvidia_gpu_env\n"
+    )
     # slurmd 22.05 starts a cgroup plugin even when none is used; on an empty directory v1 does nothing.
     (root / "cgroup").mkdir()
     (root / "cgroup.conf").write_text(
