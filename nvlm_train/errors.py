@@ -43,3 +43,7 @@ class TrainingError(NvlmError):
 
 class RunLockedError(NvlmError):
     """A run directory that another process writes to, or may write to."""
+
+
+class LaunchError(NvlmError):
+    """A job that should not be queued."""

@@ -52,12 +52,16 @@ class Cluster:
         self._root.mkdir(mode=0o711)
         (self._root / "state").mkdir()
         write_settings(self._root, len(self.nodes))
-        self._boot(HEAD, [
-            f"munged --foreground --force --key-file={self._root}/munge.key --socket={self._root}/munge.socket "
-            f"--pid-file={self._root}/munge.pid --log-file={self._root}/munged.log "
-            f"--seed-file={self._root}/munge.seed",
-            f"slurmctld -D -f {self._root}/slurm.conf",
-        ], self._wire_head)  # fmt: skip
+        options = {
+            "key-file": "munge.key",
+            "socket": "munge.socket",
+            "seed-file": "munge.seed",
+            "pid-file": "munge.pid",
+            "log-file": "munged.log",
+        }
+        paths = [f"--{name}={self._root}/{file}" for name, file in options.items()]
+        munged = " ".join(["munged", "--foreground", "--force", *paths])
+        self._boot(HEAD, [munged, "slurmctld -D"], self._wire_head)
         for node in self.nodes:
             self.start_node(node)
         wait_for(lambda: self._idle() == set(self.nodes), 30, "idle nodes", self.logs)

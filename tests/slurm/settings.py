@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 SUBNET = "10.77.3"
@@ -72,6 +73,6 @@ def write_settings(root: Path, num_nodes: int) -> None:
     )
     key = root / "munge.key"
     key.touch(mode=0o600)
-    key.write_bytes(Path("/dev/urandom").open("rb").read(128))
+    key.write_bytes(secrets.token_bytes(128))
     nodes = [f"{SUBNET}.{10 + number} n{number}" for number in range(1, num_nodes + 1)]
     (root / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{SUBNET}.1 head", *nodes, ""]))
