@@ -8,7 +8,7 @@ from pathlib import Path
 SUBNET = "10.77.3"
 """Exists only inside the namespaces that the cluster makes."""
 CPUS = 4
-GPUS = 2
+GPUS = 4
 """What a node claims to have, so that options about GPUs can be tested; nothing looks for devices."""
 
 _SLURM_CONF = """\
