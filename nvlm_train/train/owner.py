@@ -84,7 +84,7 @@ def why_alive(owner: Owner, me: Owner, is_locked: bool) -> str | None:
     if owner.is_earlier_life_of(me):
         return None
     if owner.slurm_job and owner.slurm_cluster == me.slurm_cluster:
-        return _slurm_says_alive(owner.slurm_job)
+        return slurm_says_alive(owner.slurm_job)
     return f"this host cannot see whether {owner.host} still runs it"
 
 
@@ -95,8 +95,8 @@ def _lives(owner: Owner) -> bool:
         return False
 
 
-def _slurm_says_alive(job: str) -> str | None:
-    """Asks squeue, which forgets jobs some minutes after their end."""
+def slurm_says_alive(job: str) -> str | None:
+    """Why a job may still run, or none; squeue forgets jobs some minutes after their end."""
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -124,10 +124,3 @@ def test_scancel_ends_it_and_the_same_command_goes_on(
     again = Job(cluster, data, tmp_path / "run")
     assert_same_run(again, whole)
     assert job.state == "CANCELLED" and job.restarts == 0
-
-
-def test_a_wrong_recipe_is_not_tried_again(cluster: Cluster, data: Path, tmp_path: Path) -> None:
-    job = Job(cluster, data, tmp_path / "run", more=("sede=1",))
-    assert job.wait() == "FAILED"
-    assert cluster.job(job.id)["ExitCode"] == "2:0"
-    assert "sede=1 is an unknown key" in job.log
