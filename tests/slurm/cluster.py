@@ -139,7 +139,7 @@ class Cluster:
         script = str(Path(__file__).with_name("node.sh"))
         with (self._root / f"init-{node}.log").open("a") as log:
             self._init[node] = subprocess.Popen(
-                ["unshare", *spaces, script, node, str(self._root / "hosts"), *daemons],
+                ["unshare", *spaces, script, node, str(self._root), *daemons],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 env=self._environment, start_new_session=True,
             )  # fmt: skip

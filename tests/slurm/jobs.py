@@ -18,6 +18,7 @@ from tests.train.smoke import overrides
 
 STEPS = 8
 """Of each stage; with a checkpoint every third."""
+SMOKE_STAGES = ("pretrain", "sft")
 PATIENCE_S = 420
 """For a life of a run on two cores that others use too."""
 SCRIPT = "launch/slurm.sbatch"
@@ -33,7 +34,7 @@ ENVIRONMENT = {
 def smoke_arguments(data: Path, run_dir: Path) -> list[str]:
     """TP2 x PP2 in both stages, with wandb."""
     _, parallel = layout("TP2 PP2")
-    steps = [f"stages.{stage}.steps={STEPS}" for stage in ("pretrain", "sft")]
+    steps = [f"stages.{stage}.steps={STEPS}" for stage in SMOKE_STAGES]
     own = [*parallel, *steps, "checkpoint.interval_steps=3", "tracking.wandb=offline"]
     return overrides(data, run_dir, *own)
 
@@ -69,12 +70,14 @@ class Job:
     def wait_for_log(self, words: str) -> None:
         wait_for(lambda: words in self.log, PATIENCE_S, words, self.explain)
 
-    def wait_for_first_save(self) -> None:
-        newest = self.run_dir / "checkpoints" / "pretrain-00000003"
-        wait_for(newest.exists, PATIENCE_S, "the first checkpoint", self.explain)
+    def wait_for_save(self, step: int) -> None:
+        """Waits for the checkpoint of a step of the first stage."""
+        newest = self.run_dir / "checkpoints" / f"pretrain-{step:08d}"
+        wait_for(newest.exists, PATIENCE_S, f"the save of step {step}", self.explain)
 
-    def wait_for_requeue(self) -> None:
-        wait_for(lambda: self.restarts > 0, PATIENCE_S, "a requeue", self.explain)
+    def wait_for_restart(self, number: int) -> None:
+        """Waits until SLURM has put the job back into the queue so many times."""
+        wait_for(lambda: self.restarts >= number, PATIENCE_S, "a requeue", self.explain)
 
     def wait(self) -> str:
         """Waits for the end; the state at the end."""

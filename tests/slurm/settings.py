@@ -56,7 +56,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 
 
 def write_settings(root: Path, num_nodes: int) -> None:
-    """Writes slurm.conf, gres.conf, cgroup.conf, munge.key and hosts under `root`."""
+    """Writes slurm.conf, gres.conf, cgroup.conf, munge.key, hosts and nsswitch.conf under `root`."""
     filled = _SLURM_CONF.format(
         root=root, subnet=SUBNET, nodes=num_nodes, last=10 + num_nodes, cpus=CPUS, gpus=GPUS
     )
@@ -74,5 +74,7 @@ def write_settings(root: Path, num_nodes: int) -> None:
     key = root / "munge.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(128))
+    # Names come from `hosts` alone: a node that asked a name server would wait for nobody's answer.
+    (root / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
     nodes = [f"{SUBNET}.{10 + number} n{number}" for number in range(1, num_nodes + 1)]
     (root / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{SUBNET}.1 head", *nodes, ""]))
