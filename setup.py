@@ -65,8 +65,13 @@ setup(
         *find_packages(include=["nvlm_train", "nvlm_train.*"]),
         "nvlm_train.recipes",
         "nvlm_train.data_recipes",
+        "nvlm_train.launch",
     ],
-    package_dir={"nvlm_train.recipes": "recipes", "nvlm_train.data_recipes": "data_recipes"},
+    package_dir={
+        "nvlm_train.recipes": "recipes",
+        "nvlm_train.data_recipes": "data_recipes",
+        "nvlm_train.launch": "launch",
+    },
     package_data={
         "nvlm_train": ["py.typed"],
         "nvlm_train.data": ["prompts.yaml"],
@@ -74,6 +79,7 @@ setup(
         "nvlm_train.data.viewing": ["page.html"],
         "nvlm_train.recipes": ["*.yaml", "*/*.yaml"],
         "nvlm_train.data_recipes": ["*.yaml"],
+        "nvlm_train.launch": ["*.sh", "*.sbatch", "*.txt"],
     },
     include_package_data=False,
     install_requires=REQUIRED,

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nvlm_train.cli import data
+from nvlm_train.cli import data, launch
 from nvlm_train.errors import ConfigError, NvlmError
 from nvlm_train.logs import set_up_logging
 
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run a recipe's schedule, or continue it")
     _recipe_arguments(train)
     train.set_defaults(run=_train)
+    launch.add_parser(commands)
     chat = commands.add_parser("chat", help="ask a trained run about an image")
     _recipe_arguments(chat)
     chat.add_argument("--image", action="append", default=[], metavar="FILE")

@@ -13,7 +13,7 @@ from nvlm_train.config import rules
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import TrainingError
 from nvlm_train.parallel.topology import start_process_group
-from nvlm_train.train import announce, start
+from nvlm_train.train import announce, run_lock, start
 from nvlm_train.train.checkpoint import Saver
 from nvlm_train.train.record import StepTimer, step_record
 from nvlm_train.train.schedule import Position, global_step, learning_rate, stages_to_run
@@ -37,6 +37,12 @@ def train(recipe: Recipe) -> int:
     start_process_group()
     rules.check(recipe, dist.get_world_size())
     announce.machine(recipe.precision)
+    with run_lock.held(Path(recipe.run_dir)):
+        return run_schedule(recipe)
+
+
+def run_schedule(recipe: Recipe) -> int:
+    """Runs the unfinished stages. The caller holds the run directory."""
     stop, run = StopRequest(), start.open_run(recipe)
     steps_done = global_step(recipe, run.position) if run.position else 0
     run_id = run.state.wandb_run_id if run.state else None
