@@ -21,12 +21,16 @@ from nvlm_train.pipeline.loss import LabelLosses, loss_head
 from nvlm_train.pipeline.run import run_round
 from nvlm_train.train.accounting import StepResult, account, count_trained_tokens
 from nvlm_train.train.engine import Engine
+from nvlm_train.train.update import gradient_norm, update
 
 logger = logging.getLogger(__name__)
 
 
 def run_step(engine: Engine, batch: StepBatch, num_sources: int) -> StepResult:
     """Trains on one step's batch. Called by every rank; the learning rate must have been set.
+
+    A loss or gradient norm that is not finite on some rank leaves weights and optimizer as they are
+    on every rank.
 
     Args:
         engine: this rank's model, encoder and optimizer.
@@ -41,8 +45,11 @@ def run_step(engine: Engine, batch: StepBatch, num_sources: int) -> StepResult:
     label_losses = forward_backward(engine, batch, trained_tokens)
     # With no token count given, nothing is rescaled: the loss was normalised before the backward.
     finalize_model_grads([engine.model])
-    _, grad_norm, _ = engine.optimizer.step()
-    return account(batch, label_losses, float(grad_norm or 0.0), skipped, num_sources, topology)
+    grad_norm = gradient_norm(engine.optimizer)
+    result = account(batch, label_losses, grad_norm, skipped, num_sources, topology)
+    if result.is_finite:
+        update(engine.optimizer, grad_norm)
+    return result
 
 
 def forward_backward(engine: Engine, batch: StepBatch, trained_tokens: int) -> list[LabelLosses]:
