@@ -17,6 +17,7 @@ from megatron.core.distributed import finalize_model_grads
 
 from nvlm_train.batch import StepBatch
 from nvlm_train.parallel.topology import Topology, device
+from nvlm_train.parallel.waiting import waiting
 from nvlm_train.pipeline.loss import LabelLosses, loss_head
 from nvlm_train.pipeline.run import run_round
 from nvlm_train.train.accounting import StepResult, account, count_trained_tokens
@@ -38,8 +39,9 @@ def run_step(engine: Engine, batch: StepBatch, num_sources: int) -> StepResult:
         num_sources: sources of the stage's blend, for losses per source.
     """
     topology = engine.topology
-    batch, skipped = drop_failures(batch, topology)
-    trained_tokens = count_trained_tokens(batch, topology)
+    with waiting():
+        batch, skipped = drop_failures(batch, topology)
+        trained_tokens = count_trained_tokens(batch, topology)
     engine.model.zero_grad_buffer()
     engine.optimizer.zero_grad()
     label_losses = forward_backward(engine, batch, trained_tokens)
