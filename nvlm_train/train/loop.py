@@ -49,7 +49,8 @@ def train(recipe: Recipe) -> int:
             tracker.rewind(global_step(recipe, position))
             with memory.explained(recipe, position.stage):
                 stopped = run_stage(recipe, position, tracker, saver, stop.agreed, health)
-            saver.wait()
+            with health.busy("saving"):
+                saver.wait()
             if stopped:
                 logger.info("stopped by a signal and saved; the same command goes on")
                 return EXIT_REQUEUE
@@ -84,14 +85,15 @@ def run_stage(
             record = step_record(recipe, plan.source_names, done, rate, result, seconds)
             tracker.log({**record, **health.stepped(done, result, seconds, work)})
             if health.must_roll_back(done, result, work):
-                saver.wait()
+                with health.busy("saving"):
+                    saver.wait()
                 health.leave_out(done, result, start.open_run(recipe).position)
                 return False
             skips.add(result.skipped_samples, result.samples)
             saver.poll()
             stopping = stop_requested()
             if stopping or saver.is_due(done.step, stage.steps):
-                with health.saving():
+                with health.busy("saving"):
                     saver.save(engine, start.run_state(recipe, work, done, tracker.run_id))
             if stopping:
                 return done.step < stage.steps or position.stage != recipe.schedule[-1]

@@ -157,7 +157,8 @@ def test_slow_rank_is_named(
     run_dir = tmp_path / "run"
     overrides = [*ONE_STAGE, *parallel, *often]
     assert workers.run(world, ills.slow_rank, data, run_dir, rank, part, *overrides) == [0] * world
-    reports = [each for each in read_metrics(run_dir) if "slowest_rank" in each]
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    reports = [each for each in map(json.loads, lines) if "slowest_rank" in each]
     assert [each["step"] for each in reports] == [2, 4]
     last = reports[-1]
     assert last["slowest_rank"] == rank

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import TrainingError
 from nvlm_train.train.accounting import StepResult
-from nvlm_train.train.health.activity import Activity
+from nvlm_train.train.health.activity import Activity, Doing
 from nvlm_train.train.health.heartbeat import Heartbeat
 from nvlm_train.train.health.left_out import (
     LeftOut,
@@ -74,14 +74,24 @@ class Health:
             self._heartbeat.close()
 
     def start_stage(self, position: Position) -> frozenset[int]:
-        """A stage starts or goes on. Returns the steps it leaves out, counted from 0."""
+        """A stage starts or goes on. Returns the steps it leaves out, counted from 0.
+
+        Raises:
+            TrainingError: the stage's last step is among them.
+        """
         self._activity.start_stage(position.stage, position.step)
         self._watchdog.progressed()
         known = (self._history(position), read_left_out(self._run_dir)) if self._is_first else None
         history, self._left_out = _from_rank_0(known)
         self._losses = LossWatch(self._config, history)
         self._stragglers = StragglerReport(self._config)
-        return indices(self._left_out, position.stage)
+        steps = indices(self._left_out, position.stage)
+        if any(step >= self._recipe.stages[position.stage].steps - 1 for step in steps):
+            raise TrainingError(
+                f"{self._run_dir}/left_out_steps.json leaves out the last step of stage {position.stage}, "
+                f"step {self._recipe.stages[position.stage].steps}, which ends it with a save: take it out"
+            )
+        return steps
 
     def _history(self, position: Position) -> list[tuple[float, bool]]:
         path = self._run_dir / METRICS
@@ -186,9 +196,9 @@ class Health:
             )
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Around a save, which may take long."""
-        with self._activity.busy("saving"):
+    def busy(self, doing: Doing) -> Iterator[None]:
+        """Around what may take longer than a step: `saving`, `evaluating`."""
+        with self._activity.busy(doing):
             self._watchdog.progressed()
             yield
         self._watchdog.progressed()

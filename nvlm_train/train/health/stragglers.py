@@ -103,7 +103,7 @@ class StragglerReport:
             "slowest_rank_data_seconds": worst.times.data,
             "slowest_rank_compute_seconds": worst.times.compute,
             "slowest_rank_wait_seconds": worst.times.wait,
-            "peers_own_seconds": worst.peers.own,
+            "slowest_rank_peers_seconds": worst.peers.own,
         }
 
     def _speak(self, worst: Slowest) -> None:
