@@ -101,7 +101,7 @@ def test_heartbeat_is_whole_whenever_it_is_read(tmp_path: Path) -> None:
         activity.stepped(len(seen), float("nan"))
         if (tmp_path / "heartbeat.json").exists():
             seen.add(json.loads((tmp_path / "heartbeat.json").read_text())["time"])
-    activity.end()
+    activity.end("ended")
     heart.close()
     last = json.loads((tmp_path / "heartbeat.json").read_text())
     assert len(seen) == 20
@@ -129,7 +129,10 @@ def test_hang_message_names_the_rank_that_waits_for_nobody(tmp_path: Path) -> No
     message = describe_hang("no progress", tmp_path, found, 3)
     assert "rank 1 on node1 is the one to look at: it is in file.py:1 f" in message
     assert "rank 0 on" not in message
-    assert "ranks 2 wrote nothing" in message and "exit code 76" in message
+    assert (
+        "ranks 2 could run no Python, or are dead (without a stack)" in message
+        and "exit code 76" in message
+    )
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,9 @@ def test_frozen_rank_is_ended_by_the_timer_in_c(data: Path, tmp_path: Path) -> N
     ended = run_until_it_ends("freeze", data, tmp_path, "TP2", 1, 5)
     assert ended.code != 0
     assert f"exitcode  : {EXIT_HANG}" in ended.log
-    assert "ranks 1 wrote nothing: dead, or frozen" in ended.log
+    assert "ranks 1 could run no Python, or are dead (stacks from C: frozen-rank-00001" in ended.log
+    frozen = (ended.run_dir / "health" / "frozen-rank-00001.txt").read_text()
+    assert "in _freeze" in frozen and "in run_step" in frozen
     (directory,) = (ended.run_dir / "health").glob("hang-sft-00000004-*")
     assert (directory / "rank-00000.txt").exists()
 
@@ -114,6 +116,7 @@ def test_out_of_memory_says_what_to_change(data: Path, tmp_path: Path) -> None:
     ended = run_until_it_ends("memory", data, tmp_path, "single", 0, 3)
     assert ended.code == 2
     assert "out of memory in stage sft" in ended.log
+    assert json.loads((ended.run_dir / "heartbeat.json").read_text())["doing"] == "failed"
     for key in ("sequence_length=128", "max_tiles_in_flight=256", "recompute=none", "tensor=1"):
         assert f"stages.sft.{key}" in ended.log or f"stages.sft.parallel.{key}" in ended.log
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from nvlm_train.config.health_schema import HealthConfig
 
-Doing = Literal["starting", "training", "saving", "evaluating", "ended"]
+Doing = Literal["starting", "training", "saving", "evaluating", "ended", "failed"]
 
 _USUAL_AFTER = 3
 """Steps of a stage whose times may be anything: kernels are compiled, connections made, caches filled."""
@@ -59,9 +59,9 @@ class Activity:
         self.doing = doing
         self.since = time.monotonic()
 
-    def end(self) -> None:
-        """Nothing more is expected of this process."""
-        self._turn_to("ended")
+    def end(self, doing: Doing) -> None:
+        """Nothing more is expected of this process: `ended` or `failed`."""
+        self._turn_to(doing)
 
 
 def patience(config: HealthConfig, activity: Activity) -> float:

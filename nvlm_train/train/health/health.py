@@ -64,11 +64,11 @@ class Health:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close("ended" if kind is None else "failed")
 
-    def close(self) -> None:
-        """Ends the threads."""
-        self._activity.end()
+    def close(self, doing: Doing) -> None:
+        """Ends the threads. Called by any rank, whatever the others do."""
+        self._activity.end(doing)
         self._watchdog.close()
         if self._heartbeat is not None:
             self._heartbeat.close()

@@ -26,8 +26,11 @@ logger = logging.getLogger(__name__)
 
 _MEETING_SECONDS = 20.0
 """How long a rank that found a hang waits for the others' stacks before it leaves."""
-_C_LEVEL_SECONDS = 30.0
-"""How much later the timer in C acts, when no Python thread can run any more."""
+_FROZEN_SECONDS = 10.0
+"""How much later the timer in C acts, when no Python thread can: while the others still wait for it."""
+_WAITING_CODE = ("torch/distributed/", "nvlm_train/parallel/waiting.py")
+_LAST_RESORT_SECONDS = 120.0
+"""How long ending the run may take: the file system may be what hangs."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Finding:
     doing: str
     seconds: float
     where: str
-    """Innermost line of the training thread that is not in torch's distributed code."""
+    """Innermost line of the training thread that is not about waiting itself."""
     waits_in: str | None
     """The collective that it waits in; none for a rank that others may be waiting for."""
 
@@ -64,7 +67,7 @@ class Watchdog:
         self._training_thread = threading.get_ident()
         directory = member.run_dir / "health"
         directory.mkdir(parents=True, exist_ok=True)
-        self._frozen = (directory / f"frozen-rank-{member.rank:05d}.txt").open("w")
+        self._frozen = _frozen_file(directory, member.rank).open("w")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="nvlm-watchdog", daemon=True)
         self.progressed()
@@ -72,8 +75,10 @@ class Watchdog:
 
     def progressed(self) -> None:
         """Winds up the timer in C; call when the activity has changed."""
-        limit = patience(self._config, self._activity) + _MEETING_SECONDS + _C_LEVEL_SECONDS
-        faulthandler.dump_traceback_later(limit, exit=True, file=self._frozen)
+        self._end_without_python(patience(self._config, self._activity) + _FROZEN_SECONDS)
+
+    def _end_without_python(self, after: float) -> None:
+        faulthandler.dump_traceback_later(after, exit=True, file=self._frozen)
 
     def close(self) -> None:
         """Watches no longer."""
@@ -94,6 +99,7 @@ class Watchdog:
                 self._end_run(directory, idle, limit)
 
     def _end_run(self, directory: Path, idle: float, limit: float) -> None:
+        self._end_without_python(_LAST_RESORT_SECONDS)
         message = (
             f"no progress for {idle:.0f} s while {self._activity.doing} after step "
             f"{self._activity.step} of {self._activity.stage} (limit {limit:.0f} s: health.hang_factor="
@@ -161,7 +167,7 @@ def describe(message: str, directory: Path, found: list[Finding], world_size: in
     lines = [f"hang: {message}"]
     silent = sorted(set(range(world_size)) - {each.rank for each in found})
     if silent:
-        lines.append(f"ranks {_few(silent)} wrote nothing: dead, or frozen (see frozen-rank-*.txt)")
+        lines.append(_describe_silent(silent, directory.parent))
     suspects = [each for each in found if each.waits_in is None]
     if suspects and len(suspects) < len(found):
         lines += [f"rank {each.rank} on {each.host} is the one to look at: it is in {each.where}, "
@@ -175,17 +181,28 @@ def describe(message: str, directory: Path, found: list[Finding], world_size: in
     return "\n".join(lines)
 
 
+def _describe_silent(ranks: list[int], health: Path) -> str:
+    frozen = [_frozen_file(health, rank) for rank in ranks]
+    stacks = [path.name for path in frozen if path.exists() and path.stat().st_size]
+    where = f"stacks from C: {', '.join(stacks[:8])}" if stacks else "without a stack"
+    return f"ranks {_few(ranks)} could run no Python, or are dead ({where})"
+
+
+def _frozen_file(health: Path, rank: int) -> Path:
+    return health / f"frozen-rank-{rank:05d}.txt"
+
+
 def _few(ranks: list[int]) -> str:
     shown = ", ".join(str(rank) for rank in ranks[:8])
     return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
 
 
 def innermost_line(thread: int) -> str:
-    """The innermost `file:line function` of a thread outside torch's distributed code."""
+    """The innermost `file:line function` of a thread outside the code that waits for other ranks."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         code = frame.f_code
-        if "torch/distributed" not in code.co_filename:
+        if not any(part in code.co_filename for part in _WAITING_CODE):
             return f"{code.co_filename}:{frame.f_lineno} {code.co_name}"
         frame = frame.f_back
     return "no Python code"
