@@ -79,9 +79,9 @@ def _train(options: argparse.Namespace) -> int:
     from nvlm_train.config.load import load_recipe
 
     recipe = load_recipe(options.overrides, options.recipes)
-    from nvlm_train.train.loop import train
+    from nvlm_train.cli.train import run
 
-    return train(recipe)
+    return run(recipe)
 
 
 def _chat(options: argparse.Namespace) -> int:

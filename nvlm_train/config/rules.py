@@ -11,6 +11,7 @@ from nvlm_train.config.cross_rules import (
     gates_open_at_some_time,
     thumbnail_is_there,
 )
+from nvlm_train.config.health_rules import health_is_usable
 from nvlm_train.config.ranges import Problems, below_one, divisors, in_range, use
 from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
 from nvlm_train.errors import ConfigError
@@ -238,6 +239,7 @@ _RECIPE_RULES: tuple[Callable[[Recipe], Problems], ...] = (
     vision_shapes_fit,
     language_shapes_fit,
     counters_are_positive,
+    health_is_usable,
     architecture_has_its_parts,
     gates_open_at_some_time,
 )

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nvlm_train.config.health_schema import HealthConfig
+
 Architecture = Literal["d", "x", "h"]
 TrainablePart = Literal["projector", "cross_attention", "language_model"]
 ChatTemplateName = Literal["qwen2", "yi"]
@@ -244,3 +246,4 @@ class Recipe:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)

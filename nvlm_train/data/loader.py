@@ -14,8 +14,9 @@ Shape legend: T tiles, E tile edge in pixels, C = 3.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -105,7 +106,9 @@ def group_rounds(packs: Sequence[PackPlan], max_tiles: int) -> list[_PackedRound
 
 
 class Loader(Iterator[StepBatch]):
-    """Batches of steps start_step, start_step + 1, ... without end; close it when done.
+    """Batches of steps start_step, start_step + 1, ... without end, but not of those in `left_out`.
+
+    Close it when done.
 
     Raises (while iterating):
         ShardError: a shard changed or vanished since it was indexed.
@@ -119,30 +122,31 @@ class Loader(Iterator[StepBatch]):
         loader: LoaderConfig,
         max_tiles_in_flight: int,
         start_step: int = 0,
+        left_out: Collection[int] = (),
     ) -> None:
         self._plan = plan
         self._encoder = encoder
         self._share = share
         self._max_tiles = max_tiles_in_flight
         self._max_pixels = loader.max_image_pixels
-        self._next_step = start_step
+        self._steps = (step for step in itertools.count(start_step) if step not in left_out)
         # Without workers nothing runs ahead: a step is made when it is asked for.
         self._steps_ahead = loader.prefetch_steps if loader.workers else 0
         self._max_bytes = round(loader.prefetch_gib * 2**30)
         self._threads = ThreadPoolExecutor(loader.workers, "nvlm-data") if loader.workers else None
         self._pending: deque[_PendingStep] = deque()
-        self._planned: list[_PackedRound] | None = None
+        self._planned: tuple[int, list[_PackedRound]] | None = None
 
     def __next__(self) -> StepBatch:
         try:
             while len(self._pending) <= self._steps_ahead:
                 if self._planned is None:
-                    self._planned = self._plan_rounds(self._next_step)
-                if not self._has_room(self._planned):
+                    step = next(self._steps)
+                    self._planned = (step, self._plan_rounds(step))
+                if not self._has_room(self._planned[1]):
                     break
-                self._pending.append(self._start(self._next_step, self._planned))
+                self._pending.append(self._start(*self._planned))
                 self._planned = None
-                self._next_step += 1
             return _collect(self._pending.popleft())
         except BaseException:
             self.close()

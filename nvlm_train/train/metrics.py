@@ -34,6 +34,12 @@ class MetricsLog:
         self._file.write(json.dumps(dict(record)) + "\n")
         self._file.flush()
 
+    def rewind(self, steps_done: int) -> None:
+        """Drops the records of later steps: the run goes back to an earlier checkpoint."""
+        self._file.close()
+        _keep_until(self.path, steps_done)
+        self._file = self.path.open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Closes the file; may be called again."""
         self._file.close()

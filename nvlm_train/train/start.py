@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,10 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
     return StageWork(engine, plan, encoder)
 
 
-def open_loader(recipe: Recipe, position: Position, work: StageWork) -> Loader:
-    """This rank's batches from the position's step on."""
+def open_loader(
+    recipe: Recipe, position: Position, work: StageWork, left_out: Collection[int]
+) -> Loader:
+    """This rank's batches from the position's step on, without those of steps that are left out."""
     engine = work.engine
     return Loader(
         work.plan,
@@ -115,6 +118,7 @@ def open_loader(recipe: Recipe, position: Position, work: StageWork) -> Loader:
         recipe.loader,
         engine.stage.parallel.max_tiles_in_flight,
         position.step,
+        left_out,
     )
 
 

@@ -70,6 +70,11 @@ class Tracker:
         if self._wandb is not None and int(record["global_step"]) % self._every == 0:
             self._wandb.log(dict(record))
 
+    def rewind(self, steps_done: int) -> None:
+        """Forgets later steps: they will come again, or are left out. wandb keeps both."""
+        if self._is_active:
+            self._metrics.rewind(steps_done)
+
     def close(self, exit_code: int = 0) -> None:
         """Ends the record; wandb shows a run with another exit code than 0 as failed."""
         if not self._is_active:
