@@ -134,7 +134,18 @@ def counters_are_positive(recipe: Recipe) -> Problems:
     yield from in_range("loader.max_image_pixels", loader.max_image_pixels, 1)
     yield from in_range("checkpoint.interval_steps", checkpoint.interval_steps, 1)
     yield from in_range("checkpoint.keep_last", checkpoint.keep_last, 1)
+    yield from in_range("checkpoint.max_failed_saves", checkpoint.max_failed_saves, 0)
     yield from in_range("tracking.log_every", recipe.tracking.log_every, 1)
+
+
+def run_dir_is_a_directory(recipe: Recipe) -> Problems:
+    """A checkpoint becomes visible by one atomic rename, which object stores do not have."""
+    if "://" in recipe.run_dir:
+        yield (
+            f"run_dir={recipe.run_dir} is a URL; checkpoints need a file system that renames directories: "
+            "use a local or shared directory, and copy checkpoints/STAGE-STEP from there when its "
+            "manifest.json exists"
+        )
 
 
 # ---- one stage ----
@@ -232,6 +243,7 @@ _RECIPE_RULES: tuple[Callable[[Recipe], Problems], ...] = (
     vision_shapes_fit,
     language_shapes_fit,
     counters_are_positive,
+    run_dir_is_a_directory,
     architecture_has_its_parts,
     gates_open_at_some_time,
 )

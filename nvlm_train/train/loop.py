@@ -14,8 +14,8 @@ from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import TrainingError
 from nvlm_train.parallel.topology import start_process_group
 from nvlm_train.train import announce, start
-from nvlm_train.train.checkpoint import Saver
 from nvlm_train.train.record import StepTimer, step_record
+from nvlm_train.train.saver import Saver
 from nvlm_train.train.schedule import Position, global_step, learning_rate, stages_to_run
 from nvlm_train.train.signals import EXIT_REQUEUE, StopRequest
 from nvlm_train.train.skips import SkipBudget
@@ -40,14 +40,15 @@ def train(recipe: Recipe) -> int:
     stop, run = StopRequest(), start.open_run(recipe)
     steps_done = global_step(recipe, run.position) if run.position else 0
     run_id = run.state.wandb_run_id if run.state else None
+    saver = Saver(Path(recipe.run_dir), recipe.checkpoint)
     with Tracker(recipe, run_id, steps_done) as tracker:
-        saver = Saver(Path(recipe.run_dir), recipe.checkpoint)
         for position in stages_to_run(recipe, run.position):
-            stopped = run_stage(recipe, position, tracker, saver, stop.agreed)
+            stopped = run_stage(recipe, position, run, tracker, saver, stop.agreed)
             saver.wait()
             if stopped:
                 logger.info("stopped by a signal and saved; the same command goes on")
                 return EXIT_REQUEUE
+            run = start.open_run(recipe)
         saver.close()
     return 0
 
@@ -55,13 +56,14 @@ def train(recipe: Recipe) -> int:
 def run_stage(
     recipe: Recipe,
     position: Position,
+    run: start.Run,
     tracker: Tracker,
     saver: Saver,
     stop_requested: Callable[[], bool],
 ) -> bool:
     """Trains one stage from `position`. Returns whether a signal stopped it before its end."""
     stage = recipe.stages[position.stage]
-    work = start.start_stage(recipe, position, start.open_run(recipe))
+    work = start.start_stage(recipe, position, run)
     engine, plan = work.engine, work.plan
     announce.stage(recipe, position, work)
     timer, skips = StepTimer(), SkipBudget(recipe.loader.max_skipped_fraction)
