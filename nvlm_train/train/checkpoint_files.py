@@ -149,6 +149,18 @@ def give_up(writing: Path) -> None:
         logger.warning("cannot remove %s: %s", writing, error)
 
 
+def disk_trouble(directory: Path) -> str | None:
+    """What the file system says to one more MiB: libraries that write for us do not always pass it on."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def set_aside(checkpoint: Path) -> Path:
     """Renames a damaged checkpoint, so that no later start stumbles over it; nothing is deleted."""
     aside = checkpoint.with_name(_DAMAGED + checkpoint.name)

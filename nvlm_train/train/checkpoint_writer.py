@@ -20,6 +20,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
+from nvlm_train.train.checkpoint_files import disk_trouble
 from nvlm_train.train.manifest import FileDigest, digest_file
 from nvlm_train.train.mcore_fixes import ResultFile
 
@@ -51,8 +52,8 @@ def _write(
         written = list(threads.map(write, range(len(buckets)), buckets))
     failures = [result for result, _ in written if isinstance(result, Exception)]
     if failures:
-        # As text: exceptions of the file system do not all survive pickling.
-        results.put(RuntimeError(str(failures[0])))
+        trouble = disk_trouble(Path(buckets[0][0]).parent)
+        results.put(RuntimeError(trouble or str(failures[0])))
         return
     digests.put({name: digest for _, found in written for name, digest in found.items()})
     results.put({number: result for number, (result, _) in enumerate(written)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import queue
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,13 +40,12 @@ class ResultFile:
         return self._path.exists()
 
     def get_nowait(self) -> Any:
-        """Called after the writer has ended.
-
-        Raises:
-            queue.Empty: it wrote nothing, so it died.
-        """
+        """Called after the writer has ended. Where it left nothing, the answer is an error."""
         if not self._path.exists():
-            raise queue.Empty
+            return ChildProcessError(
+                "the process that wrote the checkpoint was killed; where the kernel did it for memory "
+                "(see dmesg), give the job more host memory"
+            )
         result = pickle.loads(self._path.read_bytes())
         self._path.unlink()
         return result

@@ -113,7 +113,7 @@ class Saver:
         writing = on_rank_0(lambda: files.begin(self._run_dir, name))
         self._under_way = save = _Save(writing, state, mcore_fixes.ResultFile())
         request = write_request(engine, writing)
-        on_rank_0(_raise_held_error)
+        on_rank_0(partial(_raise_held_error, writing))
         request.add_finalize_fn(lambda: self._publish(save))
         self._queue.schedule_async_request(with_digests(request, save.digests))
 
@@ -125,7 +125,7 @@ class Saver:
         )
 
     def _publish(self, save: _Save) -> None:
-        on_rank_0(_raise_held_error)
+        on_rank_0(partial(_raise_held_error, save.writing))
         mine = save.digests.get_nowait() if save.digests.is_there() else {}
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, mine)
@@ -150,7 +150,7 @@ class Saver:
             self._under_way = None
             if len(self._failures) > self._config.max_failed_saves:
                 raise CheckpointError(self._failures[-1]) from None
-            logger.error("%s\ntraining goes on", self._failures[-1])
+            logger.error("%s", self._failures[-1])
 
     def _clean_up(self, name: str, reason: str) -> str:
         """Makes room again, and says what happened and what to do."""
@@ -167,14 +167,14 @@ class Saver:
             f"  failed saves in a row: {len(self._failures) + 1}, allowed by "
             f"checkpoint.max_failed_saves: {self._config.max_failed_saves}\n"
             "  make room or repair the disk (checkpoint.keep_last="
-            f"{self._config.keep_last} takes the most), then start the same command again"
+            f"{self._config.keep_last} takes the most); where the run has ended, start the same command again"
         )
 
 
-def _raise_held_error() -> None:
+def _raise_held_error(writing: Path) -> None:
     error = mcore_fixes.take_held_error()
     if error is not None:
-        raise CheckpointError(str(error))
+        raise CheckpointError(files.disk_trouble(writing) or str(error))
 
 
 def _reason(error: BaseException) -> str:
