@@ -101,10 +101,12 @@ class Chaos:
     Args:
         root: everything goes there.
         seed: of delays and victims.
+        overrides: of the recipe, for all runs.
     """
 
     root: Path
     seed: int = 0
+    overrides: tuple[str, ...] = ()
     done: Counter = field(default_factory=Counter)
     """Kills by kind."""
 
@@ -112,21 +114,35 @@ class Chaos:
         self._random = random.Random(self.seed)
         make_smoke_data(self.root / "data")
         self._lives = 0
-        whole = self.root / "whole"
-        assert self._start(whole).process.wait(PATIENCE_S) == 0, self._log(whole).read_text()
-        self._whole = whole
+        self._whole = self.root / "whole"
+        self._finish(self._whole)
 
     def kill(self, kinds: list[str]) -> None:
         """Kills once at each kind of moment, in this order; then lets the run end and compares it."""
         run_dir = self._new_run()
         for kind in kinds:
-            while not self._kill_at(kind, run_dir):
-                # The run was through before the moment came: look at it and take another.
-                self.compare(run_dir)
-                run_dir = self._new_run()
-            self.done[kind] += 1
-        assert self._start(run_dir).process.wait(PATIENCE_S) == 0, self._log(run_dir).read_text()
+            run_dir = self._kill_once(kind, run_dir)
+        self._finish(run_dir)
         self.compare(run_dir)
+
+    def move(self, kind: str, name: str) -> tuple[Path, Path]:
+        """Kills once, and lets the run end in another layout. The undisturbed run and this one."""
+        run_dir = self._kill_once(kind, self._new_run())
+        self._finish(run_dir, name)
+        return self._whole, run_dir
+
+    def _kill_once(self, kind: str, run_dir: Path) -> Path:
+        """Returns the run that was killed."""
+        while not self._kill_at(kind, run_dir):
+            # The run was through before the moment came: look at it and take another.
+            self.compare(run_dir)
+            run_dir = self._new_run()
+        self.done[kind] += 1
+        return run_dir
+
+    def _finish(self, run_dir: Path, name: str = "TP2 PP2") -> None:
+        code = self._start(run_dir, name).process.wait(PATIENCE_S)
+        assert code == 0, self._log(run_dir).read_text()
 
     def compare(self, run_dir: Path) -> None:
         """A finished run against the undisturbed one."""
@@ -143,11 +159,11 @@ class Chaos:
     def _log(self, run_dir: Path) -> Path:
         return run_dir.with_suffix(".log")
 
-    def _start(self, run_dir: Path) -> Life:
-        _, parallel = layout("TP2 PP2")
+    def _start(self, run_dir: Path, name: str = "TP2 PP2") -> Life:
+        world, parallel = layout(name)
         own = [f"stages.{name}.steps={STEPS}" for name in ("pretrain", "sft")]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-        arguments = overrides(self.root / "data", run_dir, *parallel, *own)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        arguments = overrides(self.root / "data", run_dir, *parallel, *own, *self.overrides)
         log, metrics = self._log(run_dir), run_dir / "metrics.jsonl"
         start = log.stat().st_size if log.exists() else 0
         with log.open("a") as stream:

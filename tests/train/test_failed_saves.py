@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nvlm_train.errors import TrainingError
+from nvlm_train.train.metrics import MetricsLog
 from tests.train import runs, saves
 from tests.train.layouts import layout
 from tests.train.smoke import read_metrics
@@ -100,6 +102,24 @@ def test_recipe_may_tolerate_failed_saves_but_not_at_a_stage_end(
         ]
         assert all("No space left on device" in line for line in heard)
     assert len(read_metrics(run_dir)) == 4
+
+
+def test_metrics_on_a_full_disk(small_disk: Callable[[int], Path]) -> None:
+    """One message; and when there is room the torn line is gone, with no step missing before it."""
+    run_dir = small_disk(64)
+    log, step = MetricsLog(run_dir, 0), 0
+    with pytest.raises(
+        TrainingError, match="No space left on device.*start the same command again"
+    ):
+        for step in range(1, 1000):
+            log.append({"global_step": step, "padding": "x" * 300})
+    log.close()
+    small_disk(1024)
+    path = run_dir / "metrics.jsonl"
+    assert not path.read_bytes().endswith(b"\n")
+    MetricsLog(run_dir, 1000).close()
+    assert path.read_bytes().endswith(b"\n")
+    assert [each["global_step"] for each in read_metrics(run_dir)] == list(range(1, step))
 
 
 def test_killed_writer_is_a_failed_save(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
