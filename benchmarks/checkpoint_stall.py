@@ -39,10 +39,14 @@ def train_and_time(root: Path, out: Path) -> None:
     """Seconds outside the saver, and whether writers were at work."""
 
     class TimedSaver(Saver):
+        """Also counts the sums of the weights, which the loop takes just before it saves."""
+
         left = time.perf_counter()
 
         def save(self, *arguments: Any) -> None:
             self._timed("save", lambda: Saver.save(self, *arguments))
+            name, seconds = stalls.pop()
+            stalls.append((name, seconds + sums.pop()))
 
         def poll(self) -> None:
             steps.append((time.perf_counter() - self.left, self._under_way is not None))
@@ -54,6 +58,15 @@ def train_and_time(root: Path, out: Path) -> None:
             self.left = time.perf_counter()
             stalls.append((name, self.left - start))
 
+    original, sums = loop.start.run_state, []
+
+    def timed_state(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        state = original(*arguments)
+        sums.append(time.perf_counter() - start)
+        return state
+
+    loop.start.run_state = timed_state  # type: ignore[assignment]
     loop.Saver = TimedSaver  # type: ignore[misc]
     timed_digest = checkpoint_writer.digest_file
 

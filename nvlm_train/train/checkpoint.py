@@ -5,6 +5,7 @@ When to save, and what a save that fails means: saver.py. Directories: checkpoin
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,18 @@ from nvlm_train.train.mcore_fixes import keep_bucket_padding
 
 def write_request(engine: Engine, directory: Path) -> AsyncRequest:
     """A save that is planned, with its tensors in place, and waits for its writers. Called by all ranks."""
-    request = dist_checkpointing.save(
-        sharded_state(engine, is_loading=False),
-        str(directory),
-        async_sharded_save=True,
-        preprocess_common_before_consistancy_check=_without_optimizer,
-    )
+    # On the way megatron-core collects garbage (distrib_optimizer.py:1283). Over all that is alive by now
+    # this took longer than a step; what is frozen, it does not look at.
+    gc.freeze()
+    try:
+        request = dist_checkpointing.save(
+            sharded_state(engine, is_loading=False),
+            str(directory),
+            async_sharded_save=True,
+            preprocess_common_before_consistancy_check=_without_optimizer,
+        )
+    finally:
+        gc.unfreeze()
     assert request is not None
     return request
 

@@ -150,7 +150,8 @@ class Saver:
             self._under_way = None
             if len(self._failures) > self._config.max_failed_saves:
                 raise CheckpointError(self._failures[-1]) from None
-            logger.error("%s", self._failures[-1])
+            if dist.get_rank() == 0:
+                logger.error("%s", self._failures[-1])
 
     def _clean_up(self, name: str, reason: str) -> str:
         """Makes room again, and says what happened and what to do."""

@@ -72,6 +72,7 @@ def test_full_disk_at_every_point_of_a_save(
     assert good == ("", [f"pretrain-{len(rooms):08d}"])
 
 
+@pytest.mark.slow
 def test_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
     workers: WorkerPool, data: Path, whole_run: WholeRun, small_disk: Callable[[int], Path]
 ) -> None:
@@ -87,6 +88,7 @@ def test_full_disk_stops_the_run_and_it_goes_on_when_there_is_room(
     assert read_metrics(run_dir) == read_metrics(whole_run("DP2", KEEP))
 
 
+@pytest.mark.slow
 def test_recipe_may_tolerate_failed_saves_but_not_at_a_stage_end(
     workers: WorkerPool, data: Path, whole_run: WholeRun, small_disk: Callable[[int], Path]
 ) -> None:
@@ -95,9 +97,10 @@ def test_recipe_may_tolerate_failed_saves_but_not_at_a_stage_end(
     run_dir = small_disk(size // 2)
     tolerant = ["checkpoint.interval_steps=1", "checkpoint.max_failed_saves=9"]
     answers = workers.run(world, saves.run_and_listen, data, run_dir, *parallel, *tolerant)
-    for end, heard in answers:
+    for rank, (end, heard) in enumerate(answers):
         assert "checkpoint pretrain-00000004 was not saved" in str(end)
-        assert [line.split(" was not saved")[0] for line in heard] == [
+        assert rank == 0 or heard == []
+        assert rank > 0 or [line.split(" was not saved")[0] for line in heard] == [
             f"checkpoint pretrain-{step:08d}" for step in (1, 2, 3, 4)
         ]
         assert all("No space left on device" in line for line in heard)
