@@ -104,6 +104,9 @@ def figures(out: Path, interval: int) -> dict[str, Any]:
     under_way = [seconds for seconds, is_busy in steps if is_busy]
     step = statistics.median(alone)
     stall = statistics.median(saves[1:]) + publishing
+    # A save counts in the window when its writers were seen there.
+    saves_seen = sum(index % INTERVAL == 0 for index in range(WARMUP, STEPS))
+    slowed = sum(seconds - step for seconds in under_way) / saves_seen
     digests = [line.split() for line in (out / "digests").read_text().splitlines()]
     hashed = sum(int(size) for size, _ in digests)
     return {
@@ -113,7 +116,10 @@ def figures(out: Path, interval: int) -> dict[str, Any]:
         "publish_seconds": round(publishing, 3),
         "stall_seconds_per_save": round(stall, 3),
         "stall_steps_per_save": round(stall / step, 2),
-        "stall_percent_at_interval": {interval: round(100 * stall / (interval * step), 2)},
+        "slowed_by_writers_seconds_per_save": round(slowed, 3),
+        "interval_steps": interval,
+        "stall_percent_of_wall": round(100 * stall / (interval * step), 2),
+        "with_slowed_steps_percent_of_wall": round(100 * (stall + slowed) / (interval * step), 2),
         "checkpoint_mib": round(hashed / saved / 2**20, 1),
         "digest_seconds_per_rank_and_save": round(
             sum(float(seconds) for _, seconds in digests) / saved / RANKS, 4

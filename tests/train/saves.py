@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import CheckpointError
 from nvlm_train.train import start
+from nvlm_train.train.checkpoint_writer import die_with
 from nvlm_train.train.damage import find_damage
 from nvlm_train.train.saver import Saver
 from nvlm_train.train.schedule import Position
@@ -88,6 +91,29 @@ def save_with_a_killed_writer(data: Path, run_dir: Path) -> list[str]:
             messages.append(str(error))
     saver.close()
     return messages
+
+
+def writer_outlives_its_rank() -> bool:
+    """Forks a rank that forks a writer, kills the rank, and looks for the writer for five seconds."""
+    reading, writing = os.pipe()
+    rank = os.fork()
+    if rank == 0:
+        own = os.getpid()
+        writer = os.fork()
+        if writer == 0:
+            die_with(own)
+            os.write(writing, str(os.getpid()).encode())
+        time.sleep(60)
+        os._exit(0)
+    writer = psutil.Process(int(os.read(reading, 20)))
+    os.kill(rank, signal.SIGKILL)
+    os.waitpid(rank, 0)
+    try:
+        writer.wait(timeout=5)
+    except psutil.TimeoutExpired:
+        writer.kill()
+        return True
+    return False
 
 
 def run_and_listen(data: Path, run_dir: Path, *overrides: str) -> tuple[int | str, list[str]]:

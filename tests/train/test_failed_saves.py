@@ -130,3 +130,7 @@ def test_killed_writer_is_a_failed_save(workers: WorkerPool, data: Path, tmp_pat
     for first, second in workers.run(2, saves.save_with_a_killed_writer, data, tmp_path):
         assert "rank 1: " in first and "was killed" in first and "more host memory" in first
         assert second == ""
+
+
+def test_writer_dies_with_its_rank(workers: WorkerPool) -> None:
+    assert workers.run(1, saves.writer_outlives_its_rank) == [False]
