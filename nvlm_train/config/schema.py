@@ -218,7 +218,11 @@ class CheckpointConfig:
 
     interval_steps: int = 500
     keep_last: int = 2
+    keep_stage_ends: bool = False
+    """Besides the last ones, keep what each stage ended with."""
     asynchronous: bool = True
+    max_failed_saves: int = 0
+    """Saves in a row that may fail (disk full) before training stops. A stage's last one must succeed."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from nvlm_train.config import rules
 from nvlm_train.config.schema import Recipe
 from nvlm_train.parallel.topology import start_process_group
 from nvlm_train.train import announce, run_lock, start
-from nvlm_train.train.checkpoint import Saver
 from nvlm_train.train.health import memory
 from nvlm_train.train.health.collectives import record_collectives
 from nvlm_train.train.health.health import Health
 from nvlm_train.train.record import StepTimer, step_record
+from nvlm_train.train.saver import Saver
 from nvlm_train.train.schedule import Position, global_step, learning_rate, stages_to_run
 from nvlm_train.train.signals import EXIT_REQUEUE, StopRequest
 from nvlm_train.train.skips import SkipBudget
@@ -48,18 +48,19 @@ def run_schedule(recipe: Recipe) -> int:
     stop, run = StopRequest(), start.open_run(recipe)
     steps_done = global_step(recipe, run.position) if run.position else 0
     run_id = run.state.wandb_run_id if run.state else None
+    saver = Saver(Path(recipe.run_dir), recipe.checkpoint)
     with Tracker(recipe, run_id, steps_done) as tracker, Health(recipe) as health:
-        saver = Saver(Path(recipe.run_dir), recipe.checkpoint)
         # After a stage, or when one went back: the run directory says where to go on.
-        while position := next(stages_to_run(recipe, start.open_run(recipe).position), None):
+        while position := next(stages_to_run(recipe, run.position), None):
             tracker.rewind(global_step(recipe, position))
             with memory.explained(recipe, position.stage):
-                stopped = run_stage(recipe, position, tracker, saver, stop.agreed, health)
+                stopped = run_stage(recipe, position, run, tracker, saver, stop.agreed, health)
             with health.busy("saving"):
                 saver.wait()
             if stopped:
                 logger.info("stopped by a signal and saved; the same command goes on")
                 return EXIT_REQUEUE
+            run = start.open_run(recipe)
         saver.close()
     return 0
 
@@ -67,6 +68,7 @@ def run_schedule(recipe: Recipe) -> int:
 def run_stage(
     recipe: Recipe,
     position: Position,
+    run: start.Run,
     tracker: Tracker,
     saver: Saver,
     stop_requested: Callable[[], bool],
@@ -74,7 +76,7 @@ def run_stage(
 ) -> bool:
     """Trains one stage from `position`. Returns whether a signal stopped it before its end."""
     stage, left_out = recipe.stages[position.stage], health.start_stage(position)
-    work = start.start_stage(recipe, position, start.open_run(recipe))
+    work = start.start_stage(recipe, position, run)
     engine, plan = work.engine, work.plan
     announce.stage(recipe, position, work)
     timer, skips = StepTimer(), SkipBudget(recipe.loader.max_skipped_fraction)
