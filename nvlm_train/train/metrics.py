@@ -51,7 +51,7 @@ class MetricsLog:
         """Drops the records of later steps: the run goes back to an earlier checkpoint."""
         self._file.close()
         _keep_until(self.path, steps_done)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
         """Closes the file; may be called again."""
