@@ -15,6 +15,7 @@ from nvlm_train.errors import TrainingError
 from nvlm_train.parallel.topology import start_process_group
 from nvlm_train.train import announce, start
 from nvlm_train.train.checkpoint import Saver
+from nvlm_train.train.examples import ExampleSet
 from nvlm_train.train.record import StepTimer, step_record
 from nvlm_train.train.schedule import Position, global_step, learning_rate, stages_to_run
 from nvlm_train.train.signals import EXIT_REQUEUE, StopRequest
@@ -65,6 +66,7 @@ def run_stage(
     engine, plan = work.engine, work.plan
     announce.stage(recipe, position, work)
     timer, skips = StepTimer(), SkipBudget(recipe.loader.max_skipped_fraction)
+    examples = ExampleSet(recipe, position.stage, plan, work.encoder)
     with start.open_loader(recipe, position, work) as loader:
         for step in range(position.step, stage.steps):
             batch = next(loader)
@@ -78,6 +80,9 @@ def run_stage(
             check_finite(result.loss, result.grad_norm, done)
             skips.add(result.skipped_samples, result.samples)
             saver.poll()
+            if examples.is_due(done.step):
+                rows = examples.answer(engine)
+                tracker.log_examples(done.stage, global_step(recipe, done), rows)
             stopping = stop_requested()
             if stopping or saver.is_due(done.step, stage.steps):
                 saver.save(engine, start.run_state(recipe, work, done, tracker.run_id))
