@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,20 @@ def load_index(shard: Shard) -> ShardIndex:
     index = _build(shard, stamp)
     write_beside(shard, INDEX_SUFFIX, _to_arrays(index))
     return index
+
+
+def index_state(shard: Shard) -> Literal["fresh", "missing", "stale"]:
+    """Whether `load_index` would find an index that belongs to the shard as it is now.
+
+    Raises:
+        FileNotFoundError: the shard is missing.
+    """
+    stamp = shard.stamp()
+    cached = read_beside(shard, INDEX_SUFFIX)
+    if cached is None:
+        return "missing"
+    index = _from_arrays(cached)
+    return "fresh" if index is not None and index.stamp == stamp else "stale"
 
 
 def _build(shard: Shard, stamp: Stamp) -> ShardIndex:

@@ -113,7 +113,8 @@ class WandbRun:
         import wandb
 
         # What wandb raises when a server, its own process or a disk fails.
-        failures = (wandb.Error, OSError, RuntimeError, _mailbox_error())
+        failures: tuple[type[BaseException], ...] = (wandb.Error, OSError, RuntimeError)
+        failures += _mailbox_errors()
         try:
             run, first = self._open(failures)
             exit_code = self._record(run, first)
@@ -152,6 +153,8 @@ class WandbRun:
 
     def _open(self, failures: tuple[type[BaseException], ...]) -> tuple[Run, int]:
         """The run, and the first step that it does not have yet."""
+        import wandb
+
         if self._recipe.tracking.wandb == "online":
             problem = "" if login() else "not logged in: run `wandb login` or set WANDB_API_KEY"
             if not problem:
@@ -159,6 +162,8 @@ class WandbRun:
                     run = self._start("online")
                 except failures as error:
                     problem = f"{type(error).__name__}: {error}"
+                    # wandb's own process still holds the run's id, and goes on trying.
+                    wandb.teardown(exit_code=1)
                 else:
                     self._leave_out_earlier_parts()
                     return run, int(run.step)
@@ -230,26 +235,33 @@ def last_step(path: Path) -> int | None:
     return None if step is None else int(step)
 
 
-def login() -> str | None:
-    """Where wandb's credentials for its server come from; none when there are none. Asks nobody."""
+def server() -> str:
+    """Address of wandb's server, as wandb's settings and environment variables say it."""
     import wandb
+
+    address: str = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
+    return address
+
+
+def login() -> str | None:
+    """The server that there are credentials for; none without credentials. Asks nobody."""
     from wandb.sdk.lib import wbauth
 
-    host = wandb.setup().settings.base_url
+    host = server()
     found = wbauth.authenticate_session(host=host, source="nvlm", no_offline=True, prompt=False)
     return host if found else None
 
 
-def _mailbox_error() -> type[BaseException]:
-    from wandb.sdk.mailbox import HandleAbandonedError
+def _mailbox_errors() -> tuple[type[BaseException], ...]:
+    from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError, ServerResponseError
 
-    return HandleAbandonedError
+    return HandleAbandonedError, ServerResponseError
 
 
 def _table(rows: Sequence[Example]) -> object:
     import wandb
 
-    names = ["source", "sample", "question", "reference", "answer", "tiles"]
+    names: list[str | int] = ["source", "sample", "question", "reference", "answer", "tiles"]
     table = wandb.Table(columns=names)
     for row in rows:
         picture = wandb.Image(row.tiles_HWC, caption=row.tags) if row.tiles_HWC.size else None
