@@ -131,13 +131,14 @@ def _clocks(store: Store, found: dict[int, _Here], seconds: float) -> Findings:
     """Offset of each host's clock from rank 0's: half a round trip is its uncertainty."""
     firsts = {each.host: rank for rank, each in reversed(found.items())}
     store.set("timekeepers", json.dumps(sorted(firsts.values())))
-    worst = 0.0
+    worst, agree = 0.0, True
     for host, rank in sorted(firsts.items(), key=lambda item: item[1]):
         if rank == 0:
             continue
         sent = time.time()
         store.set(f"ping/{rank}", "")
         if absent(store, [f"pong/{rank}"], seconds):
+            agree = False
             yield error("clocks", f"rank {rank} on {host} does not answer", "look at its log")
             continue
         received = time.time()
@@ -145,12 +146,13 @@ def _clocks(store: Store, found: dict[int, _Here], seconds: float) -> Findings:
         certain = max(0.0, abs(offset) - (received - sent) / 2)
         worst = max(worst, certain)
         if certain > CLOCK_SECONDS:
+            agree = False
             yield warning(
                 "clocks",
                 f"the clock of {host} is {offset:+.1f} s off rank 0's",
                 "run chrony or ntpd on all nodes: logs and the order of checkpoints go by the clock",
             )
-    if worst <= CLOCK_SECONDS:
+    if agree:
         text = f"{len(firsts)} host(s) agree to {CLOCK_SECONDS:.0f} s (worst certain {worst:.3f} s)"
         yield ok("clocks", text)
 
