@@ -25,13 +25,14 @@ REQUIRED = [
     "safetensors>=0.4",
     "tokenizers>=0.20",
     "rich>=13",
-    "wandb>=0.18",
+    "wandb>=0.31",
     # Without it megatron-core's checkpoint writer hangs silently; it does not require it.
     "psutil>=5.9",
 ]
 
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.4"],
+    "dashboard": ["wandb-workspaces>=0.4.13"],
     "demo": ["easy-vqa==1.0", "matplotlib>=3.8", "transformers>=4.57"],
     "dev": [
         "pytest>=8",
@@ -41,6 +42,7 @@ EXTRAS = {
         "mypy>=1.14",
         "types-PyYAML>=6.0.12",
         "transformers>=4.57",
+        "wandb-workspaces>=0.4.13",
     ],
 }
 
