@@ -26,7 +26,7 @@ REQUIRED = [
     "safetensors>=0.4",
     "tokenizers>=0.20",
     "rich>=13",
-    "wandb>=0.18",
+    "wandb>=0.31",
     # Without it megatron-core's checkpoint writer hangs silently; it does not require it.
     "psutil>=5.9",
 ]
@@ -36,6 +36,7 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.4"],
     # `nvlm data prepare parquet` and `datasets`.
     "prepare": ["pyarrow>=17", "datasets>=3"],
+    "dashboard": ["wandb-workspaces>=0.4.13"],
     "demo": ["easy-vqa==1.0", "matplotlib>=3.8", "transformers>=4.57"],
     "check": ["ImageHash>=4.3.2"],
     "dev": [
@@ -50,6 +51,7 @@ EXTRAS = {
         "transformers>=4.57",
         "pyarrow>=17",
         "datasets>=3",
+        "wandb-workspaces>=0.4.13",
     ],
 }
 

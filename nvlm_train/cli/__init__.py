@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nvlm_train.cli import data, launch
+from nvlm_train.cli import dashboard, data, doctor, launch
 from nvlm_train.errors import ConfigError, NvlmError
 from nvlm_train.logs import set_up_logging
 
@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     shards = commands.add_parser("data", help="make, index and look at training data")
     data.add_parsers(shards.add_subparsers(required=True, metavar="COMMAND"))
+    doctor.add_parser(commands)
+    dashboard.add_parser(commands)
     runs = commands.add_parser("compare", help="show runs side by side")
     runs.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     runs.set_defaults(run=_compare)

@@ -21,7 +21,12 @@ def counters_are_positive(recipe: Recipe) -> Problems:
     yield from in_range("checkpoint.interval_steps", checkpoint.interval_steps, 1)
     yield from in_range("checkpoint.keep_last", checkpoint.keep_last, 1)
     yield from in_range("checkpoint.max_failed_saves", checkpoint.max_failed_saves, 0)
-    yield from in_range("tracking.log_every", recipe.tracking.log_every, 1)
+    tracking = recipe.tracking
+    yield from in_range("tracking.log_every", tracking.log_every, 1)
+    yield from in_range("tracking.num_examples", tracking.num_examples, 0)
+    yield from in_range("tracking.example_tokens", tracking.example_tokens, 1)
+    if tracking.examples_every is not None:
+        yield from in_range("tracking.examples_every", tracking.examples_every, 1)
 
 
 def run_dir_is_a_directory(recipe: Recipe) -> Problems:

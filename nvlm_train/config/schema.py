@@ -233,6 +233,12 @@ class TrackingConfig:
     project: str = "nvlm-train"
     entity: str | None = None
     log_every: int = 1
+    num_examples: int = 4
+    """Samples of a stage whose answers wandb shows with their tiles; 0 for none."""
+    examples_every: int | None = None
+    """Steps between two such tables; none for one at the end of each stage."""
+    example_tokens: int = 32
+    """Longest answer of an example; each token is a forward pass."""
 
 
 @dataclass(frozen=True)

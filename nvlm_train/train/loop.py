@@ -12,6 +12,7 @@ from nvlm_train.config import rules
 from nvlm_train.config.schema import Recipe
 from nvlm_train.parallel.topology import start_process_group
 from nvlm_train.train import announce, run_lock, start
+from nvlm_train.train.examples import ExampleSet
 from nvlm_train.train.health import memory
 from nvlm_train.train.health.collectives import record_collectives
 from nvlm_train.train.health.health import Health
@@ -80,6 +81,7 @@ def run_stage(
     engine, plan = work.engine, work.plan
     announce.stage(recipe, position, work)
     timer, skips = StepTimer(), SkipBudget(recipe.loader.max_skipped_fraction)
+    examples = ExampleSet(recipe, position.stage, plan, work.encoder)
     with start.open_loader(recipe, position, work, left_out) as loader:
         for step in (each for each in range(position.step, stage.steps) if each not in left_out):
             batch = next(loader)
@@ -99,6 +101,9 @@ def run_stage(
                 return False
             skips.add(result.skipped_samples, result.samples)
             saver.poll()
+            if examples.is_due(done.step):
+                rows = examples.answer(engine)
+                tracker.log_examples(done.stage, global_step(recipe, done), rows)
             stopping = stop_requested()
             if stopping or saver.is_due(done.step, stage.steps):
                 with health.busy("saving"):
