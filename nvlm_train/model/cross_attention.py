@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nvlm_train.model.layers import RMSNorm, grouped_attention
 from nvlm_train.model.untouched import zeros_for
@@ -97,10 +97,7 @@ class GatedCrossAttention(MegatronModule):
             return zeros_for(hidden_SBH, self), None
         assert attention_mask is not None, "a context comes with its spans"
         query_SBH, _ = self.linear_q(hidden_SBH)
-        # The normed context is wider than keys and values: backward makes it again.
-        states_CBH = checkpoint(
-            self._keys_and_values, key_value_states, use_reentrant=False, preserve_rng_state=False
-        )
+        states_CBH = self._keys_and_values(key_value_states)
         query_SGRD = query_SBH[:, 0].unflatten(-1, (-1, self._heads_per_group, self._channels))
         key_CGD, value_CGD = states_CBH[:, 0].unflatten(-1, (-1, 2, self._channels)).unbind(dim=2)
         dropout = self.config.attention_dropout if self.training else 0.0
@@ -109,6 +106,17 @@ class GatedCrossAttention(MegatronModule):
         return self.gate(output_SBH), None
 
     def _keys_and_values(self, context_CBH: Tensor) -> Tensor:
+        """The normed context is wider than keys and values, so backward makes it again.
+
+        megatron-core's checkpoint and not torch's, which detaches the weights, whose `main_grad` the
+        linear looks for; it passes gradients to parameters only behind an input that wants one.
+        """
+        if not context_CBH.requires_grad:
+            return self._project_context(context_CBH)
+        states_CBH: Tensor = tensor_parallel.checkpoint(self._project_context, False, context_CBH)
+        return states_CBH
+
+    def _project_context(self, context_CBH: Tensor) -> Tensor:
         states_CBH, _ = self.linear_kv(self.context_norm(context_CBH))
         return states_CBH  # type: ignore[no-any-return]
 
