@@ -120,7 +120,8 @@ class Cluster:
 
     def kill_slurmd(self, node: str) -> None:
         """SIGKILL to the daemon alone; the steps that it started live on."""
-        (daemon,) = self.processes(node, f"slurmd -D -N {node}")
+        found = self.processes(node, f"slurmd -D -N {node}")
+        (daemon,) = [each for each in found if each.name() == "slurmd"]
         daemon.send_signal(signal.SIGKILL)
 
     def start_slurmd(self, node: str) -> None:
