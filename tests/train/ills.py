@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nvlm_train.batch import StepBatch
 from nvlm_train.parallel.topology import build_topology
-from nvlm_train.train import checkpoint, loop, step
+from nvlm_train.train import checkpoint, loop
 from nvlm_train.train.accounting import StepResult
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.update import parts
@@ -40,21 +40,18 @@ def before_steps(ill: Ill) -> Iterator[None]:
 def not_a_number(
     root: Path, run_dir: Path, rank: int, steps: tuple[int, ...], *overrides: str
 ) -> int | str:
-    """A NaN in one gradient of one rank, after its backward and before gradients are reduced."""
-    now = 0
-    original = step.finalize_model_grads
+    """A NaN in the gradient of one norm of one rank, in its backward: whatever overlaps it meets it."""
 
-    def finalize(models: list) -> None:
-        if now in steps and dist.get_rank() == rank:
-            trained = [each for each in models[0].parameters() if each.requires_grad]
-            trained[-1].main_grad.view(-1)[0] = float("nan")
-        original(models)
+    def ill(engine: Engine, number: int) -> None:
+        if number in steps and dist.get_rank() == rank:
+            trained = [each for each in engine.model.module.parameters() if each.requires_grad]
+            norm = [each for each in trained if each.dim() == 1][-1]
+            hooks.append(norm.register_hook(lambda grad: grad * float("nan")))
+        elif hooks:
+            hooks.pop().remove()
 
-    def count(engine: Engine, number: int) -> None:
-        nonlocal now
-        now = number
-
-    with before_steps(count), mock.patch.object(step, "finalize_model_grads", finalize):
+    hooks: list = []
+    with before_steps(ill):
         return _run(root, run_dir, *overrides)
 
 
