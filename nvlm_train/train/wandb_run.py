@@ -25,9 +25,8 @@ from nvlm_train.config.schema import Recipe
 from nvlm_train.train.metrics import Record, read_metrics
 
 if TYPE_CHECKING:
-    from wandb import Run
-
     from nvlm_train.train.examples import Example
+    from wandb import Run
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +38,8 @@ CLOSE_SECONDS = START_SECONDS + FINISH_SECONDS + 10
 """The most that `close` waits, whatever wandb does."""
 MOST_WAITING = 100_000
 """Records held for a thread that does not take them; later ones are left out of wandb."""
+
+_USERS_DATA_DIR = os.environ.get("WANDB_DATA_DIR")
 
 Mode = Literal["online", "offline"]
 
@@ -110,6 +111,8 @@ class WandbRun:
             logger.warning("wandb takes no records; more are left out until the next start")
 
     def _serve(self) -> None:
+        # Tables keep their pictures there until they are uploaded, by default in this machine's home.
+        os.environ["WANDB_DATA_DIR"] = _USERS_DATA_DIR or str(self._directory.absolute())
         import wandb
 
         # What wandb raises when a server, its own process or a disk fails.
