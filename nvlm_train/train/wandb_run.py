@@ -40,6 +40,8 @@ CLOSE_SECONDS = START_SECONDS + FINISH_SECONDS + 10
 MOST_WAITING = 100_000
 """Records held for a thread that does not take them; later ones are left out of wandb."""
 
+_USERS_DATA_DIR = os.environ.get("WANDB_DATA_DIR")
+
 Mode = Literal["online", "offline"]
 
 
@@ -110,6 +112,8 @@ class WandbRun:
             logger.warning("wandb takes no records; more are left out until the next start")
 
     def _serve(self) -> None:
+        # Tables keep their pictures there until they are uploaded, by default in this machine's home.
+        os.environ["WANDB_DATA_DIR"] = _USERS_DATA_DIR or str(self._directory.absolute())
         import wandb
 
         # What wandb raises when a server, its own process or a disk fails.

@@ -11,7 +11,7 @@ import pytest
 from tests.train import runs
 from tests.train.layouts import layout
 from tests.train.smoke import read_metrics
-from tests.train.test_wandb_run import parts
+from tests.train.test_wandb_run import parts, records
 from tests.workers import WorkerPool
 
 EXAMPLES = [
@@ -26,15 +26,19 @@ def check(workers: WorkerPool, data: Path, run_dir: Path, name: str, whole: Path
     assert codes == [0] * world
     assert read_metrics(run_dir) == read_metrics(whole), "examples changed the run"
     (path,) = parts(run_dir)
-    tables = sorted(path.parent.glob("files/media/table/examples/*.json"))
+    tables = [each["artifact"] for each in records(path) if each["type"] == "artifact"]
     # Steps 2 and 4 of both stages; the last step of a stage counts once.
-    assert len(tables) == 4, tables
-    content = json.loads(tables[0].read_text())
+    assert len(tables) == 4
+    files = {each["path"]: Path(each["local_path"]) for each in tables[0]["manifest"]["contents"]}
+    # Beside the run, so that another machine can upload it, and not in this one's home.
+    assert all(run_dir in file.parents and file.exists() for file in files.values())
+    (table,) = (file for name, file in files.items() if name.endswith(".table.json"))
+    content = json.loads(table.read_text())
     assert content["columns"][:5] == ["source", "sample", "question", "reference", "answer"]
     assert len(content["data"]) == 3
     for row in content["data"]:
         assert row[0] in ("captions", "vqa") and row[3]
-        assert (path.parent / "files" / row[5]["path"]).stat().st_size > 0
+        assert files[row[5]["path"]].stat().st_size > 0
 
 
 def test_examples_leave_no_trace(

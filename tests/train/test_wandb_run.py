@@ -45,13 +45,17 @@ def parts(run_dir: Path) -> list[Path]:
     return sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
 
 
-def read(path: Path) -> list[dict]:
-    """History of a .wandb file, by wandb's reader."""
+def records(path: Path) -> list[dict]:
+    """What a .wandb file holds, by wandb's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     offline = {**os.environ, "WANDB_MODE": "offline"}
     found = subprocess.run(command, env=offline, capture_output=True, text=True, check=True)
-    records = [json.loads(line) for line in found.stdout.splitlines()]
-    return [each["history"]["item"] for each in records if each["type"] == "history"]
+    return [json.loads(line) for line in found.stdout.splitlines()]
+
+
+def read(path: Path) -> list[dict]:
+    """History of a .wandb file."""
+    return [each["history"]["item"] for each in records(path) if each["type"] == "history"]
 
 
 def steps(path: Path) -> list[int]:
