@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from nvlm_train.config.schema import Recipe
-from nvlm_train.train.examples import Example
 from nvlm_train.train.metrics import MetricsLog, Record
 from nvlm_train.train.progress import open_view
 from nvlm_train.train.wandb_run import WandbRun
+
+if TYPE_CHECKING:
+    from nvlm_train.train.examples import Example
 
 
 class Tracker:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import os
 import queue
 import secrets
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nvlm_train.config.schema import Recipe
+from nvlm_train.train import wandb_parts
 from nvlm_train.train.metrics import Record, read_metrics
 
 if TYPE_CHECKING:
@@ -169,14 +167,14 @@ class WandbRun:
                     # wandb's own process still holds the run's id, and goes on trying.
                     wandb.teardown(exit_code=1)
                 else:
-                    self._leave_out_earlier_parts()
+                    wandb_parts.leave_out(self._directory, self.id)
                     return run, int(run.step)
             logger.warning(
                 "wandb is not reachable (%s); this start is recorded offline in %s: upload it with "
                 "`wandb sync %s`, or start again online",
                 problem, self._directory, self._directory / f"offline-run-*-{self.id}",
             )  # fmt: skip
-        last = self._last_local_step()
+        last = wandb_parts.last_local_step(self._directory, self.id)
         return self._start("offline"), (self._steps_done if last is None else last) + 1
 
     def _start(self, mode: Mode) -> Run:
@@ -209,34 +207,6 @@ class WandbRun:
     @property
     def _directory(self) -> Path:
         return Path(self._recipe.run_dir) / "wandb"
-
-    def _last_local_step(self) -> int | None:
-        """The last step in the files of earlier parts; none without such files."""
-        for path in sorted(self._directory.glob(f"*run-*-{self.id}/run-{self.id}.wandb"))[::-1]:
-            step = last_step(path)
-            if step is not None:
-                return step
-        return None
-
-    def _leave_out_earlier_parts(self) -> None:
-        """Their steps have just been sent; `wandb sync` of the whole directory must not repeat them."""
-        for path in self._directory.glob(f"offline-run-*-{self.id}/run-{self.id}.wandb"):
-            Path(f"{path}.synced").touch()
-
-
-def last_step(path: Path) -> int | None:
-    """The last step in a .wandb file, as wandb's own reader finds it; none when it has no step.
-
-    The file of a run that was killed is read up to where it breaks off.
-    """
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(path)]
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
-    found = subprocess.run(command, capture_output=True, env=environment, check=False)
-    if found.returncode:
-        logger.warning("%s cannot be read: %s", path, found.stderr.decode(errors="replace").strip())
-        return None
-    step = json.loads(found.stdout)["step"]
-    return None if step is None else int(step)
 
 
 def server() -> str:

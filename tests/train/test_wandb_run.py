@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from nvlm_train.train import wandb_run
+from nvlm_train.train import wandb_parts, wandb_run
 from nvlm_train.train.examples import picture
 from tests.train.wandb_server import serving
 
@@ -93,7 +93,7 @@ def test_steps_that_a_killed_start_did_not_write_are_sent_again(tmp_path: Path) 
     whole = parts(tmp_path)[0]
     # What a power cut leaves of a file: it breaks off inside the steps.
     content, size = whole.read_bytes(), whole.stat().st_size
-    while wandb_run.last_step(whole) == 6:
+    while wandb_parts.last_step(whole) == 6:
         size -= len(content) // 16
         whole.write_bytes(content[:size])
     start(tmp_path, "offline", first["id"], 6, 7, 8)
@@ -101,6 +101,7 @@ def test_steps_that_a_killed_start_did_not_write_are_sent_again(tmp_path: Path) 
     assert 0 < len(before) < 6 and before + after == list(range(1, 9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", ["refuses", "hangs"])
 def test_an_outage_is_a_warning_and_an_offline_part(tmp_path: Path, answers: str) -> None:
     with socket.socket() as listener:
@@ -108,11 +109,14 @@ def test_an_outage_is_a_warning_and_an_offline_part(tmp_path: Path, answers: str
         if answers == "hangs":
             listener.listen(50)  # takes connections and never says a word
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        found, warnings = start(tmp_path, "online", "", 0, 1, 40, WANDB_BASE_URL=url)
-    assert found["log"] < 0.05
-    assert found["close"] < wandb_run.CLOSE_SECONDS + 5
+        found, warnings = start(
+            tmp_path, "online", "", 0, 1, 40, WANDB_BASE_URL=url, UNTIL_OFFLINE="1"
+        )
+    # A step hands over its record and goes on; 0.2 s is a scheduler's pause on a crowded machine.
+    assert found["log"] < 0.2
+    assert found["close"] < wandb_run.CLOSE_SECONDS
     assert warnings.count("WARNING") == 1 and "is not reachable" in warnings
-    assert steps(parts(tmp_path)[0]) == list(range(1, 41))
+    assert steps(parts(tmp_path)[0]) == list(range(1, found["last"] + 1))
 
 
 @pytest.mark.slow
@@ -120,9 +124,10 @@ def test_online_starts_after_an_outage_fill_the_gap(tmp_path: Path) -> None:
     with serving() as server:
         up, down = {"WANDB_BASE_URL": server.url}, {"WANDB_BASE_URL": "http://127.0.0.1:9"}
         first, _ = start(tmp_path, "online", "", 0, 1, 4, **up)
-        start(tmp_path, "online", first["id"], 4, 5, 8, **down)
-        start(tmp_path, "online", first["id"], 8, 9, 10, **up)
-        assert server.steps(first["id"]) == list(range(1, 11))
+        second, _ = start(tmp_path, "online", first["id"], 4, 5, 8, **down, UNTIL_OFFLINE="1")
+        last = second["last"]
+        start(tmp_path, "online", first["id"], last, last + 1, last + 2, **up)
+        assert server.steps(first["id"]) == list(range(1, last + 3))
         (part,) = parts(tmp_path)
         assert part.with_name(f"{part.name}.synced").exists(), "sync would send 5 to 8 again"
 
@@ -140,7 +145,7 @@ def test_a_server_that_dies_under_a_run(tmp_path: Path) -> None:
             assert process.poll() is None
     output, _ = process.communicate(timeout=200)
     found = json.loads(output.splitlines()[-1])
-    assert found["log"] < 0.05 and found["close"] < wandb_run.CLOSE_SECONDS + 5
+    assert found["log"] < 0.2 and found["close"] < wandb_run.CLOSE_SECONDS + 5
     (path,) = tmp_path.glob("wandb/run-*/*.wandb")
     assert steps(path) == list(range(1, 1501))
 
