@@ -80,9 +80,12 @@ def check_slurm(script: str | None, options: str) -> Findings:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     found = _run(["sbatch", "--test-only", *shlex.split(options), script], clean)
     said = (found.stderr or found.stdout).strip()
-    if found.returncode:
+    if found.returncode and options:
         remedy = "correct --sbatch; `sinfo` lists partitions, `sacctmgr show assoc` your accounts"
         yield error("slurm", f"sbatch {options} {script}: {said}", remedy)
+    elif found.returncode:
+        # The run may be meant for torchrun, and this machine have sbatch without a cluster.
+        yield warning("slurm", f"sbatch {script}: {said}", "for a SLURM run give --sbatch OPTIONS")
     else:
         yield ok("slurm", said.removeprefix("sbatch: "))
 

@@ -59,7 +59,7 @@ def report_writes_through_files() -> None:
     """
     if not hasattr(filesystem_async, "_results_queue"):
         raise RuntimeError("filesystem_async._results_queue does not exist: update mcore_fixes.py")
-    if filesystem_async._results_queue is None:
+    if not isinstance(filesystem_async._results_queue, ResultFile):
         filesystem_async._results_queue = ResultFile()
 
 

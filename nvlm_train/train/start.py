@@ -127,7 +127,7 @@ def _check_hand_over(recipe: Recipe, position: Position, run: Run) -> None:
 
 
 def open_loader(
-    recipe: Recipe, position: Position, work: StageWork, left_out: Collection[int]
+    recipe: Recipe, position: Position, work: StageWork, left_out: Collection[int] = ()
 ) -> Loader:
     """This rank's batches from the position's step on, without those of steps that are left out."""
     engine = work.engine

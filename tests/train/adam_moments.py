@@ -16,6 +16,7 @@ from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.train import checkpoint
 from nvlm_train.train import engine as engine_module
 from nvlm_train.train.engine import Engine
+from nvlm_train.train.manifest import Manifest, write_manifest
 from nvlm_train.train.mcore_fixes import distributed_optimizers
 from nvlm_train.train.step import run_step
 from tests.parity import recipes
@@ -35,6 +36,8 @@ def train_and_save(parallel: ParallelConfig, directory: Path, is_fixed: bool) ->
     dist.barrier()
     with _fix(is_fixed):
         dist_checkpointing.save(checkpoint.sharded_state(engine, is_loading=False), str(directory))
+    if dist.get_rank() == 0:
+        write_manifest(Manifest(1, {}), directory)
     buckets = [bucket for buffer in engine.model.buffers for bucket in buffer.buckets[:-1]]
     return [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buckets]
 

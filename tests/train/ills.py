@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nvlm_train.batch import StepBatch
 from nvlm_train.parallel.topology import build_topology
-from nvlm_train.train import checkpoint, loop
+from nvlm_train.train import checkpoint, checkpoint_files, loop
 from nvlm_train.train.accounting import StepResult
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.update import parts
@@ -106,7 +106,7 @@ def optimizer_state(root: Path, run_dir: Path, *overrides: str) -> list[torch.Te
     from nvlm_train.parallel import kernels
 
     recipe = smoke_recipe(root, run_dir, *overrides)
-    newest = checkpoint.complete_checkpoints(run_dir)[-1]
+    newest = checkpoint_files.complete_checkpoints(run_dir)[-1]
     stage = recipe.stages[newest.name.split("-")[0]]
     engine = build_engine(
         recipe, stage, build_topology(stage.parallel, recipe.seed), kernels.detect()
