@@ -41,6 +41,7 @@ def check(workers: WorkerPool, data: Path, run_dir: Path, name: str, whole: Path
         assert files[row[5]["path"]].stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_examples_leave_no_trace(
     workers: WorkerPool, data: Path, tmp_path: Path, whole_run: Callable[..., Path]
 ) -> None:

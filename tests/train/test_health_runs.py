@@ -96,7 +96,8 @@ SPIKY = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["single", pytest.param("TP2 PP2", marks=slow)])
+@slow
+@pytest.mark.parametrize("name", ["single", "TP2 PP2"])
 def test_rollback_equals_a_run_without_those_steps(
     workers: WorkerPool, data: Path, tmp_path: Path, name: str
 ) -> None:

@@ -88,6 +88,7 @@ def test_offline_starts_are_parts_of_one_run_and_sync_as_one(tmp_path: Path) -> 
         assert server.steps(first["id"]) == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_steps_that_a_killed_start_did_not_write_are_sent_again(tmp_path: Path) -> None:
     first, _ = start(tmp_path, "offline", "", 0, 1, 6)
     whole = parts(tmp_path)[0]
