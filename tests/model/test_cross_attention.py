@@ -44,6 +44,7 @@ def test_shut_gates_change_nothing(
     assert [answer for answer in answers if answer is not None] == [True] * parallel.tensor
 
 
+@pytest.mark.slow
 def test_an_image_costs_a_layer_its_keys_and_values(workers: WorkerPool) -> None:
     """At 34B shapes, seven tiles instead of one; a score matrix would be 14 times keys and values."""
     found = workers.run(1, cross_memory.bytes_by_tiles, (1, 7))[0]
