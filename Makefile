@@ -8,7 +8,7 @@ STAMP := $(VENV)/installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format backbones clean
+.PHONY: help install demo test test-slow chaos lint format backbones clean
 
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: lint ## Lint, types and the fast tests
 
 test-slow: $(STAMP) ## The tests that take minutes
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+chaos: $(STAMP) ## Kills a four-process run 50 times and compares what it ends with (long)
+	$(BIN)/python -m tests.train.chaos --kills 50
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

@@ -26,7 +26,7 @@ REQUIRED = [
     "safetensors>=0.4",
     "tokenizers>=0.20",
     "rich>=13",
-    "wandb>=0.18",
+    "wandb>=0.31",
     # Without it megatron-core's checkpoint writer hangs silently; it does not require it.
     "psutil>=5.9",
 ]
@@ -36,6 +36,7 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.4"],
     # `nvlm data prepare parquet` and `datasets`.
     "prepare": ["pyarrow>=17", "datasets>=3"],
+    "dashboard": ["wandb-workspaces>=0.4.13"],
     "demo": ["easy-vqa==1.0", "matplotlib>=3.8", "transformers>=4.57"],
     "check": ["ImageHash>=4.3.2"],
     "dev": [
@@ -50,6 +51,7 @@ EXTRAS = {
         "transformers>=4.57",
         "pyarrow>=17",
         "datasets>=3",
+        "wandb-workspaces>=0.4.13",
     ],
 }
 
@@ -65,8 +67,13 @@ setup(
         *find_packages(include=["nvlm_train", "nvlm_train.*"]),
         "nvlm_train.recipes",
         "nvlm_train.data_recipes",
+        "nvlm_train.launch",
     ],
-    package_dir={"nvlm_train.recipes": "recipes", "nvlm_train.data_recipes": "data_recipes"},
+    package_dir={
+        "nvlm_train.recipes": "recipes",
+        "nvlm_train.data_recipes": "data_recipes",
+        "nvlm_train.launch": "launch",
+    },
     package_data={
         "nvlm_train": ["py.typed"],
         "nvlm_train.data": ["prompts.yaml"],
@@ -74,6 +81,7 @@ setup(
         "nvlm_train.data.viewing": ["page.html"],
         "nvlm_train.recipes": ["*.yaml", "*/*.yaml"],
         "nvlm_train.data_recipes": ["*.yaml"],
+        "nvlm_train.launch": ["*.sh", "*.sbatch", "*.txt"],
     },
     include_package_data=False,
     install_requires=REQUIRED,

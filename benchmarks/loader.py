@@ -40,7 +40,8 @@ from nvlm_train.config.paths import PACKAGE
 from nvlm_train.config.schema import BatchConfig, LoaderConfig, TilingConfig, TokenizerConfig
 from nvlm_train.data.assemble import open_sources
 from nvlm_train.data.data_recipe import Blend, SourceConfig
-from nvlm_train.data.encoding import EncodedSample, EncodingSpec, SampleEncoder
+from nvlm_train.data.encoded import EncodedSample
+from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
 from nvlm_train.data.images import cut_tiles, decode_image, read_size
 from nvlm_train.data.loader import Loader
 from nvlm_train.data.plan import DataPlan

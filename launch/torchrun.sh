@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# One machine: launch/torchrun.sh NUM_PROCESSES OVERRIDES...
-# For example: launch/torchrun.sh 4 experiment=demo loader.data_root=runs/demo-data
+# One machine:       launch/torchrun.sh NUM_PROCESSES OVERRIDES...
+# Several machines, the same line on each, NODE_RANK counting from 0:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=first-host launch/torchrun.sh 8 experiment=demo
 # Starting the same command again continues the run.
 set -euo pipefail
 
-if [[ $# -lt 2 || ! $1 =~ ^[0-9]+$ ]]; then
-    echo "usage: $0 NUM_PROCESSES OVERRIDES..." >&2
+usage() {
+    echo "$0: $1" >&2
+    sed -n '2,5s/^# //p' "$0" >&2
     exit 2
-fi
+}
+
+[[ $# -ge 2 ]] || usage "NUM_PROCESSES and OVERRIDES are missing"
+[[ $1 =~ ^[1-9][0-9]*$ ]] || usage "NUM_PROCESSES=$1 is not a positive number"
 num_processes=$1
 shift
 
@@ -16,4 +21,19 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Processes share the cores; without a limit each would take all of them.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-exec torchrun --standalone --nproc-per-node "$num_processes" -m nvlm_train train "$@"
+if ((${NNODES:-1} == 1)); then
+    where=(--standalone)
+else
+    [[ ${NODE_RANK:-} =~ ^[0-9]+$ ]] || usage "NNODES=$NNODES needs NODE_RANK on each machine"
+    # Every machine must name the same one; "localhost" would be another on each, and all would wait.
+    case ${MASTER_ADDR:-} in
+        "" | localhost | 127.*) usage "NNODES=$NNODES needs MASTER_ADDR, the first machine's name" ;;
+    esac
+    where=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
+        --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+fi
+
+# Both signals that ask a run to save reach the ranks, and saving may take a while.
+exec torchrun "${where[@]}" --nproc-per-node "$num_processes" \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 300 \
+    -m nvlm_train train "$@"

@@ -9,7 +9,7 @@ Floors, lowest first; every import points downward (tests/test_floors.py keeps i
     4  pipeline                    a round of microbatches through megatron-core's schedule
     5  convert evaluation          Hugging Face tables; greedy generation and scorers
     6  train                       schedule, loop, optimizer, checkpoint, metrics
-    7  demo                        the demo's material, its run and its report
+    7  demo doctor                 the demo's material, run and report; checks before training
     8  cli                         the console script `nvlm`
 """
 

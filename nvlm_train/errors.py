@@ -39,3 +39,11 @@ class CheckpointError(NvlmError):
 
 class TrainingError(NvlmError):
     """Training that cannot go on: a non-finite loss, or more bad samples than the recipe tolerates."""
+
+
+class RunLockedError(NvlmError):
+    """A run directory that another process writes to, or may write to."""
+
+
+class LaunchError(NvlmError):
+    """A job that should not be queued."""

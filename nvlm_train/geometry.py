@@ -168,6 +168,22 @@ def rank_memory(model: ModelConfig, stage: StageConfig, precision: str, data_siz
     return round(total)
 
 
+def checkpoint_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> int:
+    """Bytes of one checkpoint of a stage, in any layout: weights, and what AdamW keeps of what trains.
+
+    The vision encoder never changes and is not saved. AdamW has two fp32 moments, and an fp32 copy
+    of the weights, which the distributed optimizer saves whatever the weights' precision.
+    """
+    width = 2 if precision == "bf16" else 4
+    has_copy = stage.parallel.distributed_optimizer or precision == "bf16"
+    total = 0
+    for part, count in part_parameters(model).items():
+        if part != "vision_encoder":
+            total += count * width
+            total += count * (12 if has_copy else 8) if part in stage.trainable else 0
+    return total
+
+
 @dataclass(frozen=True)
 class StepWork:
     """What one optimizer step processed, summed over the world."""

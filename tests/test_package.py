@@ -1,4 +1,4 @@
-"""The wheel, built and installed elsewhere: its recipes and blends are found from any directory."""
+"""The wheel, built and installed elsewhere: its recipes, blends and scripts are found from any directory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ SOURCES = (
     "nvlm_train",
     "recipes",
     "data_recipes",
+    "launch",
     "setup.py",
     "pyproject.toml",
     "README.md",
@@ -23,7 +24,8 @@ SOURCES = (
 CODE = """
 import importlib.metadata, json, pathlib, nvlm_train
 from nvlm_train.config.load import load_recipe
-from nvlm_train.config.paths import find_data_recipe
+from nvlm_train.config.paths import find_data_recipe, launch_dir
+assert (launch_dir() / "slurm.sbatch").is_file()
 recipe = load_recipe(["experiment=smoke"])
 print(json.dumps([nvlm_train.__file__, str(find_data_recipe("smoke")), recipe.model.tokenizer.path]))
 """
@@ -60,7 +62,9 @@ def test_an_installed_wheel_finds_its_recipes(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"nvlm_train/recipes/train.yaml", "nvlm_train/recipes/stage/d_sft.yaml"} <= names
     assert {"nvlm_train/data_recipes/smoke.yaml", "nvlm_train/py.typed"} <= names
-    assert not any(name.startswith(("recipes/", "data_recipes/", "tests/")) for name in names)
+    assert not any(
+        name.startswith(("recipes/", "data_recipes/", "launch/", "tests/")) for name in names
+    )
     run(*pip, "install", "--no-deps", "--target", site, wheel, cwd=elsewhere)
     shutil.rmtree(source)
     found = run(sys.executable, "-c", CODE, cwd=elsewhere, PYTHONPATH=str(site))

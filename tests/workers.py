@@ -6,6 +6,7 @@ world of the first `world_size` workers, runs a module-level function on each, a
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -113,3 +114,5 @@ def _run(
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # Engines are cycles, and hold the world's groups, each with its threads, until they are collected.
+        gc.collect()

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nvlm_train.cli import data
+from nvlm_train.cli import dashboard, data, doctor, launch
 from nvlm_train.errors import ConfigError, NvlmError
 from nvlm_train.logs import set_up_logging
 
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="run a recipe's schedule, or continue it")
     _recipe_arguments(train)
     train.set_defaults(run=_train)
+    launch.add_parser(commands)
     chat = commands.add_parser("chat", help="ask a trained run about an image")
     _recipe_arguments(chat)
     chat.add_argument("--image", action="append", default=[], metavar="FILE")
@@ -56,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     shards = commands.add_parser("data", help="make, index and look at training data")
     data.add_parsers(shards.add_subparsers(required=True, metavar="COMMAND"))
+    doctor.add_parser(commands)
+    dashboard.add_parser(commands)
     runs = commands.add_parser("compare", help="show runs side by side")
     runs.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     runs.set_defaults(run=_compare)
@@ -78,9 +81,9 @@ def _train(options: argparse.Namespace) -> int:
     from nvlm_train.config.load import load_recipe
 
     recipe = load_recipe(options.overrides, options.recipes)
-    from nvlm_train.train.loop import train
+    from nvlm_train.cli.train import run
 
-    return train(recipe)
+    return run(recipe)
 
 
 def _chat(options: argparse.Namespace) -> int:

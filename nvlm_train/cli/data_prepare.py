@@ -6,20 +6,8 @@ import argparse
 import os
 import sys
 
+from nvlm_train.data.layouts import LAYOUTS
 from nvlm_train.errors import ConfigError, ShardError
-
-FORMATS = {
-    "llava": "a JSON list with conversations; images in --images (folder, zip, tar)",
-    "jsonl": "one record a line, with or without images; chats",
-    "parquet": "Parquet files, images as bytes, structs or names",
-    "datasets": "what datasets.save_to_disk wrote",
-    "members": "tars (img2dataset), a zip or a folder of files that share a name",
-    "coco": "COCO captions: annotations JSON; images in --images",
-    "vqa": "VQAv2: questions JSON, annotations JSON; images in --images",
-    "ocr": "one page a line, its text in boxes",
-    "text": "plain text: a document a line, or a .txt each",
-}
-"""`nvlm_train.data.inputs.formats.FORMATS` has the same names; reading it would take imports."""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,9 +16,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "prepare",
         help="raw files to WebDataset shards; run again after a kill to go on",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="formats:\n" + "\n".join(f"  {name:9} {text}" for name, text in FORMATS.items()),
+        epilog="formats:\n" + "\n".join(f"  {name:9} {text}" for name, text in LAYOUTS.items()),
     )
-    command.add_argument("format", choices=list(FORMATS), metavar="FORMAT")
+    command.add_argument("format", choices=list(LAYOUTS), metavar="FORMAT")
     command.add_argument("input", nargs="+", metavar="INPUT")
     command.add_argument(
         "--images", default=".", metavar="PLACE", help="where image names start; default: here"

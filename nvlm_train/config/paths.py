@@ -31,6 +31,15 @@ def data_recipes_dir() -> Path:
     return _shipped("data_recipes")
 
 
+def launch_dir() -> Path:
+    """Directory of the launch scripts that come with the package.
+
+    Raises:
+        ConfigError: the installation is incomplete.
+    """
+    return _shipped("launch")
+
+
 def find_data_recipe(name: str) -> Path:
     """The file of a blend: a shipped name without .yaml, or a path to one's own file.
 

@@ -11,7 +11,9 @@ from nvlm_train.config.cross_rules import (
     gates_open_at_some_time,
     thumbnail_is_there,
 )
+from nvlm_train.config.health_rules import health_is_usable
 from nvlm_train.config.ranges import Problems, below_one, divisors, in_range, use
+from nvlm_train.config.run_rules import counters_are_positive, run_dir_is_a_directory
 from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
 from nvlm_train.errors import ConfigError
 
@@ -124,23 +126,6 @@ def language_shapes_fit(recipe: Recipe) -> Problems:
         yield f"{name}.num_kv_heads={groups} does not divide {name}.num_heads={heads}; {remedy}"
 
 
-def counters_are_positive(recipe: Recipe) -> Problems:
-    """Reading, saving and tracking: nothing negative, nothing that would never happen."""
-    loader, checkpoint = recipe.loader, recipe.checkpoint
-    yield from in_range("seed", recipe.seed, 0)
-    yield from in_range("loader.workers", loader.workers, 0)
-    yield from in_range("loader.prefetch_steps", loader.prefetch_steps, 1)
-    yield from in_range("loader.read_attempts", loader.read_attempts, 1)
-    yield from in_range("loader.max_skipped_fraction", loader.max_skipped_fraction, 0, 1)
-    yield from in_range("loader.max_image_pixels", loader.max_image_pixels, 1)
-    for key in ("prefetch_gib", "cache_gib"):
-        if getattr(loader, key) <= 0:
-            yield f"loader.{key}={getattr(loader, key)} is out of range; use more than 0"
-    yield from in_range("checkpoint.interval_steps", checkpoint.interval_steps, 1)
-    yield from in_range("checkpoint.keep_last", checkpoint.keep_last, 1)
-    yield from in_range("tracking.log_every", recipe.tracking.log_every, 1)
-
-
 # ---- one stage ----
 
 
@@ -238,6 +223,8 @@ _RECIPE_RULES: tuple[Callable[[Recipe], Problems], ...] = (
     vision_shapes_fit,
     language_shapes_fit,
     counters_are_positive,
+    health_is_usable,
+    run_dir_is_a_directory,
     architecture_has_its_parts,
     gates_open_at_some_time,
 )

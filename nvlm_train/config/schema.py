@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nvlm_train.config.health_schema import HealthConfig
+
 Architecture = Literal["d", "x", "h"]
 TrainablePart = Literal["projector", "cross_attention", "language_model"]
 ChatTemplateName = Literal["qwen2", "yi"]
@@ -216,7 +218,11 @@ class CheckpointConfig:
 
     interval_steps: int = 500
     keep_last: int = 2
+    keep_stage_ends: bool = False
+    """Besides the last ones, keep what each stage ended with."""
     asynchronous: bool = True
+    max_failed_saves: int = 0
+    """Saves in a row that may fail (disk full) before training stops. A stage's last one must succeed."""
 
 
 @dataclass(frozen=True)
@@ -227,6 +233,12 @@ class TrackingConfig:
     project: str = "nvlm-train"
     entity: str | None = None
     log_every: int = 1
+    num_examples: int = 4
+    """Samples of a stage whose answers wandb shows with their tiles; 0 for none."""
+    examples_every: int | None = None
+    """Steps between two such tables; none for one at the end of each stage."""
+    example_tokens: int = 32
+    """Longest answer of an example; each token is a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -244,3 +256,4 @@ class Recipe:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)

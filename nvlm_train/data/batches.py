@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.batch import CrossContext, Microbatch, SampleInfo
-from nvlm_train.data.encoding import EncodedSample
+from nvlm_train.data.encoded import EncodedSample
 
 
 def pack_samples(

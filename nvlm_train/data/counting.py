@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from nvlm_train.config.schema import Recipe
 from nvlm_train.data.assemble import build_data
-from nvlm_train.data.indexing import processes
 from nvlm_train.data.plan import DataPlan
+from nvlm_train.data.processes import processes
 
 _CHUNK = 32
 """Windows of one task."""

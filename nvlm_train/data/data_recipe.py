@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 import yaml
 
 from nvlm_train.data.fields import OWN_FIELDS, FieldMapping, read_fields
+from nvlm_train.data.layouts import LAYOUTS
 from nvlm_train.data.shards import expand_pattern
 from nvlm_train.errors import ConfigError
 
@@ -50,9 +51,6 @@ class SourceConfig:
         parts += [f"licence: {self.licence}"] if self.licence else []
         return "; ".join(parts)
 
-
-LAYOUTS = ("llava", "jsonl", "parquet", "datasets", "members", "coco", "vqa", "ocr", "text")
-"""Formats of `nvlm data prepare`."""
 
 _DESCRIPTIONS = ("task", "layout", "licence", "note")
 """Keys of a source that decide nothing about a run; they are for people."""
@@ -142,7 +140,7 @@ def _source(item: object, where: str, problems: list[str]) -> SourceConfig | Non
     if max_samples is not None and not _is_positive(max_samples, int):
         problems.append(f"{where}.max_samples={max_samples!r} must be a whole number above 0")
     _check_descriptions(item, _DESCRIPTIONS, where, problems)
-    if item.get("layout", LAYOUTS[0]) not in LAYOUTS:
+    if "layout" in item and item["layout"] not in LAYOUTS:
         problems.append(
             f"{where}.layout={item['layout']!r} must be a format of `nvlm data prepare`: "
             f"{', '.join(LAYOUTS)}"

@@ -1,25 +1,22 @@
-"""One sample's token ids, image slots and labels; fewer tiles when it would not fit.
-
-Shape legend: N tokens of the sample, L trained positions, T tiles of all its images.
-"""
+"""One sample's token ids, image slots and labels; fewer tiles when it would not fit."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.conversation import ChatFormat, ImageLayout, Piece
+from nvlm_train.data.encoded import CrossTiles, EncodedSample
 from nvlm_train.data.images import check_pixels
 from nvlm_train.data.prompts import PromptFamily, load_prompts
 from nvlm_train.data.records import Turn, place_images, read_turns
-from nvlm_train.data.tiling import Grid, choose_grid, num_tiles, tile_limits
+from nvlm_train.data.tiling import choose_grid, num_tiles, tile_limits
 from nvlm_train.routes import Routes
 from nvlm_train.tokens import Tokenizer
 
@@ -47,65 +44,6 @@ class EncodingSpec:
     prompts: PromptFamily
     system_message: str | None
     max_image_pixels: int
-
-
-@dataclass(frozen=True, slots=True)
-class CrossTiles:
-    """What of a sample goes through cross-attention; empty in NVLM-D.
-
-    Shape legend: C cross-routed tiles, numbered through all images; V views.
-    """
-
-    tokens_per_tile: int
-    is_cross_T: NDArray[np.bool_]
-    """[T]: which of the sample's tiles."""
-    tags: tuple[NDArray[np.int64], ...]
-    """C times the ids of the tag before a tile's features in the context; none in NVLM-X."""
-    views: NDArray[np.int64]
-    """[V, 4]: tokens [start, stop) see the tiles [first, last); ascending. Other tokens see none."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedSample:
-    """One sample as the model reads it."""
-
-    token_ids: NDArray[np.int64]
-    """[N]; image slots hold the pad id."""
-    image_positions: NDArray[np.int64]
-    """[decoder-routed tiles * tokens per tile]: the slots, in tile order."""
-    label_positions: NDArray[np.int64]
-    """[L]: positions whose next token is trained; ascending."""
-    label_ids: NDArray[np.int64]
-    """[L]: the token to predict at each of them."""
-    images: tuple[ImageLayout, ...]
-    cross: CrossTiles
-    is_truncated: bool
-
-    @property
-    def grids(self) -> tuple[Grid, ...]:
-        """(columns, rows) of each image."""
-        return tuple(image.grid for image in self.images)
-
-    @property
-    def tiles_per_image(self) -> tuple[int, ...]:
-        """Tiles of each image, thumbnail included."""
-        return tuple(image.num_tiles for image in self.images)
-
-    @property
-    def num_tiles(self) -> int:
-        return sum(self.tiles_per_image)
-
-    def with_room(self, num_tokens: int) -> EncodedSample:
-        """The same with empty tokens behind, which see what its last token sees."""
-        length = len(self.token_ids)
-        views = self.cross.views.copy()
-        if len(views) and views[-1, 1] == length:
-            views[-1, 1] += num_tokens
-        return replace(
-            self,
-            token_ids=np.append(self.token_ids, np.zeros(num_tokens, dtype=np.int64)),
-            cross=replace(self.cross, views=views),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +115,7 @@ class SampleEncoder:
             if len(encoded.token_ids) <= self.spec.sequence_length:
                 break
         assert encoded is not None, "tile_limits is never empty"
-        return self.check_labels(self._truncate(encoded))
+        return self.check_labels(encoded.truncated(self.spec.sequence_length))
 
     def encode_prompt(
         self, turns: Sequence[Turn], sizes: Sequence[ImageSize], room: int = 0
@@ -267,28 +205,6 @@ class SampleEncoder:
             np.array([route == "cross" for route in routes], dtype=np.bool_),
             tuple(tags),
             np.array(_merged(views), dtype=np.int64).reshape(-1, 4),
-        )
-
-    def _truncate(self, encoded: EncodedSample) -> EncodedSample:
-        """Cut at the end, never inside image slots: a tile's features come whole."""
-        length = self.spec.sequence_length
-        if len(encoded.token_ids) <= length:
-            return encoded
-        if len(encoded.image_positions) and encoded.image_positions[-1] >= length:
-            raise ValueError(
-                f"images do not fit: with one tile each, {len(encoded.grids)} images reach "
-                f"position {encoded.image_positions[-1]}, behind sequence_length={length}"
-            )
-        kept = int(np.searchsorted(encoded.label_positions, length - 1))
-        views = encoded.cross.views[encoded.cross.views[:, 0] < length].copy()
-        views[:, 1] = np.minimum(views[:, 1], length)
-        return replace(
-            encoded,
-            token_ids=encoded.token_ids[:length],
-            label_positions=encoded.label_positions[:kept],
-            label_ids=encoded.label_ids[:kept],
-            cross=replace(encoded.cross, views=views),
-            is_truncated=True,
         )
 
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +101,21 @@ def load_index(
 def index_suffix(fields: FieldMapping) -> str:
     """Name of an index file after the shard's own name."""
     return f"{INDEX_SUFFIX}-{fields.digest}" if fields.digest else INDEX_SUFFIX
+
+
+def index_state(
+    shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
+) -> Literal["fresh", "missing", "stale"]:
+    """Whether `load_index` would find an index that belongs to the shard as it is now.
+
+    Raises:
+        FileNotFoundError: the shard is missing.
+    """
+    stamp = shard.stamp()
+    facts = files.facts(shard, index_suffix(fields))
+    if facts is None:
+        return "missing"
+    return "fresh" if _is_of(facts, stamp) else "stale"
 
 
 def read_summary(

@@ -6,10 +6,9 @@ each shard's header.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 
 from nvlm_train.config.schema import TokenizerConfig
@@ -18,6 +17,7 @@ from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.index import load_index, read_summary
 from nvlm_train.data.index_files import IndexFiles
 from nvlm_train.data.lengths import load_lengths, read_lengths_summary
+from nvlm_train.data.processes import processes
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.shards import Shard
 from nvlm_train.data.store import DIRECT
@@ -115,6 +115,7 @@ def index_shards(
 
     Raises:
         ConfigError: a tokenizer that cannot be read.
+        ShardError: a process was killed.
     """
     if num_workers <= 1 or len(shards) <= 1:
         indexer = Indexer(encodings, files)
@@ -125,12 +126,6 @@ def index_shards(
     with processes(min(num_workers, len(shards)), _start_indexer, encodings, files) as pool:
         work = [pool.submit(_index, shard, numbers) for shard, numbers in shards.items()]
         yield from _as_they_finish(work)
-
-
-def processes(count: int, start: Callable[..., None], *arguments: object) -> ProcessPoolExecutor:
-    """Fresh processes that each call `start(*arguments)` first; forks would copy held locks."""
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, context, start, arguments)
 
 
 def _as_they_finish(work: Iterable[Future[IndexedShard]]) -> Iterator[IndexedShard]:

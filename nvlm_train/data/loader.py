@@ -14,29 +14,20 @@ Shape legend: T tiles, E tile edge in pixels, C = 3.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nvlm_train.batch import (
-    Microbatch,
-    PackPlan,
-    RankShare,
-    Round,
-    SampleFailure,
-    SampleRef,
-    StepBatch,
-)
+from nvlm_train.batch import PackPlan, RankShare, Round, SampleFailure, StepBatch
 from nvlm_train.config.schema import LoaderConfig
-from nvlm_train.data.batches import pack_samples
-from nvlm_train.data.encoding import EncodedSample, SampleEncoder
-from nvlm_train.data.images import Pixels, cut_tiles, cut_tiles_into, decode_image
+from nvlm_train.data.encoding import SampleEncoder
+from nvlm_train.data.pack_loading import LoadedPack, PackJob, PackLoader
 from nvlm_train.data.plan import DataPlan
-from nvlm_train.errors import ShardError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -48,26 +39,10 @@ _PackedRound = tuple[PackPlan, ...]
 
 
 @dataclass(frozen=True)
-class _PackJob:
-    """A pack, the range of its tiles that is this rank's, and where their pixels go."""
-
-    pack: PackPlan
-    first_tile: int
-    pixels_TCEE: Pixels
-
-
-@dataclass(frozen=True)
-class _LoadedPack:
-    microbatch: Microbatch
-    failures: tuple[tuple[int, str], ...]
-    """(index of the sample in the pack, reason)."""
-
-
-@dataclass(frozen=True)
 class _PendingRound:
     tile_split: tuple[int, ...]
     pixels_TCEE: Tensor
-    packs: tuple[Future[_LoadedPack], ...]
+    packs: tuple[Future[LoadedPack], ...]
 
 
 @dataclass(frozen=True)
@@ -105,7 +80,9 @@ def group_rounds(packs: Sequence[PackPlan], max_tiles: int) -> list[_PackedRound
 
 
 class Loader(Iterator[StepBatch]):
-    """Batches of steps start_step, start_step + 1, ... without end; close it when done.
+    """Batches of steps start_step, start_step + 1, ... without end, but not of those in `left_out`.
+
+    Close it when done.
 
     Raises (while iterating):
         ShardError: a shard changed or vanished since it was indexed.
@@ -119,30 +96,31 @@ class Loader(Iterator[StepBatch]):
         loader: LoaderConfig,
         max_tiles_in_flight: int,
         start_step: int = 0,
+        left_out: Collection[int] = (),
     ) -> None:
         self._plan = plan
-        self._encoder = encoder
+        self._tile_size = encoder.spec.tile_size
         self._share = share
         self._max_tiles = max_tiles_in_flight
-        self._max_pixels = loader.max_image_pixels
-        self._next_step = start_step
+        self._packs = PackLoader(plan, encoder, loader.max_image_pixels)
+        self._steps = (step for step in itertools.count(start_step) if step not in left_out)
         # Without workers nothing runs ahead: a step is made when it is asked for.
         self._steps_ahead = loader.prefetch_steps if loader.workers else 0
         self._max_bytes = round(loader.prefetch_gib * 2**30)
         self._threads = ThreadPoolExecutor(loader.workers, "nvlm-data") if loader.workers else None
         self._pending: deque[_PendingStep] = deque()
-        self._planned: list[_PackedRound] | None = None
+        self._planned: tuple[int, list[_PackedRound]] | None = None
 
     def __next__(self) -> StepBatch:
         try:
             while len(self._pending) <= self._steps_ahead:
                 if self._planned is None:
-                    self._planned = self._plan_rounds(self._next_step)
-                if not self._has_room(self._planned):
+                    step = next(self._steps)
+                    self._planned = (step, self._plan_rounds(step))
+                if not self._has_room(self._planned[1]):
                     break
-                self._pending.append(self._start(self._next_step, self._planned))
+                self._pending.append(self._start(*self._planned))
                 self._planned = None
-                self._next_step += 1
             return _collect(self._pending.popleft())
         except BaseException:
             self.close()
@@ -173,7 +151,7 @@ class Loader(Iterator[StepBatch]):
     def _has_room(self, rounds: Sequence[_PackedRound]) -> bool:
         """Whether a step's pixels fit beside those that wait; a step alone always does."""
         tiles = sum(self._split(packs)[self._share.replica_rank] for packs in rounds)
-        num_bytes = 3 * self._encoder.spec.tile_size**2 * tiles
+        num_bytes = 3 * self._tile_size**2 * tiles
         return not self._pending or self.buffered_bytes + num_bytes <= self._max_bytes
 
     def _split(self, packs: _PackedRound) -> tuple[int, ...]:
@@ -191,82 +169,28 @@ class Loader(Iterator[StepBatch]):
     def _start_round(self, packs: _PackedRound) -> _PendingRound:
         import torch
 
-        edge = self._encoder.spec.tile_size
+        edge = self._tile_size
         split = self._split(packs)
         own_first = sum(split[: self._share.replica_rank])
         own_last = own_first + split[self._share.replica_rank]
         # numpy asks for huge pages, and nothing is zeroed: every tile is written, or fails.
         pixels_TCEE = np.empty((own_last - own_first, 3, edge, edge), dtype=np.uint8)
-        futures: list[Future[_LoadedPack]] = []
+        futures: list[Future[LoadedPack]] = []
         pack_first = 0
         for pack in packs:
             first = min(max(own_first, pack_first), own_last)
             last = min(max(own_first, pack_first + pack.num_tiles), own_last)
             own_TCEE = pixels_TCEE[first - own_first : last - own_first]
-            futures.append(self._submit(_PackJob(pack, first - pack_first, own_TCEE)))
+            futures.append(self._submit(PackJob(pack, first - pack_first, own_TCEE)))
             pack_first += pack.num_tiles
         return _PendingRound(split, torch.from_numpy(pixels_TCEE), tuple(futures))
 
-    def _submit(self, job: _PackJob) -> Future[_LoadedPack]:
+    def _submit(self, job: PackJob) -> Future[LoadedPack]:
         if self._threads is not None:
-            return self._threads.submit(self._load, job)
-        done: Future[_LoadedPack] = Future()
-        done.set_result(self._load(job))
+            return self._threads.submit(self._packs.load, job)
+        done: Future[LoadedPack] = Future()
+        done.set_result(self._packs.load(job))
         return done
-
-    def _load(self, job: _PackJob) -> _LoadedPack:
-        """Text of the whole pack; pixels of this rank's tiles go into the round's tensor."""
-        samples = job.pack.samples
-        encoded = [self._encode(sample) for sample in samples]
-        failures: list[tuple[int, str]] = []
-        first = -job.first_tile  # the sample's first tile, counted from this rank's first
-        for number, (sample, text) in enumerate(zip(samples, encoded, strict=True)):
-            for image, num_tiles in enumerate(text.tiles_per_image):
-                if first < len(job.pixels_TCEE) and first + num_tiles > 0:
-                    reason = self._decode(sample, text, image, job.pixels_TCEE, first)
-                    if reason:
-                        failures.append((number, reason))
-                first += num_tiles
-        infos = [self._plan.info(sample) for sample in samples]
-        pad = self._encoder.tokenizer.pad
-        microbatch = pack_samples(encoded, infos, self._plan.sequence_length, pad)
-        return _LoadedPack(microbatch, tuple(dict(reversed(failures)).items()))
-
-    def _encode(self, sample: SampleRef) -> EncodedSample:
-        reader = self._plan.reader(sample)
-        key, record = reader.key(sample.row), reader.record(sample.row)
-        encoded = self._encoder.encode(key, record, reader.index.image_sizes(sample.row))
-        if (len(encoded.token_ids), encoded.num_tiles) != (sample.num_tokens, sample.num_tiles):
-            raise ShardError(
-                f"sample={key} in shard={reader.name} has {len(encoded.token_ids)} tokens and "
-                f"{encoded.num_tiles} tiles, planned were {sample.num_tokens} and "
-                f"{sample.num_tiles}; delete the shard's .lengths-* files and start again"
-            )
-        return encoded
-
-    def _decode(
-        self, sample: SampleRef, text: EncodedSample, image: int, pixels_TCEE: Pixels, first: int
-    ) -> str:
-        """Writes the image's tiles that lie inside `pixels_TCEE`; on failure they stay zero.
-
-        `first` is the index of the image's first tile, negative when another rank owns it.
-        """
-        reader = self._plan.reader(sample)
-        data = reader.image(sample.row, image)
-        num_tiles, grid = text.tiles_per_image[image], text.grids[image]
-        last = min(first + num_tiles, len(pixels_TCEE))
-        own_TCEE = pixels_TCEE[max(first, 0) : last]
-        try:
-            decoded_CHW = decode_image(data, self._max_pixels)
-        except ValueError as error:
-            own_TCEE[:] = 0
-            return str(error)
-        if len(own_TCEE) == num_tiles:
-            cut_tiles_into(own_TCEE, decoded_CHW, grid)
-        else:
-            tiles_TCEE = cut_tiles(decoded_CHW, grid, num_tiles, self._encoder.spec.tile_size)
-            own_TCEE[:] = tiles_TCEE[max(-first, 0) : last - first].numpy()
-        return ""
 
 
 def _collect(pending: _PendingStep) -> StepBatch:

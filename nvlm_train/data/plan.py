@@ -23,12 +23,10 @@ from nvlm_train.data.blend import BlendOrder, SourceOrder
 from nvlm_train.data.ordering import hashed_permutation, stable_hash
 from nvlm_train.data.pack_table import PackTable
 from nvlm_train.data.packing import best_fit_decreasing, deal
+from nvlm_train.data.plan_checks import PLAN_DIGEST, check_digests, check_skipped, check_tiles
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.sources import Source, unusable_kinds
-from nvlm_train.errors import ShardError, TrainingError
-
-PLAN_DIGEST = "(plan)"
-"""Name of the plan's own entry among the shards' digests."""
+from nvlm_train.errors import TrainingError
 
 _TABLE_CHARS = 16
 
@@ -59,8 +57,8 @@ class DataPlan:
         self.sequence_length = sequence_length
         self.seed = seed
         self.unusable = unusable_kinds(self.sources)
-        self._check_skipped(max_skipped_fraction)
-        self._check_tiles()
+        check_skipped(self.sources, self.unusable, max_skipped_fraction)
+        check_tiles(self.sources, batch.max_tiles_per_pack)
         self._blend = BlendOrder(
             [source.weight for source in self.sources],
             seed,
@@ -106,29 +104,7 @@ class DataPlan:
         Raises:
             ShardError: other contents, a shard more or less, or another order of the samples.
         """
-        remedy = "or start a new run"
-        now = self.digests
-        for name, digest in recorded.items():
-            if name not in now:
-                raise ShardError(
-                    f"shard={name} was in the blend when the run began and is not any more; "
-                    f"put it back, {remedy}"
-                )
-            if name != PLAN_DIGEST and now[name] != digest:
-                raise ShardError(
-                    f"changed shard={name}: digest={now[name][:12]}, the run began with "
-                    f"{digest[:12]}; restore the shard, {remedy}"
-                )
-        for name in now:
-            if name not in recorded:
-                raise ShardError(
-                    f"shard={name} was not in the blend when the run began; take it out, {remedy}"
-                )
-        if now[PLAN_DIGEST] != recorded[PLAN_DIGEST]:
-            raise ShardError(
-                "the shards are those the run began with, but seed, batch, weights, order of the "
-                f"sources or encoding (tokenizer, tiling, prompts) are not; restore them, {remedy}"
-            )
+        check_digests(recorded, self.digests)
 
     def reader(self, sample: SampleRef) -> ShardReader:
         """Where the sample is read."""
@@ -262,32 +238,6 @@ class DataPlan:
             f"({limits}; epochs and max_samples of the data recipe); make fewer steps, or raise "
             "the limits"
         )
-
-    def _check_tiles(self) -> None:
-        limit = self.batch.max_tiles_per_pack
-        for source in self.sources:
-            if limit is not None and source.table.max_tiles > limit:
-                raise TrainingError(
-                    f"batch.max_tiles_per_pack={limit}: source={source.name} has a sample of "
-                    f"{source.table.max_tiles} tiles, which no pack could hold; use at least that, "
-                    "or fewer tiling.max_tiles"
-                )
-
-    def _check_skipped(self, max_skipped_fraction: float) -> None:
-        examples = "\n".join(f"  {text}" for kind in self.unusable for text in kind.examples)
-        for source in self.sources:
-            if source.num_unusable == source.num_samples:
-                raise TrainingError(
-                    f"source={source.name} has no usable sample, for example\n{examples}"
-                )
-        total = sum(source.weight for source in self.sources)
-        share = sum(s.weight / total * s.num_unusable / s.num_samples for s in self.sources)
-        if share > max_skipped_fraction:
-            raise TrainingError(
-                f"{share:.2%} of the samples drawn cannot be used, more than "
-                f"loader.max_skipped_fraction={max_skipped_fraction}; mend them or raise the "
-                f"limit:\n{examples}"
-            )
 
 
 def _order(source: Source, seed: int) -> SourceOrder:

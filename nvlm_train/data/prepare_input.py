@@ -13,13 +13,13 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nvlm_train.data.inputs.entries import InputSpec
 from nvlm_train.data.inputs.formats import open_entries
 from nvlm_train.data.manifest import Manifest, read_manifest
+from nvlm_train.data.processes import killed_workers_explained
 from nvlm_train.data.shard_task import (
     ShardResult,
     ShardTask,
@@ -148,18 +148,14 @@ def _run(tasks: Sequence[ShardTask], num_workers: int) -> Generator[ShardResult,
     waiting = iter(tasks)
     pool = ProcessPoolExecutor(num_workers, context, end_with_parent)
     try:
-        futures: deque[Future[ShardResult]] = deque()
-        for task in waiting:
-            futures.append(pool.submit(run_task, task))
-            if len(futures) >= num_workers * _AHEAD:
+        with killed_workers_explained():
+            futures: deque[Future[ShardResult]] = deque()
+            for task in waiting:
+                futures.append(pool.submit(run_task, task))
+                if len(futures) >= num_workers * _AHEAD:
+                    yield futures.popleft().result()
+            while futures:
                 yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-    except BrokenProcessPool as error:
-        raise ShardError(
-            f"a worker was killed ({error}), perhaps for want of memory; run the same command "
-            "again, with fewer --workers"
-        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nvlm_train.batch import Microbatch, Round, SampleInfo
 from nvlm_train.data.batches import pack_samples
-from nvlm_train.data.encoding import EncodedSample
+from nvlm_train.data.encoded import EncodedSample
 from nvlm_train.data.loader import split_tiles
 from nvlm_train.data.packing import best_fit_decreasing
 from nvlm_train.errors import PromptError

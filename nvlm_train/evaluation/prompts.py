@@ -26,10 +26,17 @@ def make_prompt(
     Raises:
         ValueError: an image that cannot be read, or a prompt that does not fit.
     """
+    return encode_turns(encoder, [Turn("user", question)], images, max_new_tokens)
+
+
+def encode_turns(
+    encoder: SampleEncoder, turns: Sequence[Turn], images: Sequence[bytes], max_new_tokens: int
+) -> Prompt:
+    """Turns to answer, the last one a user's; see `make_prompt`."""
     import torch
 
     sizes = [read_size(image) for image in images]
-    encoded = encoder.encode_prompt([Turn("user", question)], sizes, max_new_tokens)
+    encoded = encoder.encode_prompt(turns, sizes, max_new_tokens)
     edge = encoder.spec.tile_size
     tiles: list[Tensor] = [torch.zeros(0, 3, edge, edge, dtype=torch.uint8)]
     for image, grid, num_tiles in zip(images, encoded.grids, encoded.tiles_per_image, strict=True):

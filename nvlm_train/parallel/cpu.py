@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nvlm_train.parallel import cpu_kernels
+from nvlm_train.parallel import cpu_kernels, waiting
 
 CPU = torch.device("cpu")
 
@@ -92,6 +92,7 @@ def patched_symbols() -> list[tuple[Any, str, Any]]:
         (torch.cuda, "synchronize", lambda device=None: None),
         (torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
         (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
+        (torch.distributed.Work, "wait", waiting.timed_wait),
         (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
         (random, "_get_cuda_rng_state", _get_rng_state),
         (random, "_set_cuda_rng_state", _set_rng_state),

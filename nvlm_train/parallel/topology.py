@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,6 +85,21 @@ def device() -> torch.device:
     return cpu.CPU
 
 
+def _leave_groups() -> None:
+    """Ends megatron-core's process groups; it only forgets them itself.
+
+    Each has threads and sockets, with NCCL also GPU buffers, and so has what an earlier stage's engine,
+    a web of cycles, still holds.
+    """
+    from megatron.core import parallel_state as mpu
+
+    left = [group for group in mpu._global_process_group_list or () if group is not None]
+    mpu.destroy_model_parallel()
+    gc.collect()
+    for group in left:
+        dist.destroy_process_group(group)
+
+
 def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
     """Makes the process groups of a layout; replaces those of an earlier stage.
 
@@ -106,7 +122,7 @@ def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
             ]
         )
     if mpu.model_parallel_is_initialized():
-        mpu.destroy_model_parallel()
+        _leave_groups()
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class StepResult:
     loss: float
     """Mean over the step's trained tokens."""
     grad_norm: float
-    """Before clipping."""
+    """Before clipping; not a number where it is not finite on some rank."""
     source_loss_sums: tuple[float, ...]
     source_tokens: tuple[int, ...]
     """Trained tokens by source."""
@@ -31,6 +32,11 @@ class StepResult:
     """Samples whose image could not be decoded."""
     samples_hash: int
     """Sum of the CRC-32 of the step's sample names: equal for equal samples, in whatever order and layout."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step may change weights. Every rank has the same answer."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def count_trained_tokens(batch: StepBatch, topology: Topology) -> int:
@@ -54,29 +60,32 @@ def account(
     Args:
         batch: this rank's view of the step.
         reports: this rank's losses; empty but on the last pipeline stage.
-        grad_norm: already the same on every rank.
+        grad_norm: this rank's; replicas with broken gradients may disagree about it.
         skipped: samples of this replica whose image could not be decoded.
         num_sources: sources of the blend.
         topology: this rank's place.
     """
     by_source = torch.zeros(2, num_sources, dtype=torch.float64, device=device())
-    counts = torch.zeros(9, dtype=torch.float64, device=device())
+    counts = torch.zeros(10, dtype=torch.float64, device=device())
     # One rank of each replica speaks for it: one that holds the losses.
     if topology.is_last_pp_stage and topology.tensor_rank == 0:
         for report in reports:
             sources = torch.tensor(report.sources, dtype=torch.int64, device=device())
             by_source[0].index_add_(0, sources, report.losses_L.double())
             by_source[1].index_add_(0, sources, torch.ones_like(report.losses_L.double()))
-        own = [*_own_work(batch), skipped, _hash_samples(batch)]
+        own = [*_own_work(batch), skipped, _hash_samples(batch), 0]
         counts += torch.tensor(own, dtype=torch.float64, device=device())
+    counts[-1] = not math.isfinite(grad_norm)
     totals = torch.cat([by_source.flatten(), counts])
     dist.all_reduce(totals)
     sums = totals[:num_sources].tolist()
     tokens = [int(count) for count in totals[num_sources : 2 * num_sources].tolist()]
-    processed, pairs, tiles, samples, *cross, failed, hashed = map(int, totals[-9:].tolist())
+    processed, pairs, tiles, samples, *cross, failed, hashed, broken = map(
+        int, totals[-10:].tolist()
+    )
     return StepResult(
         loss=sum(sums) / max(sum(tokens), 1),
-        grad_norm=grad_norm,
+        grad_norm=math.nan if broken else grad_norm,
         source_loss_sums=tuple(sums),
         source_tokens=tuple(tokens),
         work=StepWork(processed, pairs, sum(tokens), tiles, *cross),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +10,14 @@ import torch.distributed as dist
 
 from nvlm_train.config import rules
 from nvlm_train.config.schema import Recipe
-from nvlm_train.errors import TrainingError
 from nvlm_train.parallel.topology import start_process_group
-from nvlm_train.train import announce, start
-from nvlm_train.train.checkpoint import Saver
+from nvlm_train.train import announce, run_lock, start
+from nvlm_train.train.examples import ExampleSet
+from nvlm_train.train.health import memory
+from nvlm_train.train.health.collectives import record_collectives
+from nvlm_train.train.health.health import Health
 from nvlm_train.train.record import StepTimer, step_record
+from nvlm_train.train.saver import Saver
 from nvlm_train.train.schedule import Position, global_step, learning_rate, stages_to_run
 from nvlm_train.train.signals import EXIT_REQUEUE, StopRequest
 from nvlm_train.train.skips import SkipBudget
@@ -34,20 +36,32 @@ def train(recipe: Recipe) -> int:
     Raises:
         NvlmError: the user's to fix, or training that cannot go on.
     """
+    record_collectives()
     start_process_group()
     rules.check(recipe, dist.get_world_size())
     announce.machine(recipe.precision)
+    with run_lock.held(Path(recipe.run_dir)):
+        return run_schedule(recipe)
+
+
+def run_schedule(recipe: Recipe) -> int:
+    """Runs the unfinished stages. The caller holds the run directory."""
     stop, run = StopRequest(), start.open_run(recipe)
     steps_done = global_step(recipe, run.position) if run.position else 0
     run_id = run.state.wandb_run_id if run.state else None
-    with Tracker(recipe, run_id, steps_done) as tracker:
-        saver = Saver(Path(recipe.run_dir), recipe.checkpoint)
-        for position in stages_to_run(recipe, run.position):
-            stopped = run_stage(recipe, position, tracker, saver, stop.agreed)
-            saver.wait()
+    saver = Saver(Path(recipe.run_dir), recipe.checkpoint)
+    with Tracker(recipe, run_id, steps_done) as tracker, Health(recipe) as health:
+        # After a stage, or when one went back: the run directory says where to go on.
+        while position := next(stages_to_run(recipe, run.position), None):
+            tracker.rewind(global_step(recipe, position))
+            with memory.explained(recipe, position.stage):
+                stopped = run_stage(recipe, position, run, tracker, saver, stop.agreed, health)
+            with health.busy("saving"):
+                saver.wait()
             if stopped:
                 logger.info("stopped by a signal and saved; the same command goes on")
                 return EXIT_REQUEUE
+            run = start.open_run(recipe)
         saver.close()
     return 0
 
@@ -55,18 +69,21 @@ def train(recipe: Recipe) -> int:
 def run_stage(
     recipe: Recipe,
     position: Position,
+    run: start.Run,
     tracker: Tracker,
     saver: Saver,
     stop_requested: Callable[[], bool],
+    health: Health,
 ) -> bool:
     """Trains one stage from `position`. Returns whether a signal stopped it before its end."""
-    stage = recipe.stages[position.stage]
-    work = start.start_stage(recipe, position, start.open_run(recipe))
+    stage, left_out = recipe.stages[position.stage], health.start_stage(position)
+    work = start.start_stage(recipe, position, run)
     engine, plan = work.engine, work.plan
     announce.stage(recipe, position, work)
     timer, skips = StepTimer(), SkipBudget(recipe.loader.max_skipped_fraction)
-    with start.open_loader(recipe, position, work) as loader:
-        for step in range(position.step, stage.steps):
+    examples = ExampleSet(recipe, position.stage, plan, work.encoder)
+    with start.open_loader(recipe, position, work, left_out) as loader:
+        for step in (each for each in range(position.step, stage.steps) if each not in left_out):
             batch = next(loader)
             timer.loaded()
             rate = learning_rate(stage.optimizer, step, stage.steps)
@@ -74,27 +91,23 @@ def run_stage(
                 group["lr"] = rate
             result = run_step(engine, batch, len(plan.source_names))
             done = Position(position.stage, step + 1)
-            tracker.log(step_record(recipe, plan.source_names, done, rate, result, timer.stepped()))
-            check_finite(result.loss, result.grad_norm, done)
+            seconds = timer.stepped()
+            record = step_record(recipe, plan.source_names, done, rate, result, seconds)
+            tracker.log({**record, **health.stepped(done, result, seconds, work)})
+            if health.must_roll_back(done, result, work):
+                with health.busy("saving"):
+                    saver.wait()
+                health.leave_out(done, result, start.open_run(recipe).position)
+                return False
             skips.add(result.skipped_samples, result.samples)
             saver.poll()
+            if examples.is_due(done.step):
+                rows = examples.answer(engine)
+                tracker.log_examples(done.stage, global_step(recipe, done), rows)
             stopping = stop_requested()
             if stopping or saver.is_due(done.step, stage.steps):
-                saver.save(engine, start.run_state(recipe, work, done, tracker.run_id))
+                with health.busy("saving"):
+                    saver.save(engine, start.run_state(recipe, work, done, tracker.run_id))
             if stopping:
                 return done.step < stage.steps or position.stage != recipe.schedule[-1]
     return False
-
-
-def check_finite(loss: float, grad_norm: float, done: Position) -> None:
-    """Both numbers are the same on every rank, so all ranks stop together.
-
-    Raises:
-        TrainingError: one of them is not a number, or infinite.
-    """
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    raise TrainingError(
-        f"stage={done.stage} step={done.step}: loss={loss} grad_norm={grad_norm}; nothing was saved after "
-        "this step: lower the stage's optimizer.lr, or look at the step's samples"
-    )

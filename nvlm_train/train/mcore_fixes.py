@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import pickle
-import queue
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -33,14 +35,17 @@ class ResultFile:
         partial.write_bytes(pickle.dumps(result))
         os.replace(partial, self._path)
 
-    def get_nowait(self) -> Any:
-        """Called after the writer has ended.
+    def is_there(self) -> bool:
+        """Whether something was put and not yet taken."""
+        return self._path.exists()
 
-        Raises:
-            queue.Empty: it wrote nothing, so it died.
-        """
+    def get_nowait(self) -> Any:
+        """Called after the writer has ended. Where it left nothing, the answer is an error."""
         if not self._path.exists():
-            raise queue.Empty
+            return ChildProcessError(
+                "the process that wrote the checkpoint was killed; where the kernel did it for memory "
+                "(see dmesg), give the job more host memory"
+            )
         result = pickle.loads(self._path.read_bytes())
         self._path.unlink()
         return result
@@ -54,8 +59,45 @@ def report_writes_through_files() -> None:
     """
     if not hasattr(filesystem_async, "_results_queue"):
         raise RuntimeError("filesystem_async._results_queue does not exist: update mcore_fixes.py")
-    if filesystem_async._results_queue is None:
+    if not isinstance(filesystem_async._results_queue, ResultFile):
         filesystem_async._results_queue = ResultFile()
+
+
+_held: list[Exception] = []
+
+
+def hold_file_errors() -> None:
+    """Keeps rank 0 from leaving a save alone when the disk fails it.
+
+    megatron-core lets rank 0 write three small files by itself (common.pt, .metadata, metadata.json)
+    between collectives; an error there leaves the other ranks waiting for rank 0. Here it is held until
+    all ranks can be told: `take_held_error`. Test: tests/train/test_failed_saves.py.
+    """
+    for owner, name in (
+        (TorchCommonSaveStrategy, "save_common"),
+        (filesystem_async.FileSystemWriterAsync, "finish"),
+        (serialization, "save_config"),
+    ):
+        original = getattr(owner, name)
+        if getattr(original, "__name__", "") != "holding":
+            setattr(owner, name, _holding(original))
+
+
+def _holding(original: Callable[..., None]) -> Callable[..., None]:
+    def holding(*args: Any, **kwargs: Any) -> None:
+        try:
+            original(*args, **kwargs)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            _held.append(error)
+
+    return holding
+
+
+def take_held_error() -> Exception | None:
+    """The first error held since the last call."""
+    first = _held[0] if _held else None
+    _held.clear()
+    return first
 
 
 def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:

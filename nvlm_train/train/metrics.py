@@ -6,7 +6,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+
+from nvlm_train.errors import TrainingError
 
 Record = Mapping[str, float | int | str]
 """What a step reports; holds `stage`, `step` (of the stage) and `global_step` (steps done in the run)."""
@@ -27,12 +28,30 @@ class MetricsLog:
         self.path = Path(run_dir) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _keep_until(self.path, steps_done)
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        # Unbuffered: a line is one system call, and nothing is left to fail again when the file is closed.
+        self._file = self.path.open("ab", buffering=0)
 
     def append(self, record: Record) -> None:
-        """Writes one line and hands it to the operating system, so that a killed process loses none."""
-        self._file.write(json.dumps(dict(record)) + "\n")
-        self._file.flush()
+        """Hands one line to the operating system, so that a killed process loses none.
+
+        Raises:
+            TrainingError: the disk is full, or the file system went read-only.
+        """
+        line = memoryview(json.dumps(dict(record)).encode() + b"\n")
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise TrainingError(
+                f"{self.path} cannot be written: {error}; make room or repair the disk, then start the same "
+                "command again: it goes on from the last checkpoint"
+            ) from error
+
+    def rewind(self, steps_done: int) -> None:
+        """Drops the records of later steps: the run goes back to an earlier checkpoint."""
+        self._file.close()
+        _keep_until(self.path, steps_done)
+        self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
         """Closes the file; may be called again."""

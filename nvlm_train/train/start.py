@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import Topology, build_topology, device
 from nvlm_train.pipeline.run import Replica
-from nvlm_train.train import checkpoint
+from nvlm_train.train import checkpoint, checkpoint_files
+from nvlm_train.train.damage import newest_undamaged
 from nvlm_train.train.engine import Engine, build_engine
-from nvlm_train.train.schedule import Position
+from nvlm_train.train.rank_zero import on_rank_0
+from nvlm_train.train.schedule import Position, stages_to_run
 from nvlm_train.train.state import (
     RunState,
     check_resumable,
@@ -51,22 +55,25 @@ class Run:
 
 
 def open_run(recipe: Recipe) -> Run:
-    """Looks for the newest complete checkpoint; rank 0 looks, so that all ranks see the same one.
+    """Finds where to go on, for training: damaged checkpoints are set aside. Called by all ranks.
 
     Raises:
-        CheckpointError: it was made by a recipe that this one does not continue.
+        CheckpointError: every checkpoint is damaged, or was made by a recipe that this one does not continue.
     """
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        complete = checkpoint.complete_checkpoints(Path(recipe.run_dir))
-        found = [complete[-1] if complete else None]
-    dist.broadcast_object_list(found, src=0)
-    newest: Path | None = found[0]
-    if newest is None:
-        return Run(None, None)
-    state = read_state(newest)
-    check_resumable(state, recipe, newest)
-    return Run(newest, state)
+    run, damaged = _find_run(recipe)
+    for each in damaged:
+        aside = on_rank_0(partial(checkpoint_files.set_aside, each))
+        logger.warning("set aside as %s; remove it when you have looked at it", aside)
+    return run
+
+
+def _find_run(recipe: Recipe) -> tuple[Run, tuple[Path, ...]]:
+    found = newest_undamaged(Path(recipe.run_dir))
+    if found.checkpoint is None:
+        return Run(None, None), found.damaged
+    state = read_state(found.checkpoint)
+    check_resumable(state, recipe, found.checkpoint)
+    return Run(found.checkpoint, state), found.damaged
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
     Raises:
         NvlmError: shards, recipe or checkpoint do not fit.
     """
+    _check_hand_over(recipe, position, run)
     stage = recipe.stages[position.stage]
     topology = build_topology(stage.parallel, recipe.seed)
     plan, encoder = _build_data_rank_0_first(recipe, position)
@@ -105,8 +113,23 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
     return StageWork(engine, plan, encoder)
 
 
-def open_loader(recipe: Recipe, position: Position, work: StageWork) -> Loader:
-    """This rank's batches from the position's step on."""
+def _check_hand_over(recipe: Recipe, position: Position, run: Run) -> None:
+    """What was saved last may have been damaged or removed since: a stage never starts from less.
+
+    Raises:
+        CheckpointError: the newest undamaged checkpoint does not lead to this position.
+    """
+    if next(stages_to_run(recipe, run.position), None) != position:
+        raise CheckpointError(
+            f"stage {position.stage} cannot start at step {position.step}: the newest undamaged checkpoint "
+            f"is {run.checkpoint}; start the same command again, and training goes on from there"
+        )
+
+
+def open_loader(
+    recipe: Recipe, position: Position, work: StageWork, left_out: Collection[int] = ()
+) -> Loader:
+    """This rank's batches from the position's step on, without those of steps that are left out."""
     engine = work.engine
     return Loader(
         work.plan,
@@ -115,6 +138,7 @@ def open_loader(recipe: Recipe, position: Position, work: StageWork) -> Loader:
         recipe.loader,
         engine.stage.parallel.max_tiles_in_flight,
         position.step,
+        left_out,
     )
 
 
@@ -183,7 +207,7 @@ def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
     Raises:
         CheckpointError: the run has no complete checkpoint, or it does not fit.
     """
-    run = open_run(recipe)
+    run, _ = _find_run(recipe)
     if run.checkpoint is None or run.state is None:
         raise CheckpointError(
             f"run_dir={recipe.run_dir} has no complete checkpoint; train it first: nvlm train"

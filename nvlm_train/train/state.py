@@ -44,6 +44,12 @@ class RunState:
     def position(self) -> Position:
         return Position(self.stage, self.step)
 
+    @property
+    def ends_stage(self) -> bool:
+        """Whether the stage was over, by the recipe of that time."""
+        steps: int = self.recipe["stages"][self.stage]["steps"]
+        return self.step >= steps
+
 
 def library_versions() -> dict[str, str]:
     """Of the libraries that decide what the numbers are."""
@@ -68,9 +74,12 @@ def read_state(directory: Path) -> RunState:
     """Reads state.json.
 
     Raises:
-        CheckpointError: it was written by another format of this project.
+        CheckpointError: it is damaged, or was written by another format of this project.
     """
-    stored = json.loads((directory / FILE_NAME).read_text())
+    try:
+        stored = json.loads((directory / FILE_NAME).read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{directory / FILE_NAME} is damaged: {error}") from error
     if stored.get("format") != FORMAT:
         raise CheckpointError(
             f"{directory}: format={stored.get('format')}, this version reads {FORMAT}; "

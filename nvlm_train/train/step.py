@@ -17,10 +17,12 @@ from megatron.core.distributed import finalize_model_grads
 
 from nvlm_train.batch import StepBatch
 from nvlm_train.parallel.topology import Topology, device
+from nvlm_train.parallel.waiting import waiting
 from nvlm_train.pipeline.loss import LabelLosses, loss_head
 from nvlm_train.pipeline.run import run_round
 from nvlm_train.train.accounting import StepResult, account, count_trained_tokens
 from nvlm_train.train.engine import Engine
+from nvlm_train.train.update import gradient_norm, update
 
 logger = logging.getLogger(__name__)
 
@@ -28,21 +30,28 @@ logger = logging.getLogger(__name__)
 def run_step(engine: Engine, batch: StepBatch, num_sources: int) -> StepResult:
     """Trains on one step's batch. Called by every rank; the learning rate must have been set.
 
+    A loss or gradient norm that is not finite on some rank leaves weights and optimizer as they are
+    on every rank.
+
     Args:
         engine: this rank's model, encoder and optimizer.
         batch: this rank's view of the step.
         num_sources: sources of the stage's blend, for losses per source.
     """
     topology = engine.topology
-    batch, skipped = drop_failures(batch, topology)
-    trained_tokens = count_trained_tokens(batch, topology)
+    with waiting():
+        batch, skipped = drop_failures(batch, topology)
+        trained_tokens = count_trained_tokens(batch, topology)
     engine.model.zero_grad_buffer()
     engine.optimizer.zero_grad()
     label_losses = forward_backward(engine, batch, trained_tokens)
     # With no token count given, nothing is rescaled: the loss was normalised before the backward.
     finalize_model_grads([engine.model])
-    _, grad_norm, _ = engine.optimizer.step()
-    return account(batch, label_losses, float(grad_norm or 0.0), skipped, num_sources, topology)
+    grad_norm = gradient_norm(engine.optimizer)
+    result = account(batch, label_losses, grad_norm, skipped, num_sources, topology)
+    if result.is_finite:
+        update(engine.optimizer, grad_norm)
+    return result
 
 
 def forward_backward(engine: Engine, batch: StepBatch, trained_tokens: int) -> list[LabelLosses]:

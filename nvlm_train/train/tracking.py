@@ -1,22 +1,22 @@
 """Where the numbers of a step go: metrics.jsonl, the terminal, and wandb on request.
 
-The only file that imports wandb, and only when a recipe asks for it.
+wandb itself is in wandb_run.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from pathlib import Path
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from nvlm_train.config.schema import Recipe, TrackingConfig
+from nvlm_train.config.schema import Recipe
 from nvlm_train.train.metrics import MetricsLog, Record
 from nvlm_train.train.progress import open_view
+from nvlm_train.train.wandb_run import WandbRun
 
 if TYPE_CHECKING:
-    from wandb import Run
+    from nvlm_train.train.examples import Example
 
 
 class Tracker:
@@ -42,11 +42,11 @@ class Tracker:
         self._is_active = (int(os.environ.get("RANK", "0")) if rank is None else rank) == 0
         if not self._is_active:
             return
-        self._wandb: Run | None = None
-        if recipe.tracking.wandb != "off":
-            self._wandb = _start_wandb(recipe, recipe.tracking, run_id)
-            self.run_id = self._wandb.id
         self._metrics = MetricsLog(recipe.run_dir, steps_done)
+        self._wandb: WandbRun | None = None
+        if recipe.tracking.wandb != "off":
+            self._wandb = WandbRun(recipe, run_id, steps_done, self._metrics.path)
+            self.run_id = self._wandb.id
         total = sum(recipe.stages[name].steps for name in recipe.schedule)
         self._view = open_view(total, steps_done, self._every)
 
@@ -67,8 +67,18 @@ class Tracker:
             return
         self._metrics.append(record)
         self._view.show(record)
-        if self._wandb is not None and int(record["global_step"]) % self._every == 0:
-            self._wandb.log(dict(record))
+        if self._wandb is not None:
+            self._wandb.log(record)
+
+    def log_examples(self, stage: str, global_step: int, rows: Sequence[Example]) -> None:
+        """Takes answers to a few samples; they go to wandb only."""
+        if self._is_active and self._wandb is not None:
+            self._wandb.log_examples(stage, global_step, rows)
+
+    def rewind(self, steps_done: int) -> None:
+        """Forgets later steps: they will come again, or are left out. wandb keeps both."""
+        if self._is_active:
+            self._metrics.rewind(steps_done)
 
     def close(self, exit_code: int = 0) -> None:
         """Ends the record; wandb shows a run with another exit code than 0 as failed."""
@@ -77,26 +87,4 @@ class Tracker:
         self._view.close()
         self._metrics.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
-
-
-def _start_wandb(recipe: Recipe, tracking: TrackingConfig, run_id: str | None) -> Run:
-    import wandb
-
-    Path(recipe.run_dir).mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project=tracking.project,
-        entity=tracking.entity,
-        name=recipe.name,
-        id=run_id,
-        # Offline there is no server to ask; the shared id joins the parts when they are synced.
-        resume="allow" if tracking.wandb == "online" else None,
-        dir=recipe.run_dir,
-        mode="online" if tracking.wandb == "online" else "offline",
-        config=dataclasses.asdict(recipe),
-        settings=wandb.Settings(silent=True),
-    )
-    # wandb's own counter would refuse steps that a resume repeats; ours is a metric like the others.
-    run.define_metric("global_step")
-    run.define_metric("*", step_metric="global_step")
-    return run
+            self._wandb.close(exit_code)

@@ -46,6 +46,10 @@ BROKEN = {
     "schedule=[pretrain,sfft]": "names the stage sfft, which does not exist; use pretrain, sft",
     "schedule=[sft,sft]": "runs sft more than once",
     "schedule=[]": "runs nothing",
+    "run_dir=s3://bucket/run": "run_dir=s3://bucket/run is a URL; checkpoints need a file system that "
+    "renames directories: use a local or shared directory, and copy checkpoints/STAGE-STEP from there "
+    "when its manifest.json exists",
+    "checkpoint.max_failed_saves=-1": "checkpoint.max_failed_saves=-1 is out of range; use at least 0",
     "checkpoint.keep_last=0": "checkpoint.keep_last=0 is out of range; use at least 1",
     "loader.max_skipped_fraction=2": "use from 0 to 1",
     "loader.prefetch_steps=0": "out of range",

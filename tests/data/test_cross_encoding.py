@@ -11,7 +11,8 @@ import pytest
 from nvlm_train.batch import SampleInfo
 from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.batches import pack_samples
-from nvlm_train.data.encoding import EncodedSample, SampleEncoder
+from nvlm_train.data.encoded import EncodedSample
+from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import tile_tags
 from tests.data.conftest import SLOTS, TILE

@@ -12,7 +12,8 @@ import pytest
 from nvlm_train.batch import SampleInfo
 from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.batches import pack_samples
-from nvlm_train.data.encoding import EncodedSample, SampleEncoder
+from nvlm_train.data.encoded import EncodedSample
+from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.data.index import load_index
 from nvlm_train.data.lengths import compute_lengths, load_lengths
 from nvlm_train.data.reader import ShardReader

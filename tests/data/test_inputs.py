@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import webdataset
 
-from nvlm_train.cli.data_prepare import FORMATS as NAMES
 from nvlm_train.data.fields import FieldMapping
 from nvlm_train.data.inputs.entries import Entries, InputSpec, as_sample
 from nvlm_train.data.inputs.formats import FORMATS, open_entries
 from nvlm_train.data.inputs.ocr import grounded
+from nvlm_train.data.layouts import LAYOUTS as NAMES
 from nvlm_train.data.prepare_input import prepare_input
 from nvlm_train.data.records import read_turns
 from nvlm_train.data.shards import Sample

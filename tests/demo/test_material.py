@@ -20,6 +20,7 @@ from nvlm_train.demo.pages import MAX_PAGE_CHARS, render_page, render_strip, to_
 from nvlm_train.demo.twins import page_slots
 
 
+@pytest.mark.slow
 def test_no_heldout_sentence_is_in_the_training_text() -> None:
     train = {s for text in read_paragraphs("train") for s in sentences_of(text)}
     heldout = {s for text in read_paragraphs("heldout") for s in sentences_of(text)}

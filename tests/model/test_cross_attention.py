@@ -20,7 +20,13 @@ def test_dense_reference_agrees(workers: WorkerPool, name: str) -> None:
         assert (own - dense).abs().max() < 1e-5 * scale, key
 
 
-@pytest.mark.parametrize("name", cross_recipes.MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("x", "h") else pytest.param(name, marks=pytest.mark.slow)
+        for name in cross_recipes.MODELS
+    ],
+)
 def test_a_tile_is_noticed_by_exactly_those_who_may_see_it(workers: WorkerPool, name: str) -> None:
     assert workers.run(1, cross_runs.who_notices, name, 20)[0] == []
 
@@ -38,6 +44,7 @@ def test_shut_gates_change_nothing(
     assert [answer for answer in answers if answer is not None] == [True] * parallel.tensor
 
 
+@pytest.mark.slow
 def test_an_image_costs_a_layer_its_keys_and_values(workers: WorkerPool) -> None:
     """At 34B shapes, seven tiles instead of one; a score matrix would be 14 times keys and values."""
     found = workers.run(1, cross_memory.bytes_by_tiles, (1, 7))[0]

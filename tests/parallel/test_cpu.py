@@ -27,6 +27,7 @@ def test_patched_symbols_exist(report: dict[str, Any]) -> None:
         "torch.cuda.get_rng_state",
         "torch.cuda.manual_seed",
         "Tensor.cuda",
+        "Work.wait",
         f"{random}._get_cuda_rng_state",
         f"{random}._set_cuda_rng_state",
         "megatron.core.distributed.param_and_grad_buffer.dist_all_gather_func",

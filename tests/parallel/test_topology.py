@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
+import psutil
 import pytest
 
 from nvlm_train.config.schema import ParallelConfig
@@ -68,6 +69,21 @@ def test_a_stage_may_have_another_layout(workers: WorkerPool) -> None:
     ):
         assert earlier[0] == earlier[2] == again[1] == alone[0]
         assert earlier[1] == again[0] != alone[0]
+
+
+def _threads(times: int) -> list[int]:
+    """Of this process, after each time that a topology was built."""
+    counts = []
+    for _ in range(times):
+        build_topology(TP2_PP2, seed=1)
+        counts.append(psutil.Process().num_threads())
+    return counts
+
+
+def test_groups_of_an_earlier_stage_are_ended(workers: WorkerPool) -> None:
+    """Each has threads: a stage more must not mean dozens of them more."""
+    for counts in workers.run(4, _threads, 4):
+        assert max(counts) - counts[0] < 10, counts
 
 
 def _refusal() -> str:

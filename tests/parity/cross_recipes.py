@@ -22,7 +22,8 @@ from nvlm_train.config.schema import (
     TokenizerConfig,
 )
 from nvlm_train.data.batches import pack_samples
-from nvlm_train.data.encoding import EncodedSample, EncodingSpec, SampleEncoder
+from nvlm_train.data.encoded import EncodedSample
+from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
 from nvlm_train.geometry import context_tokens_per_tile, tokens_per_tile
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer

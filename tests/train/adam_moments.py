@@ -16,7 +16,8 @@ from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.train import checkpoint
 from nvlm_train.train import engine as engine_module
 from nvlm_train.train.engine import Engine
-from nvlm_train.train.mcore_fixes import distributed_optimizers
+from nvlm_train.train.manifest import Manifest, write_manifest
+from nvlm_train.train.mcore_fixes import distributed_optimizers, report_writes_through_files
 from nvlm_train.train.step import run_step
 from tests.parity import recipes
 from tests.parity.gradients import start_engine
@@ -33,8 +34,11 @@ def train_and_save(parallel: ParallelConfig, directory: Path, is_fixed: bool) ->
     if dist.get_rank() == 0:
         directory.mkdir()
     dist.barrier()
+    report_writes_through_files()
     with _fix(is_fixed):
         dist_checkpointing.save(checkpoint.sharded_state(engine, is_loading=False), str(directory))
+    if dist.get_rank() == 0:
+        write_manifest(Manifest(1, {}), directory)
     buckets = [bucket for buffer in engine.model.buffers for bucket in buffer.buckets[:-1]]
     return [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buckets]
 

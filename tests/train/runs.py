@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
-from nvlm_train.train import checkpoint
+from nvlm_train.train import checkpoint, checkpoint_files
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.loop import train
 from nvlm_train.train.tracking import Tracker
@@ -38,7 +38,7 @@ def run(root: Path, run_dir: Path, *overrides: str, stop_after: int | None = Non
 def open_checkpoint(root: Path, run_dir: Path, *overrides: str) -> Engine:
     """The newest checkpoint of a run in the layout that the overrides describe."""
     recipe = smoke_recipe(root, run_dir, *overrides)
-    newest = checkpoint.complete_checkpoints(run_dir)[-1]
+    newest = checkpoint_files.complete_checkpoints(run_dir)[-1]
     stage = recipe.stages[newest.name.split("-")[0]]
     topology = build_topology(stage.parallel, recipe.seed)
     engine = build_engine(recipe, stage, topology, kernels.detect())

@@ -63,7 +63,11 @@ def read_metrics(run_dir: Path) -> list[dict]:
         "peak_memory_gib",
     )
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+    records = [json.loads(line) for line in lines]
+    return [
+        {k: v for k, v in each.items() if k not in timing and not k.startswith("slowest_rank")}
+        for each in records
+    ]
 
 
 def _captions(count: int) -> Iterator[tuple]:

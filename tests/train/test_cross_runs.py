@@ -14,12 +14,12 @@ from tests.train.layouts import NO_DROPOUT, layout
 from tests.train.smoke import read_metrics
 from tests.workers import WorkerPool
 
-slow = pytest.mark.slow
-MODELS = ["x", pytest.param("h", marks=slow), pytest.param("flamingo", marks=slow)]
+pytestmark = pytest.mark.slow
+MODELS = ["x", "h", "flamingo"]
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", ["TP2 PP2", pytest.param("single", marks=slow)])
+@pytest.mark.parametrize("name", ["TP2 PP2", "single"])
 def test_stopped_run_continues_bit_for_bit(
     workers: WorkerPool,
     data: Path,
@@ -48,7 +48,6 @@ def _stop(data: Path, run_dir: Path, overrides: list[str]) -> int:
     return runs.run(data, run_dir, *overrides, stop_after=5)
 
 
-@slow
 @pytest.mark.parametrize("model", ["x", "h", "flamingo"])
 def test_resume_in_another_layout(
     workers: WorkerPool, data: Path, tmp_path: Path, whole_run: Callable[..., Path], model: str
@@ -66,7 +65,7 @@ def test_resume_in_another_layout(
     )
 
 
-@pytest.mark.parametrize("model", ["x", pytest.param("h", marks=slow)])
+@pytest.mark.parametrize("model", ["x", "h"])
 def test_text_is_the_backbones_after_training_with_a_frozen_language_model(
     workers: WorkerPool, data: Path, whole_run: Callable[..., Path], model: str
 ) -> None:

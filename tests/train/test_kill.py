@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from nvlm_train.train.checkpoint import complete_checkpoints
+from nvlm_train.train.checkpoint_files import complete_checkpoints
 from nvlm_train.train.signals import EXIT_REQUEUE
 from tests.train import runs
 from tests.train.layouts import layout

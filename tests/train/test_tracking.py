@@ -32,7 +32,7 @@ def steps(path: Path) -> list[int]:
     return [int(each["global_step"]) for each in read_metrics(path)]
 
 
-def make_recipe(run_dir: Path, wandb: Literal["off", "offline"] = "off") -> Recipe:
+def make_recipe(run_dir: Path, wandb: Literal["off", "offline", "online"] = "off") -> Recipe:
     recipe = load_recipe(["experiment=smoke"])
     tracking = dataclasses.replace(recipe.tracking, wandb=wandb)
     return dataclasses.replace(recipe, run_dir=str(run_dir), tracking=tracking)
@@ -92,19 +92,6 @@ def test_without_wandb_there_is_no_run_id(tmp_path: Path) -> None:
         assert tracker.run_id is None
     assert steps(tmp_path / "metrics.jsonl") == [1]
     assert not (tmp_path / "wandb").exists()
-
-
-def test_wandb_offline_continues_one_run(tmp_path: Path) -> None:
-    recipe = make_recipe(tmp_path, "offline")
-    with Tracker(recipe, None, 0, rank=0) as first:
-        first.log(record(1))
-    assert first.run_id
-    with Tracker(recipe, first.run_id, 1, rank=0) as second:
-        second.log(record(2, stage="sft"))
-    assert second.run_id == first.run_id
-    written = list((tmp_path / "wandb").glob(f"offline-run-*/run-{first.run_id}.wandb"))
-    assert written
-    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
 
 
 def test_plain_lines_in_a_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,6 +21,7 @@ from nvlm_train.data.checking.evaluation import (
 )
 from nvlm_train.data.checking.findings import Findings
 from nvlm_train.data.checking.shard import ShardChecker, ShardJob, ShardPrints
+from nvlm_train.data.processes import processes
 
 _OPEN_INDEXES = 32
 
@@ -91,7 +90,7 @@ def run_check(
 
     Raises:
         ConfigError: the recipe's tokenizer.
-        ShardError, SampleError: evaluation material that cannot be read.
+        ShardError, SampleError: evaluation material that cannot be read, or a process was killed.
     """
     evaluation = read_evaluation(settings.against, settings.max_image_pixels)
     findings = Findings()
@@ -120,10 +119,7 @@ def _reports(
     if settings.workers == 1:
         yield map(worker.check, jobs)
         return
-    pool = ProcessPoolExecutor(
-        settings.workers, multiprocessing.get_context("spawn"), _start, (settings, evaluation)
-    )
-    with pool:
+    with processes(settings.workers, _start, settings, evaluation) as pool:
         yield pool.map(_check, jobs)
 
 

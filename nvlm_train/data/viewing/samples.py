@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.batch import SampleRef
-from nvlm_train.data.encoding import EncodedSample, SampleEncoder
+from nvlm_train.data.encoded import EncodedSample
+from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.data.images import cut_tiles, decode_image
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.reader import ShardReader

@@ -1,0 +1,54 @@
+"""`nvlm doctor`: what would go wrong, before GPUs are taken."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Arguments of the command; the overrides are those of `nvlm train`."""
+    command = commands.add_parser(
+        "doctor",
+        help="check a recipe, its data and the machines before training",
+        description="Alone, or on all ranks under torchrun or srun. Exit code 1 when there is an error.",
+    )
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for nvlm train")
+    command.add_argument("--recipes", metavar="DIR", help="your own recipes")
+    command.add_argument(
+        "--all-shards",
+        action="store_true",
+        help="count the labels of every shard, and make missing indexes (default: a few per source)",
+    )
+    command.add_argument(
+        "--script", metavar="FILE", help="batch script (default: launch/slurm.sbatch)"
+    )
+    command.add_argument(
+        "--sbatch", default="", metavar="OPTIONS", help="options for sbatch --test-only"
+    )
+    command.add_argument(
+        "--timeout",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="for a silent rank (default: 60)",
+    )
+    command.add_argument("--json", metavar="FILE", help="write the findings there, too")
+    command.set_defaults(run=doctor)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Prints findings as they are made. Returns 0, or 1 when one of them is an error."""
+    from nvlm_train.doctor.material import SHARDS_READ
+    from nvlm_train.doctor.run import Request, examine
+
+    return examine(
+        Request(
+            overrides=options.overrides,
+            recipes=options.recipes,
+            shards_read=None if options.all_shards else SHARDS_READ,
+            script=options.script,
+            sbatch=options.sbatch,
+            seconds=options.timeout,
+            json=options.json,
+        )
+    )

@@ -1,0 +1,52 @@
+"""`nvlm train`: runs a recipe, and ends a rank without waiting for the others when it fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+
+from nvlm_train.config.schema import Recipe
+from nvlm_train.errors import NvlmError
+from nvlm_train.train.health import ending
+from nvlm_train.train.loop import train
+
+logger = logging.getLogger(__name__)
+
+EXIT_UNEXPECTED = 1
+"""An error that nobody expected; the traceback is above."""
+
+
+def run(recipe: Recipe) -> int:
+    """Trains. Returns the exit code.
+
+    Raises:
+        NvlmError: the user's to fix, in a run of one process. In a larger world a rank that fails
+            says why and ends at once: interpreter exit would wait in collectives for ranks that wait for it.
+    """
+    ending.prepare()
+    try:
+        return train(recipe)
+    # Whatever it is, this rank must not stay: it is told in full, and the exit code says so.
+    except Exception as error:
+        ending.kill_writers()
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        ending.report(error)
+        ending.leave(_tell(error))
+
+
+def _tell(error: Exception) -> int:
+    if isinstance(error, NvlmError):
+        logger.error("%s: %s", type(error).__name__, error)
+        return 2
+    if ending.lost_peer(error):
+        logger.error(
+            "another rank ended while this one waited for it; its own message says why "
+            "(torchrun shows the first failure last)"
+        )
+        return EXIT_UNEXPECTED
+    logger.error(
+        "an unexpected error ends this rank:\n%s", "".join(traceback.format_exception(error))
+    )
+    return EXIT_UNEXPECTED

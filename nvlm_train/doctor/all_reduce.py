@@ -1,0 +1,83 @@
+"""A sum over all ranks: does it come out, is it right, and how fast is it?"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from nvlm_train.doctor.finding import Findings, error, ok
+from nvlm_train.doctor.rendezvous import World, first_line, silent_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+_MESSAGE_BYTES = 16 * 2**20
+
+
+def all_reduce(store: Store, world: World, seconds: float) -> None:
+    """Sums a message over all ranks in a thread, which may hang; says in the store how it went."""
+    thread = threading.Thread(target=_sum, args=(store, world, seconds), daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _sum(store: Store, world: World, seconds: float) -> None:
+    import torch
+    from torch import distributed as dist
+
+    try:
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=dist.PrefixStore("sum", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=seconds),
+        )
+        message = torch.ones(_MESSAGE_BYTES // 4, device="cuda" if cuda else "cpu")
+        dist.all_reduce(message)  # the first one connects
+        start = time.perf_counter()
+        dist.all_reduce(message)
+        total = float(message[-1])  # waits for the device
+        took = time.perf_counter() - start
+        wrong = "" if total == world.size**2 else f"the sum is {total}, not {world.size**2}"
+    except (RuntimeError, OSError) as problem:
+        took, wrong = 0.0, first_line(problem)
+    store.set(f"reduced/{world.rank}", json.dumps([took, wrong]))
+
+
+def reduced(
+    store: Store, world: World, hosts: Mapping[int, str], backend: str, seconds: float
+) -> Findings:
+    """How the sum went on every rank, for rank 0. `hosts` is by rank."""
+    silent = silent_ranks(store, "reduced", range(world.size), seconds)
+    results = {
+        rank: json.loads(store.get(f"reduced/{rank}"))
+        for rank in range(world.size)
+        if rank not in silent
+    }
+    failed = {rank: wrong for rank, (_, wrong) in results.items() if wrong}
+    remedy = (
+        "NCCL_DEBUG=INFO says more; name the interface: NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME"
+    )
+    if silent:
+        names = ", ".join(f"{rank} on {hosts[rank]}" for rank in silent[:16])
+        yield error(
+            "all_reduce", f"{backend}: not done after {seconds:.0f} s on ranks: {names}", remedy
+        )
+    for rank, wrong in failed.items():
+        yield error("all_reduce", f"{backend}: rank {rank} on {hosts[rank]}: {wrong}", remedy)
+    if silent or failed:
+        return
+    slowest = max(took for took, _ in results.values())
+    # Each byte of a ring all-reduce passes twice through every rank but one.
+    rate = 2 * (world.size - 1) / world.size * _MESSAGE_BYTES / max(slowest, 1e-9)
+    text = f"{backend} over {world.size} rank(s): {_MESSAGE_BYTES // 2**20} MiB in {slowest:.3f} s"
+    yield ok("all_reduce", f"{text} ({rate / 1e9:.2f} GB/s bus)")

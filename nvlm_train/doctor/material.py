@@ -1,0 +1,200 @@
+"""Tokenizer, shards, indexes and labels: what the first step would read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+from nvlm_train.config.paths import data_recipes_dir
+from nvlm_train.config.schema import LoaderConfig, Recipe, StageConfig
+from nvlm_train.data.assemble import build_encoder, open_sources
+from nvlm_train.data.data_recipe import Blend, SourceConfig, read_blend
+from nvlm_train.data.fields import FieldMapping
+from nvlm_train.data.index import index_state
+from nvlm_train.data.index_files import IndexFiles
+from nvlm_train.data.manifests import list_shards
+from nvlm_train.data.shards import join_root
+from nvlm_train.data.sources import Source, unusable_kinds
+from nvlm_train.data.store import build_store
+from nvlm_train.doctor.finding import Finding, Findings, error, ok, warning
+from nvlm_train.doctor.storage import gigabytes
+from nvlm_train.errors import ConfigError, NvlmError, ShardError
+from nvlm_train.tokens import IMAGE_END, IMAGE_START, Tokenizer, tile_tags
+
+SHARDS_READ = 4
+"""Shards of a source whose labels are counted; more only where `--all-shards` asks for it."""
+
+
+def check_tokenizer(recipe: Recipe) -> Findings:
+    """Control tokens are one id each and cannot be forged, tags survive a round trip, ids fit the table."""
+    settings = recipe.model.tokenizer
+    try:
+        tokenizer = Tokenizer(settings)
+    except ConfigError as problems:
+        for problem in problems.problems:
+            yield error("tokenizer", problem, "correct model.tokenizer")
+        return
+    controls = {settings.pad: tokenizer.pad, settings.turn_start: tokenizer.turn_start,
+                settings.turn_end: tokenizer.turn_end}  # fmt: skip
+    if len(set(controls.values())) < len(controls):
+        yield error(
+            "tokenizer",
+            f"pad, turn_start and turn_end share an id: {controls}",
+            "name three different tokens in model.tokenizer",
+        )
+    for token, number in controls.items():
+        if number in tokenizer.encode(token):
+            yield error(
+                "tokenizer",
+                f"the text {token!r} inside a sample becomes the control token {number}",
+                f"mark {token} as special in {settings.path}",
+            )
+    rows = recipe.model.language.vocab_size
+    if tokenizer.vocab_size > rows:
+        yield error(
+            "tokenizer",
+            f"{settings.path} has {tokenizer.vocab_size} ids, model.language.vocab_size={rows}",
+            "use the tokenizer that belongs to the model, or raise vocab_size",
+        )
+    else:
+        yield ok("tokenizer", f"{tokenizer.vocab_size} ids fit model.language.vocab_size={rows}")
+    for name in recipe.schedule:
+        yield from _tags(name, recipe.stages[name], tokenizer)
+
+
+def _tags(name: str, stage: StageConfig, tokenizer: Tokenizer) -> Findings:
+    tiling = stage.tiling
+    grid = (tiling.max_tiles, 1)
+    tags = tile_tags(tiling.tags, grid, tiling.max_tiles + 1, tokenizer.thumbnail_tag)
+    texts = [IMAGE_START, *(tag for tag in tags if tag), IMAGE_END]
+    lost = [text for text in texts if tokenizer.decode(tokenizer.encode(text)) != text]
+    if lost:
+        yield error(
+            "tokenizer",
+            f"stage {name}: {lost[0]!r} comes back as {tokenizer.decode(tokenizer.encode(lost[0]))!r}",
+            "use a byte-level tokenizer, or another tiling.tags",
+        )
+        return
+    lengths = Counter(len(tokenizer.encode(tag)) for tag in texts[1:-1])
+    shown = f"{min(lengths)} to {max(lengths)} tokens each" if lengths else "none"
+    yield ok("tokenizer", f"stage {name}: tile tags ({tiling.tags}): {shown}, round trip exact")
+
+
+def check_shards(recipe: Recipe) -> Findings:
+    """Every shard of every scheduled stage is there, and indexed since it was last written."""
+    for blend in dict.fromkeys(recipe.stages[name].blend for name in recipe.schedule):
+        try:
+            found = _listed(blend, recipe.loader)
+        except ConfigError as problems:
+            for problem in problems.problems:
+                yield error("shards", problem, "correct the data recipe")
+            continue
+        except ShardError as problem:
+            yield error("shards", str(problem), "write what is missing, or correct the data recipe")
+            continue
+        yield from _shards(found, recipe.loader)
+
+
+def _listed(blend: str, loader: LoaderConfig) -> Blend:
+    """The blend with its manifests read. Raises ConfigError, ShardError."""
+    return list_shards(read_blend(blend, str(data_recipes_dir())), loader.data_root)
+
+
+def _shards(blend: Blend, loader: LoaderConfig) -> Findings:
+    states: Counter[str] = Counter()
+    data_root, files, store = loader.data_root, IndexFiles(loader.index_dir), build_store(loader)
+    total = unindexed = 0
+    for path, fields in _paths(blend.sources, data_root):
+        try:
+            shard = store.open(path)
+            size, state = shard.stamp().size, index_state(shard, files, fields)
+        except ShardError as problem:
+            yield error("shards", str(problem), "correct the data recipe")
+            continue
+        except OSError as problem:
+            yield error(
+                "shards",
+                f"blend={blend.name}: {path}: {problem.strerror or problem}",
+                f"set loader.data_root (now {data_root}), or write the shard with `nvlm data prepare`",
+            )
+            continue
+        states[state] += 1
+        total += size
+        unindexed += size if state != "fresh" else 0
+    count = sum(states.values())
+    yield ok("shards", f"blend={blend.name}: {count} shard(s), {gigabytes(total)}")
+    if count == states["fresh"]:
+        yield ok("index", f"blend={blend.name}: every index is up to date")
+        return
+    yield warning(
+        "index",
+        f"blend={blend.name}: {states['missing']} shard(s) without an index, {states['stale']} written "
+        f"since: {gigabytes(unindexed)} to read before the first step, while GPUs wait",
+        "run `nvlm data index` with this recipe's overrides on a machine without GPUs",
+    )
+
+
+def _paths(sources: tuple[SourceConfig, ...], data_root: str) -> Iterator[tuple[str, FieldMapping]]:
+    for source in sources:
+        for name in source.shards:
+            yield join_root(data_root, name), source.fields
+
+
+def check_labels(recipe: Recipe, shards_read: int | None) -> Findings:
+    """Shares of trained tokens and unusable samples, stage by stage.
+
+    Args:
+        recipe: a checked recipe.
+        shards_read: shards of each source that are looked at; none for all. Makes their indexes.
+    """
+    for name in recipe.schedule:
+        stage = recipe.stages[name]
+        try:
+            loader = recipe.loader
+            blend = _first_shards(_listed(stage.blend, loader), shards_read)
+            encoder = build_encoder(stage, recipe)
+            sources = open_sources(
+                blend, loader.data_root, encoder, loader.index_dir, build_store(loader)
+            )
+        except NvlmError as problem:
+            yield error("labels", f"stage {name}: {problem}", "see the lines above")
+            continue
+        for source in sources:
+            yield _coverage(name, source)
+        yield _skipped(name, sources, recipe.loader.max_skipped_fraction)
+
+
+def _first_shards(blend: Blend, count: int | None) -> Blend:
+    sources = [replace(source, shards=source.shards[:count]) for source in blend.sources]
+    return replace(blend, sources=tuple(sources))
+
+
+def _coverage(stage: str, source: Source) -> Finding:
+    tokens, trained = source.table.num_tokens, source.table.num_trained
+    usable = source.num_samples - source.num_unusable
+    text = (
+        f"stage {stage}: {source.name}: {usable} of {source.num_samples} samples have trained tokens, "
+        f"{trained / max(tokens, 1):.0%} of their tokens; {source.num_truncated} are cut"
+    )
+    if usable == 0:
+        return error("labels", text, "mend the source or take it out of the blend")
+    if source.num_truncated * 100 > source.num_samples:
+        remedy = f"raise stages.{stage}.sequence_length, or split the long samples"
+        return warning("labels", text, remedy)
+    return ok("labels", text)
+
+
+def _skipped(stage: str, sources: list[Source], tolerance: float) -> Finding:
+    """The share that training compares: what a draw from the blend meets."""
+    total = sum(source.weight for source in sources)
+    share = sum(s.weight / total * s.num_unusable / s.num_samples for s in sources)
+    text = f"stage {stage}: {share:.2%} of the samples drawn cannot be used (tolerance {tolerance:.2%})"
+    if share <= tolerance:
+        return ok("labels", text)
+    examples = [kind.examples[0] for kind in unusable_kinds(sources)]
+    return error(
+        "labels",
+        "\n".join([text, *examples]),
+        "mend these samples, or raise loader.max_skipped_fraction",
+    )

@@ -1,0 +1,87 @@
+"""The order of the checks: what is quick and needs no torch comes first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nvlm_train.config.load import load_recipe
+from nvlm_train.config.rules import check
+from nvlm_train.config.schema import Recipe
+from nvlm_train.doctor import material, services, storage
+from nvlm_train.doctor.finding import Findings, error, ok
+from nvlm_train.doctor.machine import check_machine
+from nvlm_train.doctor.ranks import check_ranks
+from nvlm_train.doctor.rendezvous import World, check_port
+from nvlm_train.doctor.report import Report
+from nvlm_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
+
+    overrides: Sequence[str]
+    recipes: str | None
+    shards_read: int | None
+    """Shards of a source whose labels are counted; none for all."""
+    script: str | None
+    sbatch: str
+    seconds: float
+    """How long a silent rank is waited for."""
+    json: str | None
+
+
+def examine(request: Request) -> int:
+    """Runs every check; rank 0 prints. Returns 1 when there was an error, else 0."""
+    world = World.here()
+    if world.rank:
+        return _other_rank(world, request.seconds)
+    report = Report()
+    recipe = _recipe(request, world.size, report)
+    if recipe is not None:
+        report.take(storage.check_run_dir(recipe))
+        report.take(storage.check_disk(recipe))
+        report.take(material.check_tokenizer(recipe))
+        report.take(services.check_wandb(recipe))
+    if "SLURM_JOB_ID" not in os.environ:
+        report.take(
+            services.check_slurm(request.script or services.shipped_script(), request.sbatch)
+        )
+    # The other ranks wait for this one, so their turn comes before shards are read.
+    report.take(check_port(world))
+    if world.size > 1:
+        report.take(check_ranks(world, request.seconds))
+    if recipe is not None:
+        report.take(material.check_shards(recipe))
+        report.take(material.check_labels(recipe, request.shards_read))
+    report.take(check_machine(recipe))
+    report.end()
+    if request.json:
+        report.write(request.json)
+    return int(report.num_errors > 0)
+
+
+def _recipe(request: Request, world_size: int, report: Report) -> Recipe | None:
+    """The recipe, or none with all of its problems in the report."""
+    try:
+        recipe = load_recipe(request.overrides, request.recipes)
+        check(recipe, world_size if world_size > 1 else None)
+    except ConfigError as problems:
+        report.take(_problems(problems))
+        return None
+    report.take(iter([ok("recipe", f"{recipe.name}: stages {', '.join(recipe.schedule)}")]))
+    return recipe
+
+
+def _problems(problems: ConfigError) -> Findings:
+    for problem in problems.problems:
+        yield error("recipe", problem, "correct the recipe")
+
+
+def _other_rank(world: World, seconds: float) -> int:
+    """Takes part in what all ranks do together, and speaks only where rank 0 cannot hear it."""
+    report = Report()
+    report.take(check_ranks(world, seconds))
+    return int(report.num_errors > 0)

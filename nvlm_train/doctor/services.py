@@ -1,0 +1,104 @@
+"""What lies outside the process: wandb's server and SLURM's queue."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from nvlm_train.config.schema import Recipe
+from nvlm_train.doctor.finding import Findings, error, ok, warning
+
+_SECONDS = 10
+"""How long a server may take to answer."""
+
+
+def check_wandb(recipe: Recipe) -> Findings:
+    """Mode, credentials, and whether the server answers. A server that does not never stops training."""
+    mode = recipe.tracking.wandb
+    if mode == "off":
+        yield ok("wandb", "off; metrics.jsonl is written")
+        return
+    if mode == "offline":
+        yield ok("wandb", f"offline; upload with `wandb sync {recipe.run_dir}/wandb/offline-run-*`")
+        return
+    from nvlm_train.train.wandb_run import login, server
+
+    if login() is None:
+        yield error(
+            "wandb",
+            f"tracking.wandb=online, but there are no credentials for {server()}",
+            "run `wandb login`, set WANDB_API_KEY on every node, or use tracking.wandb=offline",
+        )
+        return
+    problem = _unreachable(server())
+    if problem:
+        yield warning(
+            "wandb",
+            f"{server()} does not answer from here ({problem})",
+            "training goes on and records offline; check WANDB_BASE_URL and HTTPS_PROXY, "
+            "or use tracking.wandb=offline",
+        )
+    else:
+        yield ok("wandb", f"online: credentials for {server()}, which answers")
+
+
+def _unreachable(url: str) -> str | None:
+    try:
+        with urllib.request.urlopen(url, timeout=_SECONDS):
+            return None
+    except urllib.error.HTTPError:
+        return None  # it answers; the page does not matter
+    except OSError as problem:
+        return str(getattr(problem, "reason", problem))
+
+
+def check_slurm(script: str | None, options: str) -> Findings:
+    """The launch script parses, and SLURM would take it with these options.
+
+    Args:
+        script: the batch script; none where this installation has none.
+        options: for sbatch, as one would type them.
+    """
+    if script is not None:
+        found = _run(["bash", "-n", script])
+        if found.returncode:
+            yield error("slurm", f"{script}: {found.stderr.strip()}", "correct the script")
+            return
+        yield ok("slurm", f"{script} parses")
+    if shutil.which("sbatch") is None:
+        yield ok("slurm", "no sbatch on this machine")
+        return
+    if script is None:
+        yield warning("slurm", "no batch script to test", "name one with --script FILE")
+        return
+    # Inside a job these would become the new job's options.
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    found = _run(["sbatch", "--test-only", *shlex.split(options), script], clean)
+    said = (found.stderr or found.stdout).strip()
+    if found.returncode and options:
+        remedy = "correct --sbatch; `sinfo` lists partitions, `sacctmgr show assoc` your accounts"
+        yield error("slurm", f"sbatch {options} {script}: {said}", remedy)
+    elif found.returncode:
+        # The run may be meant for torchrun, and this machine have sbatch without a cluster.
+        yield warning("slurm", f"sbatch {script}: {said}", "for a SLURM run give --sbatch OPTIONS")
+    else:
+        yield ok("slurm", said.removeprefix("sbatch: "))
+
+
+def shipped_script() -> str | None:
+    """launch/slurm.sbatch of a checkout; none in an installation without one."""
+    path = Path(__file__).resolve().parents[2] / "launch" / "slurm.sbatch"
+    return str(path) if path.is_file() else None
+
+
+def _run(
+    command: list[str], environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=60, check=False
+    )

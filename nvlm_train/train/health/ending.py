@@ -1,0 +1,72 @@
+"""How a process leaves a world: without a collective, because others may never come to it.
+
+Exit codes of a rank: 0 finished, 2 something to fix (also an exception that nobody expected: 1),
+75 saved on a signal, 76 a hang. After 75 and 76 the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from typing import NoReturn
+
+import psutil
+
+EXIT_HANG = 76
+"""No step in time: the stacks of all ranks were written, and the same command goes on from the last save."""
+
+logger = logging.getLogger(__name__)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once: no destructors, no exit handlers, no process group is told.
+
+    Sockets close with the process, so gloo's peers get an error in the collective they wait in; NCCL's
+    peers are ended by the launcher (torchrun, `srun --kill-on-bad-exit`), or by their own watchdog.
+    """
+    kill_writers()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def kill_writers() -> None:
+    """Ends forked checkpoint writers, and theirs: nobody would publish what they write.
+
+    They also hold copies of this process's sockets: while one lives, gloo's peers see no closed connection.
+    Children that run another program, such as wandb's, end in their own time.
+    """
+    own = psutil.Process()
+    for child in own.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.exe() == own.exe():
+                child.kill()
+
+
+def prepare() -> None:
+    """Makes a crash in C code (SIGSEGV, SIGABRT, SIGBUS) print the Python stacks of all threads."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().initialize()
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error only says that another rank ended first."""
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error)
+        for sign in ("Connection closed by peer", "Connection reset by peer", "Connection refused")
+    )
+
+
+def report(error: BaseException) -> None:
+    """Hands an error to torchrun, whose summary then shows the first one; does nothing without torchrun."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        raise error
+    except type(error):
+        # The handler stores the traceback of the exception that is being handled.
+        get_error_handler().record_exception(error)

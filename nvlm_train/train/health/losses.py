@@ -1,0 +1,63 @@
+"""What the losses of a stage say: not finite too often, or far above what is usual."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+
+from nvlm_train.config.health_schema import HealthConfig
+
+_MAD_TO_DEVIATION = 1.4826
+"""A normal distribution's standard deviation in units of its median absolute deviation."""
+_LEAST_DEVIATION = 0.02
+"""Of the median: losses that hardly differ would otherwise make a spike of every small rise."""
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A loss that is far too high."""
+
+    loss: float
+    median: float
+    deviation: float
+    """Scaled MAD of the window."""
+
+
+class LossWatch:
+    """Follows a stage's steps. The same on every rank, since all see the same losses in the same order.
+
+    Args:
+        config: window and limits.
+        history: (loss, whether the step was finite) of the stage's earlier steps, so that a resumed
+            run judges as the uninterrupted one does.
+    """
+
+    def __init__(self, config: HealthConfig, history: Iterable[tuple[float, bool]] = ()) -> None:
+        self._config = config
+        self._window: deque[float] = deque(maxlen=config.spike_window)
+        self.not_finite_in_a_row = 0
+        for loss, is_finite in history:
+            self.add(loss, is_finite)
+
+    def add(self, loss: float, is_finite: bool) -> Spike | None:
+        """Takes a step's loss. Returns the spike that it is, or none."""
+        if not is_finite:
+            self.not_finite_in_a_row += 1
+            return None
+        self.not_finite_in_a_row = 0
+        spike = self._judge(loss)
+        self._window.append(loss)
+        return spike
+
+    def _judge(self, loss: float) -> Spike | None:
+        if len(self._window) < max(self._config.spike_window // 4, 2) or not math.isfinite(loss):
+            return None
+        middle = median(self._window)
+        mad = median(abs(each - middle) for each in self._window)
+        deviation = max(_MAD_TO_DEVIATION * mad, _LEAST_DEVIATION * abs(middle))
+        if loss <= middle + self._config.spike_threshold * deviation:
+            return None
+        return Spike(loss, middle, deviation)

@@ -1,0 +1,81 @@
+"""Out of memory, on the GPU or on the host: which of the recipe's values to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nvlm_train.config.schema import Recipe
+from nvlm_train.errors import TrainingError
+from nvlm_train.train.record import peak_memory_gib
+
+_SIGNS = (
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "cuda out of memory",
+    "cublas_status_alloc_failed",
+)
+"""In messages of plain RuntimeErrors: torch's CPU allocator, mmap, NCCL and cuBLAS."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, the interpreter or a library says that there is no more memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(sign in text for sign in _SIGNS)
+
+
+@contextmanager
+def explained(recipe: Recipe, stage: str) -> Iterator[None]:
+    """Turns an out-of-memory error inside into one that says what to change.
+
+    Raises:
+        TrainingError: memory was not enough for the stage.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(advice(recipe, stage, error)) from error
+
+
+def advice(recipe: Recipe, stage_name: str, error: BaseException) -> str:
+    """What to change first comes first: what costs nothing, then time, then more ranks."""
+    stage = recipe.stages[stage_name]
+    path, parallel = f"stages.{stage_name}", stage.parallel
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    lines = [
+        f"out of memory in stage {stage_name}: {first_line}",
+        f"this rank's peak was {peak_memory_gib():.1f} GiB; change one of these, the cheapest first:",
+    ]
+    if not parallel.distributed_optimizer:
+        lines.append(
+            f"  {path}.parallel.distributed_optimizer=false: with true, replicas share optimizer state"
+        )
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        lines.append(
+            f"  {path}.parallel.sequence_parallel=false: with true, tensor-parallel ranks share activations"
+        )
+    lines += [
+        f"  {path}.parallel.max_tiles_in_flight={parallel.max_tiles_in_flight}: fewer tiles are encoded "
+        "before a round; results stay the same",
+        f"  model.vision.batch_tiles={recipe.model.vision.batch_tiles}: fewer tiles in one encoder forward",
+    ]
+    if parallel.recompute != "full":
+        better = "full" if parallel.recompute == "selective" else "selective, then full"
+        lines.append(
+            f"  {path}.parallel.recompute={parallel.recompute}: {better} keeps fewer activations, "
+            "for up to a third more time"
+        )
+    lines += [
+        f"  {path}.parallel.tensor={parallel.tensor}, {path}.parallel.pipeline={parallel.pipeline}: larger "
+        "values share weights and activations over more ranks",
+        f"  {path}.sequence_length={stage.sequence_length}: shorter; it must still hold the longest sample",
+        f"  loader.prefetch_steps={recipe.loader.prefetch_steps}: fewer, where it is the host that is full",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,208 @@
+"""The hang watchdog: no progress for too long, so every rank writes its stacks and the run ends.
+
+Each rank watches itself, and looks for the directory that another rank's watchdog may have made. They
+meet in the file system only: collectives are what does not work any more.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nvlm_train.config.health_schema import HealthConfig
+from nvlm_train.errors import TrainingError
+from nvlm_train.train.health import collectives, ending
+from nvlm_train.train.health.activity import Activity, patience
+
+logger = logging.getLogger(__name__)
+
+_MEETING_SECONDS = 20.0
+"""How long a rank that found a hang waits for the others' stacks before it leaves."""
+_FROZEN_SECONDS = 10.0
+"""How much later the timer in C acts, when no Python thread can: while the others still wait for it."""
+_WAITING_CODE = ("torch/distributed/", "nvlm_train/parallel/waiting.py")
+_LAST_RESORT_SECONDS = 120.0
+"""How long ending the run may take: the file system may be what hangs."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """Who this process is in a run's present life."""
+
+    run_dir: Path
+    rank: int
+    world_size: int
+    life: str
+    """The same on all ranks, another one after a restart."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rank's account of a hang."""
+
+    rank: int
+    host: str
+    pid: int
+    doing: str
+    seconds: float
+    where: str
+    """Innermost line of the training thread that is not about waiting itself."""
+    waits_in: str | None
+    """The collective that it waits in; none for a rank that others may be waiting for."""
+
+
+class Watchdog:
+    """A thread, and behind it a timer in C for a process whose threads cannot run."""
+
+    def __init__(self, member: Member, config: HealthConfig, activity: Activity) -> None:
+        self._member, self._config, self._activity = member, config, activity
+        self._training_thread = threading.get_ident()
+        directory = member.run_dir / "health"
+        directory.mkdir(parents=True, exist_ok=True)
+        self._frozen = _frozen_file(directory, member.rank).open("w")
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="nvlm-watchdog", daemon=True)
+        self.progressed()
+        self._thread.start()
+
+    def progressed(self) -> None:
+        """Winds up the timer in C; call when the activity has changed."""
+        self._end_without_python(patience(self._config, self._activity) + _FROZEN_SECONDS)
+
+    def _end_without_python(self, after: float) -> None:
+        faulthandler.dump_traceback_later(after, exit=True, file=self._frozen)
+
+    def close(self) -> None:
+        """Watches no longer."""
+        self._ended.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._thread.join()
+        self._frozen.close()
+        frozen = Path(self._frozen.name)
+        if frozen.stat().st_size == 0:
+            frozen.unlink()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._config.hang_floor_seconds / 10)):
+            limit = patience(self._config, self._activity)
+            idle = time.monotonic() - self._activity.since
+            directory = hang_directory(self._member, self._activity)
+            if idle > limit or (idle > limit / 2 and directory.exists()):
+                self._end_run(directory, idle, limit)
+
+    def _end_run(self, directory: Path, idle: float, limit: float) -> None:
+        self._end_without_python(_LAST_RESORT_SECONDS)
+        message = (
+            f"no progress for {idle:.0f} s while {self._activity.doing} after step "
+            f"{self._activity.step} of {self._activity.stage} (limit {limit:.0f} s: health.hang_factor="
+            f"{self._config.hang_factor}, hang_floor_seconds={self._config.hang_floor_seconds}, "
+            f"hang_grace_seconds={self._config.hang_grace_seconds})"
+        )
+        finding = self._finding(idle)
+        write_stacks(directory, finding, message)
+        found = meet(directory, self._member.world_size)
+        message = describe(message, directory, found, self._member.world_size)
+        if self._member.rank == min(each.rank for each in found):
+            logger.error("%s", message)
+        else:
+            # The rank that speaks must not be killed by a launcher that sees another one gone.
+            time.sleep(1.0)
+        ending.report(TrainingError(message))
+        ending.leave(ending.EXIT_HANG)
+
+    def _finding(self, idle: float) -> Finding:
+        return Finding(
+            rank=self._member.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            doing=self._activity.doing,
+            seconds=idle,
+            where=innermost_line(self._training_thread),
+            waits_in=collectives.waiting_in(collectives.recorded()),
+        )
+
+
+def hang_directory(member: Member, activity: Activity) -> Path:
+    """Where the ranks of one life of a run meet: the name says after which step."""
+    name = f"hang-{activity.stage or 'start'}-{activity.step:08d}-{member.life}"
+    return member.run_dir / "health" / name
+
+
+def write_stacks(directory: Path, finding: Finding, message: str) -> None:
+    """Writes rank-N.txt (Python stacks of all threads), .trace.json (collectives) and .json, last."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"rank-{finding.rank:05d}"
+    with path.with_suffix(".txt").open("w") as file:
+        file.write(f"rank {finding.rank} on {finding.host}, pid {finding.pid}: {message}\n")
+        file.flush()
+        faulthandler.dump_traceback(file, all_threads=True)
+    path.with_suffix(".trace.json").write_text(json.dumps(collectives.recorded()))
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(finding)))
+    os.replace(partial, path.with_suffix(".json"))
+
+
+def meet(directory: Path, world_size: int) -> list[Finding]:
+    """Waits for the other ranks' findings, but not for ever. Returns those there are, by rank."""
+    deadline = time.monotonic() + _MEETING_SECONDS
+    while len(_findings(directory)) < world_size and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [Finding(**json.loads(path.read_text())) for path in _findings(directory)]
+
+
+def _findings(directory: Path) -> list[Path]:
+    return sorted(directory.glob("rank-[0-9]*[0-9].json"))
+
+
+def describe(message: str, directory: Path, found: list[Finding], world_size: int) -> str:
+    """What one reads in the morning: what happened, which ranks are suspect, where the stacks are."""
+    lines = [f"hang: {message}"]
+    silent = sorted(set(range(world_size)) - {each.rank for each in found})
+    if silent:
+        lines.append(_describe_silent(silent, directory.parent))
+    suspects = [each for each in found if each.waits_in is None]
+    if suspects and len(suspects) < len(found):
+        lines += [f"rank {each.rank} on {each.host} is the one to look at: it is in {each.where}, "
+                  "and the others wait for it" for each in suspects[:8]]  # fmt: skip
+    else:
+        lines += [f"rank {each.rank} on {each.host}: in {each.where}" for each in found[:8]]
+    lines.append(f"stacks of {len(found)} of {world_size} ranks: {directory}")
+    lines.append(
+        f"leaving with exit code {ending.EXIT_HANG}; the same command goes on from the last save"
+    )
+    return "\n".join(lines)
+
+
+def _describe_silent(ranks: list[int], health: Path) -> str:
+    frozen = [_frozen_file(health, rank) for rank in ranks]
+    stacks = [path.name for path in frozen if path.exists() and path.stat().st_size]
+    where = f"stacks from C: {', '.join(stacks[:8])}" if stacks else "without a stack"
+    return f"ranks {_few(ranks)} could run no Python, or are dead ({where})"
+
+
+def _frozen_file(health: Path, rank: int) -> Path:
+    return health / f"frozen-rank-{rank:05d}.txt"
+
+
+def _few(ranks: list[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
+
+
+def innermost_line(thread: int) -> str:
+    """The innermost `file:line function` of a thread outside the code that waits for other ranks."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        code = frame.f_code
+        if not any(part in code.co_filename for part in _WAITING_CODE):
+            return f"{code.co_filename}:{frame.f_lineno} {code.co_name}"
+        frame = frame.f_back
+    return "no Python code"

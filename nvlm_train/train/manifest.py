@@ -1,0 +1,98 @@
+"""manifest.json: size and SHA-256 of every file of a checkpoint. Written last, it makes it complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nvlm_train.errors import CheckpointError
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """What a file must be."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a checkpoint, and its place among the checkpoints of its run."""
+
+    sequence: int
+    """Grows with every save of a run. File times would not survive a copy of the run directory."""
+    files: Mapping[str, FileDigest]
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Reads a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileDigest(file.tell(), digest)
+
+
+def write_manifest(manifest: Manifest, directory: Path) -> None:
+    """Writes manifest.json with a digest of itself.
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
+    content = {"format": FORMAT, **asdict(manifest)}
+    with (directory / FILE_NAME).open("w") as file:
+        file.write(json.dumps({**content, "sha256": _own_digest(content)}, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads manifest.json.
+
+    Raises:
+        CheckpointError: it is missing, torn or changed; the message is the reason only.
+    """
+    try:
+        content = json.loads((directory / FILE_NAME).read_bytes())
+        stored = content.pop("sha256")
+        files = {name: FileDigest(**each) for name, each in content["files"].items()}
+        manifest = Manifest(content["sequence"], files)
+    except FileNotFoundError:
+        raise CheckpointError(f"{FILE_NAME} is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{FILE_NAME} cannot be read") from error
+    if stored != _own_digest(content):
+        raise CheckpointError(f"{FILE_NAME} was changed after it was written")
+    return manifest
+
+
+def damage(directory: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """What is wrong with some of a checkpoint's files. A wrong size is found without reading the file.
+
+    Raises:
+        OSError: a file is there and cannot be read.
+    """
+    found = []
+    for name in names:
+        path, expected = directory / name, manifest.files[name]
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != expected.bytes:
+            found.append(f"{name} has {size} bytes of {expected.bytes}")
+        elif digest_file(path).sha256 != expected.sha256:
+            found.append(f"{name} has other bytes than were written (SHA-256 differs)")
+    return found
+
+
+def _own_digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

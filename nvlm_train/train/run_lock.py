@@ -1,0 +1,127 @@
+"""One run directory, one writer: rank 0 holds a kernel lock on a file that says who holds it.
+
+The kernel lets go of the lock when the owner dies, however it dies, and a checkpoint writer that
+the owner forked keeps it until it has ended too. What a kernel cannot know, because the owner ran on
+another host and not every network file system carries locks, is asked of SLURM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nvlm_train.errors import RunLockedError
+from nvlm_train.train.owner import Owner, read_owner, why_alive
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "owner.json"
+PATIENCE_S = 10.0
+"""How long an owner may still be busy with dying."""
+REQUEUE_PATIENCE_S = 120.0
+"""The same for an earlier life of this SLURM job; an NFS server frees a lost host's locks after 90 s."""
+
+
+class RunLock:
+    """Held from `take` to `release`, or to the death of the process.
+
+    Raises:
+        RunLockedError: another process writes to the directory, or nobody can tell.
+        OSError: the directory cannot be written to.
+    """
+
+    def __init__(self, run_dir: Path, me: Owner, patience_s: float | None = None) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._path = run_dir / FILE_NAME
+        self._descriptor, is_locked = _wait_for_kernel(self._path, me, patience_s)
+        last = read_owner(self._path)
+        if last is not None:
+            alive = why_alive(last, me, is_locked)
+            if alive is not None:
+                os.close(self._descriptor)
+                raise _refusal(self._path, last, alive)
+            logger.warning("%s: its last owner died (%s); taking over", run_dir, last)
+        self._write(json.dumps(dataclasses.asdict(me), indent=1) + "\n")
+
+    def release(self) -> None:
+        """Says that nobody writes here any more. The file stays: removing it would race."""
+        self._write("")
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        os.close(self._descriptor)
+
+    def _write(self, text: str) -> None:
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, text.encode(), 0)
+        os.fsync(self._descriptor)
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Rank 0 holds the directory; where it cannot, every rank raises. Called by every rank.
+
+    Raises:
+        RunLockedError: names the owner and the remedy.
+    """
+    lock: RunLock | None = None
+    refused: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            lock = RunLock(run_dir, Owner.here())
+        except RunLockedError as error:
+            refused = [str(error)]
+        except OSError as error:
+            refused = [f"run_dir={run_dir} cannot be written to ({error}); make it writable"]
+    dist.broadcast_object_list(refused, src=0)
+    if refused[0] is not None:
+        raise RunLockedError(refused[0])
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _wait_for_kernel(path: Path, me: Owner, patience_s: float | None) -> tuple[int, bool]:
+    """An open file with the kernel's lock; False where the file system has no locks."""
+    start, announced = time.monotonic(), False
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor, True
+        except BlockingIOError:
+            os.close(descriptor)
+        except OSError as error:
+            logger.warning(
+                "%s: no locks on this file system (%s); asking for processes", path, error
+            )
+            return descriptor, False
+        owner = read_owner(path)
+        patience = patience_s if patience_s is not None else _patience(owner, me)
+        if time.monotonic() - start > patience:
+            raise _refusal(path, owner, "it holds the lock")
+        if not announced:
+            logger.warning("%s is held by %s; waiting up to %.0f s", path.parent, owner, patience)
+            announced = True
+        time.sleep(0.2)
+
+
+def _patience(owner: Owner | None, me: Owner) -> float:
+    return REQUEUE_PATIENCE_S if owner and owner.is_earlier_life_of(me) else PATIENCE_S
+
+
+def _refusal(path: Path, owner: Owner | None, why: str) -> RunLockedError:
+    named = owner or "a process that has just begun, or is ending"
+    return RunLockedError(
+        f"run_dir={path.parent} belongs to {named}: {why}; wait for it, stop it, or use another run_dir. "
+        f"Where you know that it is dead, remove {path}"
+    )
