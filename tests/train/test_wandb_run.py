@@ -68,6 +68,7 @@ def sync(run_dir: Path, url: str) -> None:
     subprocess.run(
         command,
         env={**os.environ, **KEY, "WANDB_BASE_URL": url},
+        cwd=run_dir,  # it keeps a log of its own in ./wandb
         check=True,
         timeout=100,
         capture_output=True,
