@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nvlm_train.config import rules
 from nvlm_train.config.load import load_recipe
-from nvlm_train.config.paths import launch_dir
+from nvlm_train.config.paths import batch_script
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import ConfigError, LaunchError
 
@@ -45,7 +45,7 @@ class Submission:
 
     @property
     def script(self) -> Path:
-        return launch_dir() / "slurm.sbatch"
+        return batch_script()
 
     @cached_property
     def runs(self) -> list[list[str]]:

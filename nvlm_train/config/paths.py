@@ -40,6 +40,11 @@ def launch_dir() -> Path:
     return _shipped("launch")
 
 
+def batch_script() -> Path:
+    """The SLURM script among them. Raises ConfigError, as `launch_dir`."""
+    return launch_dir() / "slurm.sbatch"
+
+
 def find_data_recipe(name: str) -> Path:
     """The file of a blend: a shipped name without .yaml, or a path to one's own file.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nvlm_train.config.load import load_recipe
+from nvlm_train.config.paths import batch_script
 from nvlm_train.config.rules import check
 from nvlm_train.config.schema import Recipe
 from nvlm_train.doctor import material, services, storage
@@ -46,9 +47,7 @@ def examine(request: Request) -> int:
         report.take(material.check_tokenizer(recipe))
         report.take(services.check_wandb(recipe))
     if "SLURM_JOB_ID" not in os.environ:
-        report.take(
-            services.check_slurm(request.script or services.shipped_script(), request.sbatch)
-        )
+        report.take(services.check_slurm(request.script or str(batch_script()), request.sbatch))
     # The other ranks wait for this one, so their turn comes before shards are read.
     report.take(check_port(world))
     if world.size > 1:

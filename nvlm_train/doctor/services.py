@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 from nvlm_train.config.schema import Recipe
 from nvlm_train.doctor.finding import Findings, error, ok, warning
@@ -57,24 +56,20 @@ def _unreachable(url: str) -> str | None:
         return str(getattr(problem, "reason", problem))
 
 
-def check_slurm(script: str | None, options: str) -> Findings:
+def check_slurm(script: str, options: str) -> Findings:
     """The launch script parses, and SLURM would take it with these options.
 
     Args:
-        script: the batch script; none where this installation has none.
+        script: the batch script.
         options: for sbatch, as one would type them.
     """
-    if script is not None:
-        found = _run(["bash", "-n", script])
-        if found.returncode:
-            yield error("slurm", f"{script}: {found.stderr.strip()}", "correct the script")
-            return
-        yield ok("slurm", f"{script} parses")
+    found = _run(["bash", "-n", script])
+    if found.returncode:
+        yield error("slurm", f"{script}: {found.stderr.strip()}", "correct the script")
+        return
+    yield ok("slurm", f"{script} parses")
     if shutil.which("sbatch") is None:
         yield ok("slurm", "no sbatch on this machine")
-        return
-    if script is None:
-        yield warning("slurm", "no batch script to test", "name one with --script FILE")
         return
     # Inside a job these would become the new job's options.
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -88,12 +83,6 @@ def check_slurm(script: str | None, options: str) -> Findings:
         yield warning("slurm", f"sbatch {script}: {said}", "for a SLURM run give --sbatch OPTIONS")
     else:
         yield ok("slurm", said.removeprefix("sbatch: "))
-
-
-def shipped_script() -> str | None:
-    """launch/slurm.sbatch of a checkout; none in an installation without one."""
-    path = Path(__file__).resolve().parents[2] / "launch" / "slurm.sbatch"
-    return str(path) if path.is_file() else None
 
 
 def _run(

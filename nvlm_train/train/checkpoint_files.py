@@ -37,17 +37,22 @@ def checkpoint_dir(run_dir: Path) -> Path:
 
 def named_checkpoints(run_dir: Path) -> list[Path]:
     """Every checkpoint by order of saving; where the manifest cannot be read there is no order: last."""
-    found = [
-        path
-        for path in checkpoint_dir(run_dir).glob("*")
-        if path.is_dir() and not path.name.startswith((_WRITING, _REMOVING, _DAMAGED))
-    ]
-    return sorted(found, key=lambda path: (_sequence(path), path.name))
+    return [path for _, path in _by_sequence(run_dir)]
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints whose manifest is there and right, oldest first."""
-    return [path for path in named_checkpoints(run_dir) if _sequence(path) < math.inf]
+    return [path for sequence, path in _by_sequence(run_dir) if sequence < math.inf]
+
+
+def _by_sequence(run_dir: Path) -> list[tuple[float, Path]]:
+    """Every checkpoint with its place in the order of saving, infinite where its manifest is not right."""
+    found = [
+        (_sequence(path), path)
+        for path in checkpoint_dir(run_dir).glob("*")
+        if path.is_dir() and not path.name.startswith((_WRITING, _REMOVING, _DAMAGED))
+    ]
+    return sorted(found)
 
 
 def _sequence(checkpoint: Path) -> float:
@@ -105,7 +110,7 @@ def publish(writing: Path, name: str, digests: dict[str, manifest.FileDigest]) -
     for path in others:
         _sync(path)
     digests = digests | {path.name: manifest.digest_file(path) for path in others}
-    orders = [_sequence(path) for path in complete_checkpoints(run_dir)]
+    orders = [sequence for sequence, _ in _by_sequence(run_dir) if sequence < math.inf]
     content = manifest.Manifest(int(max(orders, default=0)) + 1, dict(sorted(digests.items())))
     manifest.write_manifest(content, writing)
     _sync(writing)

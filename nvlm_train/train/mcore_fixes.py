@@ -14,8 +14,10 @@ import torch
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from nvlm_train.train.update import parts
 
 
 class ResultFile:
@@ -102,12 +104,9 @@ def take_held_error() -> Exception | None:
 
 def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """The distributed optimizers inside megatron-core's chain that own parameters on this rank."""
-    chained = (
-        optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    )
     return [
         each
-        for each in chained
+        for each in parts(optimizer)
         if isinstance(each, DistributedOptimizer) and not each.is_stub_optimizer
     ]
 

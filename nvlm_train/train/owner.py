@@ -13,6 +13,9 @@ from pathlib import Path
 
 import psutil
 
+FILE_NAME = "owner.json"
+"""In the run directory; its writer holds a kernel lock on it (run_lock.py)."""
+
 _ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"),

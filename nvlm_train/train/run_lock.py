@@ -20,11 +20,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from nvlm_train.errors import RunLockedError
-from nvlm_train.train.owner import Owner, read_owner, why_alive
+from nvlm_train.train.owner import FILE_NAME, Owner, read_owner, why_alive
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = "owner.json"
 PATIENCE_S = 10.0
 """How long an owner may still be busy with dying."""
 REQUEUE_PATIENCE_S = 120.0

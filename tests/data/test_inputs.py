@@ -16,7 +16,7 @@ from nvlm_train.data.fields import FieldMapping
 from nvlm_train.data.inputs.entries import Entries, InputSpec, as_sample
 from nvlm_train.data.inputs.formats import FORMATS, open_entries
 from nvlm_train.data.inputs.ocr import grounded
-from nvlm_train.data.layouts import LAYOUTS as NAMES
+from nvlm_train.data.layouts import LAYOUTS
 from nvlm_train.data.prepare_input import prepare_input
 from nvlm_train.data.records import read_turns
 from nvlm_train.data.shards import Sample
@@ -64,7 +64,7 @@ LLAVA = [
 
 
 def test_the_command_line_names_every_format() -> None:
-    assert set(NAMES) == set(FORMATS)
+    assert set(LAYOUTS) == set(FORMATS)
 
 
 def test_llava_and_jsonl_make_the_same_samples(tmp_path: Path, photos: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from nvlm_train import geometry
 from nvlm_train.config.schema import Recipe
-from nvlm_train.doctor.storage import OWNER_FILE, check_disk, check_run_dir
+from nvlm_train.doctor.storage import check_disk, check_run_dir
+from nvlm_train.train.owner import FILE_NAME as OWNER_FILE
 
 Make = Callable[..., Recipe]
 

@@ -15,8 +15,8 @@ import pytest
 
 from nvlm_train.errors import RunLockedError
 from nvlm_train.train import run_lock
-from nvlm_train.train.owner import Owner, why_alive
-from nvlm_train.train.run_lock import FILE_NAME, RunLock
+from nvlm_train.train.owner import FILE_NAME, Owner, why_alive
+from nvlm_train.train.run_lock import RunLock
 from tests.workers import WorkerPool
 
 Start = Callable[..., BaseProcess]

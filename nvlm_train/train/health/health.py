@@ -30,6 +30,7 @@ from nvlm_train.train.health.stragglers import StragglerReport
 from nvlm_train.train.health.watchdog import Member, Watchdog
 from nvlm_train.train.metrics import FILE_NAME as METRICS
 from nvlm_train.train.metrics import read_metrics
+from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.schedule import Position
 from nvlm_train.train.start import StageWork
 
@@ -43,7 +44,7 @@ class Health:
         self._recipe, self._config = recipe, recipe.health
         self._run_dir, self._is_first = Path(recipe.run_dir), dist.get_rank() == 0
         self._activity = Activity()
-        life = f"{_from_rank_0(time.time_ns()):x}"
+        life = f"{on_rank_0(time.time_ns):x}"
         member = Member(self._run_dir, dist.get_rank(), dist.get_world_size(), life)
         self._watchdog = Watchdog(member, self._config, self._activity)
         self._heartbeat = (
@@ -81,8 +82,9 @@ class Health:
         """
         self._activity.start_stage(position.stage, position.step)
         self._watchdog.progressed()
-        known = (self._history(position), read_left_out(self._run_dir)) if self._is_first else None
-        history, self._left_out = _from_rank_0(known)
+        history, self._left_out = on_rank_0(
+            lambda: (self._history(position), read_left_out(self._run_dir))
+        )
         self._losses = LossWatch(self._config, history)
         self._stragglers = StragglerReport(self._config)
         steps = indices(self._left_out, position.stage)
@@ -202,9 +204,3 @@ class Health:
             self._watchdog.progressed()
             yield
         self._watchdog.progressed()
-
-
-def _from_rank_0(value: Any) -> Any:
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
