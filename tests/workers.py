@@ -83,7 +83,10 @@ class WorkerPool:
 def _serve(connection: Connection) -> None:
     import torch
 
+    from nvlm_train.parallel import cpu
+
     torch.set_num_threads(1)
+    cpu.install()
     while True:
         try:
             rank, world_size, store, function, args = connection.recv()

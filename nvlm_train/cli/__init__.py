@@ -81,6 +81,7 @@ def _train(options: argparse.Namespace) -> int:
     from nvlm_train.config.load import load_recipe
 
     recipe = load_recipe(options.overrides, options.recipes)
+    _before_megatron()
     from nvlm_train.cli.train import run
 
     return run(recipe)
@@ -90,9 +91,17 @@ def _chat(options: argparse.Namespace) -> int:
     from nvlm_train.config.load import load_recipe
 
     recipe = load_recipe(options.overrides, options.recipes)
+    _before_megatron()
     from nvlm_train.cli.chat import answer
 
     return answer(recipe, options.image, options.question, options.max_new_tokens)
+
+
+def _before_megatron() -> None:
+    """Without CUDA, its imports are lighter once they have been prepared."""
+    from nvlm_train.parallel import cpu
+
+    cpu.install()
 
 
 def _demo(options: argparse.Namespace) -> int:

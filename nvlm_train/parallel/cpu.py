@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import sys
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -55,20 +56,26 @@ _LITERALS: dict[str, tuple[tuple[str, int], ...]] = {
 def install() -> None:
     """Redirects megatron-core to the CPU; returns at once when CUDA is available or it was done before.
 
+    Called before megatron-core is imported for the first time, it saves each process the import of
+    torch's compiler (docs/megatron-on-cpu.md); called later, it does all else.
+
     Raises:
         RuntimeError: megatron-core is not the version that the tables describe.
     """
     if torch.cuda.is_available() or getattr(install, "done", False):
         return
-    for owner, name, replacement in patched_symbols():
-        if not hasattr(owner, name):
-            raise RuntimeError(f"{owner.__name__}.{name} does not exist: update parallel/cpu.py")
-        setattr(owner, name, replacement)
+    for symbols in (_torch_symbols, _megatron_symbols):
+        for owner, name, replacement in symbols():
+            if not hasattr(owner, name):
+                gone = f"{owner.__name__}.{name}"
+                raise RuntimeError(f"{gone} does not exist: update parallel/cpu.py")
+            setattr(owner, name, replacement)
     for module, functions in _LITERALS.items():
         for qualified_name, expected in functions:
             _redirect(module, qualified_name, expected)
-    # torch.compile costs 8 s a process here and gains nothing (docs/megatron-on-cpu.md).
-    importlib.import_module("torch._dynamo").config.disable = True
+    if "torch._dynamo" in sys.modules:
+        # megatron-core was imported first: what it had compiled then must not be compiled now.
+        sys.modules["torch._dynamo"].config.disable = True
     # Its tracker warns when the CPU's RNG moves inside "the GPU's": here they are one and the same.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_no_rng_warning)
     install.done = True  # type: ignore[attr-defined]
@@ -80,6 +87,22 @@ def _is_no_rng_warning(record: logging.LogRecord) -> bool:
 
 def patched_symbols() -> list[tuple[Any, str, Any]]:
     """(owner, attribute, replacement) for every function that is replaced."""
+    return _torch_symbols() + _megatron_symbols()
+
+
+def _torch_symbols() -> list[tuple[Any, str, Any]]:
+    return [
+        (torch, "compile", _as_written),
+        (torch.cuda, "current_device", lambda: CPU),
+        (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
+        (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
+        (torch.distributed.Work, "wait", waiting.timed_wait),
+        (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
+    ]
+
+
+def _megatron_symbols() -> list[tuple[Any, str, Any]]:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
@@ -88,12 +111,6 @@ def patched_symbols() -> list[tuple[Any, str, Any]]:
     # Absent without apex: megatron-core then names it nowhere but where it is called.
     layers.__dict__.setdefault("fused_weight_gradient_mlp_cuda", None)
     return [
-        (torch.cuda, "current_device", lambda: CPU),
-        (torch.cuda, "synchronize", lambda device=None: None),
-        (torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
-        (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
-        (torch.distributed.Work, "wait", waiting.timed_wait),
-        (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
         (random, "_get_cuda_rng_state", _get_rng_state),
         (random, "_set_cuda_rng_state", _set_rng_state),
         (buffers, "dist_all_gather_func", cpu_kernels.all_gather),
@@ -103,6 +120,15 @@ def patched_symbols() -> list[tuple[Any, str, Any]]:
         (layers, "fused_weight_gradient_mlp_cuda", cpu_kernels.WeightGradient),
         (mlp, "bias_swiglu_impl", cpu_kernels.swiglu),
     ]
+
+
+def _as_written(model: Any = None, **options: Any) -> Any:
+    """torch.compile, as a call and as a decorator, that leaves a function as it is.
+
+    Compiling costs 8 s a process here and gains nothing; importing the compiler alone is a quarter
+    of a process's start.
+    """
+    return (lambda function: function) if model is None else model
 
 
 def _get_rng_state(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -33,7 +34,7 @@ def before_and_after_install() -> dict[str, Any]:
     report["errors"].append(_error_of({"utils": (("local_multi_tensor_l2_norm", 2),)}))
     function.__code__ = original
     gone = [(torch.cuda, "no_such_symbol", lambda: None)]
-    with mock.patch.object(cpu, "patched_symbols", lambda: gone):
+    with mock.patch.object(cpu, "_torch_symbols", lambda: gone):
         report["errors"].append(_error_of({}))
     cpu.install()
     report["installed"] = _snapshot()
@@ -42,6 +43,22 @@ def before_and_after_install() -> dict[str, Any]:
     report["installed twice"] = _snapshot()
     report["device"] = str(torch.zeros(1).cuda().device), str(torch.cuda.current_device())
     return report
+
+
+def compiler_after_training_is_imported() -> list[str]:
+    """The modules of torch's compiler that are then there."""
+    cpu.install()
+    importlib.import_module("nvlm_train.train.loop")
+    return [name for name in ("torch._dynamo", "torch._inductor.compile_fx") if name in sys.modules]
+
+
+def is_compiled_when_installed_late() -> bool:
+    """Whether a fusion of megatron-core, imported before `install`, is handed to the compiler."""
+    fusion = importlib.import_module("megatron.core.fusions.fused_bias_gelu").bias_gelu
+    compiler = importlib.import_module("torch._dynamo.utils").counters
+    cpu.install()
+    fusion(torch.zeros(2), torch.zeros(3, 2))
+    return bool(compiler["frames"])
 
 
 def what_install_adam_changes() -> set[str]:

@@ -22,6 +22,7 @@ def test_patched_symbols_exist(report: dict[str, Any]) -> None:
     assert report["missing"] == []
     random = "megatron.core.tensor_parallel.random"
     assert set(report["symbols"]) == {
+        "torch.compile",
         "torch.cuda.current_device",
         "torch.cuda.synchronize",
         "torch.cuda.get_rng_state",
@@ -68,3 +69,9 @@ def test_another_megatron_core_is_an_error(report: dict[str, Any]) -> None:
     )
     assert "torch.cuda.no_such_symbol does not exist" in gone
     assert all("parallel/cpu.py" in message for message in report["errors"])
+
+
+def test_nothing_is_compiled(fresh: ProcessPoolExecutor, new: ProcessPoolExecutor) -> None:
+    """Installed first, nobody imports torch's compiler; installed late, nothing is handed to it."""
+    assert new.submit(examine.compiler_after_training_is_imported).result(timeout=120) == []
+    assert not fresh.submit(examine.is_compiled_when_installed_late).result(timeout=120)
