@@ -37,8 +37,8 @@ test: lint ## Lint, types and the fast tests
 test-slow: $(STAMP) ## The tests that take minutes
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 
-chaos: $(STAMP) ## Kills a four-process run 50 times and compares what it ends with (long)
-	$(BIN)/python -m tests.train.chaos --kills 50
+chaos: $(STAMP) ## Kills a four-process run 60 times and compares what it ends with (long)
+	$(BIN)/python -m tests.train.chaos --kills 60
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

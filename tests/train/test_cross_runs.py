@@ -1,4 +1,4 @@
-"""Whole runs of X, H and the Flamingo-style baseline: both stages, resumed, resharded."""
+"""Whole runs of X and H: both stages, resumed, resharded; the Flamingo-style baseline resharded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from tests.train.smoke import read_metrics
 from tests.workers import WorkerPool
 
 pytestmark = pytest.mark.slow
-MODELS = ["x", "h", "flamingo"]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["x", "h"])
 @pytest.mark.parametrize("name", ["TP2 PP2", "single"])
 def test_stopped_run_continues_bit_for_bit(
     workers: WorkerPool,
