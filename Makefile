@@ -34,11 +34,12 @@ demo: $(STAMP) ## Trains the small NVLM (MODEL=d, x or h) through both stages, e
 test: lint ## Lint, types and the fast tests
 	$(BIN)/python -m pytest
 
+# Two files at a time: many of these tests wait, for SLURM's timers, a watchdog's or a dead server's.
 test-slow: $(STAMP) ## The tests that take minutes
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(BIN)/python -m pytest -m 'slow and not gpu' -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
-chaos: $(STAMP) ## Kills a four-process run 60 times and compares what it ends with (long)
-	$(BIN)/python -m tests.train.chaos --kills 60
+chaos: $(STAMP) ## Kills a four-process run 50 times and compares what it ends with (long)
+	$(BIN)/python -m tests.train.chaos --kills 50
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

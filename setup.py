@@ -44,6 +44,7 @@ EXTRAS = {
         "ImageHash>=4.3.2",
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.8",
         "hypothesis>=6.100",
         "ruff>=0.14",
         "mypy>=1.14",

@@ -6,7 +6,6 @@ world of the first `world_size` workers, runs a module-level function on each, a
 
 from __future__ import annotations
 
-import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -103,7 +102,7 @@ def _run(
 ) -> Any:
     import torch.distributed as dist
 
-    from nvlm_train.parallel.topology import start_process_group
+    from nvlm_train.parallel.topology import collect_engines, start_process_group
 
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
@@ -117,5 +116,5 @@ def _run(
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-        # Engines are cycles, and hold the world's groups, each with its threads, until they are collected.
-        gc.collect()
+        # Engines hold the world's groups, each with its threads, until they are collected.
+        collect_engines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import time
 import traceback
 
 from nvlm_train.config.schema import Recipe
@@ -37,8 +38,13 @@ def run(recipe: Recipe) -> int:
         ending.kill_writers()
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
-        ending.report(error)
-        ending.leave(_tell(error))
+        code = _tell(error)
+        if ending.lost_peer(error):
+            # The rank that failed goes first: launchers take the exit code of the first one to leave.
+            time.sleep(ending.COURTESY_S)
+        else:
+            ending.report(error)
+        ending.leave(code)
 
 
 def _tell(error: Exception) -> int:

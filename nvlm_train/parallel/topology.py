@@ -88,16 +88,26 @@ def device() -> torch.device:
 def _leave_groups() -> None:
     """Ends megatron-core's process groups; it only forgets them itself.
 
-    Each has threads and sockets, with NCCL also GPU buffers, and so has what an earlier stage's engine,
-    a web of cycles, still holds.
+    Each has threads and sockets, with NCCL also GPU buffers. An earlier stage's engine holds them too,
+    and its weights and optimizer; all of it goes here, before the next stage's take their place.
     """
     from megatron.core import parallel_state as mpu
 
     left = [group for group in mpu._global_process_group_list or () if group is not None]
     mpu.destroy_model_parallel()
-    gc.collect()
+    collect_engines()
     for group in left:
         dist.destroy_process_group(group)
+
+
+def collect_engines() -> None:
+    """Frees engines that nobody holds any more: webs of cycles through tensors and hooks.
+
+    The first pass brings tensors that C++ still refers to back to life, and all that they hold with
+    them; the second finds them dead.
+    """
+    for _ in range(2):
+        gc.collect()
 
 
 def build_topology(parallel: ParallelConfig, seed: int) -> Topology:

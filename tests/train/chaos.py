@@ -1,6 +1,6 @@
 """Kills a real TP2 x PP2 run under torchrun at chosen kinds of moments, and looks at what is left each time.
 
-    python -m tests.train.chaos --kills 60 --seed 0        # `make chaos`
+    python -m tests.train.chaos --kills 50 --seed 0        # `make chaos`
 
 Moments are awaited in what the run shows (its log, its directories) and varied by seeded delays. The same
 command is then started again; when it is through, every byte of weights, optimizer and RNG in the last
@@ -270,7 +270,7 @@ def _tensor_digests(run_dir: Path) -> dict[str, str]:
 def main() -> int:
     """`make chaos`."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     kinds = [list(MOMENTS)[number % len(MOMENTS)] for number in range(options.kills)]

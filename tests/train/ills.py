@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,18 @@ def before_steps(ill: Ill) -> Iterator[None]:
 
     with mock.patch.object(loop, "run_step", run_step):
         yield
+
+
+def engines_alive(root: Path, run_dir: Path, *overrides: str) -> list[int]:
+    """How many models with gradient buffers this rank holds at each step."""
+    counts = []
+
+    def count(engine: Engine, number: int) -> None:
+        counts.append(sum(type(each) is type(engine.model) for each in gc.get_objects()))
+
+    with before_steps(count):
+        runs.run(root, run_dir, *overrides)
+    return counts
 
 
 def not_a_number(

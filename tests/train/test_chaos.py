@@ -1,4 +1,4 @@
-"""Eight seeded kills of a real four-rank run, at every kind of moment; `make chaos` does sixty."""
+"""Eight seeded kills of a real four-rank run, at every kind of moment; `make chaos` does fifty."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 def test_killed_at_every_kind_of_moment(tmp_path: Path) -> None:
     chaos = Chaos(tmp_path, seed=7)
-    chaos.kill(["data", "save", "log", "hand-over"])
-    chaos.kill(["save", "saved", "any", "data"])
+    chaos.kill(["data", "save", "log", "saved", "hand-over", "save", "any", "data"])
     assert set(chaos.done) == set(MOMENTS) and sum(chaos.done.values()) == 8
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nvlm_train.train.signals import EXIT_REQUEUE
-from tests.train import runs
+from tests.train import ills, runs
 from tests.train.layouts import NO_DROPOUT, layout
 from tests.train.smoke import make_smoke_data, read_metrics
 from tests.workers import WorkerPool
@@ -99,6 +99,12 @@ def test_stages_may_have_different_layouts(
     both = (whole_run("single", *NO_DROPOUT), tmp_path / "two")
     losses = [[each["loss"] for each in read_metrics(run)] for run in both]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_an_earlier_stages_engine_is_gone(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
+    """With its weights and optimizer: a stage needs no memory for two of them."""
+    for counts in workers.run(2, ills.engines_alive, data, tmp_path, *layout("TP2")[1]):
+        assert counts == [1] * len(counts) and len(counts) > 6
 
 
 @slow
