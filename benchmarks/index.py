@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nvlm_train.config.schema import TilingConfig, TokenizerConfig
+from nvlm_train.config.model_schema import TokenizerConfig
+from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.encoding import EncodingSpec
 from nvlm_train.data.index_files import IndexFiles
 from nvlm_train.data.indexing import Encoding, IndexedShard, WantedShard, index_shards

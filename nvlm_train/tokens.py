@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nvlm_train.config.schema import ChatTemplateName, TileTags, TokenizerConfig
+from nvlm_train.config.model_schema import ChatTemplateName, TokenizerConfig
+from nvlm_train.config.schema import TileTags
 from nvlm_train.errors import ConfigError
 
 IMAGE_START = "<Image>"

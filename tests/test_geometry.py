@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from nvlm_train import geometry
-from nvlm_train.config.schema import (
+from nvlm_train.config.model_schema import (
     CrossAttentionConfig,
     LanguageConfig,
     ModelConfig,
-    ParallelConfig,
     ProjectorConfig,
     TokenizerConfig,
     VisionConfig,
 )
+from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.geometry import StepWork
 from tests.parity import cross_gradients, cross_recipes, recipes
 from tests.workers import WorkerPool

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.config.ranges import Problems, in_range
-from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+from nvlm_train.config.schema import Recipe, StageConfig
 
 
 def architecture_has_its_parts(recipe: Recipe) -> Problems:

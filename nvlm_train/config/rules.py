@@ -12,9 +12,10 @@ from nvlm_train.config.cross_rules import (
     thumbnail_is_there,
 )
 from nvlm_train.config.health_rules import health_is_usable
+from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.config.ranges import Problems, below_one, divisors, in_range, use
 from nvlm_train.config.run_rules import counters_are_positive, run_dir_is_a_directory
-from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.errors import ConfigError
 
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

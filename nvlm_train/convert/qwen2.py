@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.config.model_schema import LanguageConfig
 from nvlm_train.convert.tables import find_row
 from nvlm_train.errors import CheckpointError
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from nvlm_train.config.schema import TileTags
-from nvlm_train.data.records import Turn
 from nvlm_train.data.tiling import Grid
+from nvlm_train.data.turns import Turn
 from nvlm_train.routes import Routes
 from nvlm_train.tokens import IMAGE_END, IMAGE_MARKER, IMAGE_START, Tokenizer, tile_tags
 

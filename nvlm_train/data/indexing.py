@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 
-from nvlm_train.config.schema import TokenizerConfig
+from nvlm_train.config.model_schema import TokenizerConfig
 from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
 from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.index import load_index, read_summary

@@ -19,8 +19,8 @@ from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.index import BESIDE
 from nvlm_train.data.index_files import IndexFiles
 from nvlm_train.data.reader import ShardReader
-from nvlm_train.data.records import Turn
 from nvlm_train.data.shards import Shard
+from nvlm_train.data.turns import Turn
 
 LENGTHS_VERSION = 2
 _CHUNK = 2048

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from nvlm_train.data.prompts import (
     CAPTION_TASKS,
@@ -25,9 +24,8 @@ from nvlm_train.data.prompts import (
     fill_prompt,
     letter,
 )
+from nvlm_train.data.turns import Role, Turn, place_images
 from nvlm_train.tokens import IMAGE_MARKER
-
-Role = Literal["system", "user", "assistant"]
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -43,14 +41,6 @@ _TASKS: tuple[tuple[str, tuple[Task, ...], Task], ...] = (
     ("text", PAGE_TASKS, "ocr"),
 )
 """(field, tasks of records that have it, the usual one)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What one side says. `<image>` in a user's text stands for one image."""
-
-    role: Role
-    text: str
 
 
 def read_turns(record: bytes, key: str, num_images: int, family: PromptFamily) -> tuple[Turn, ...]:
@@ -74,38 +64,6 @@ def read_turns(record: bytes, key: str, num_images: int, family: PromptFamily) -
             "image is missing: a caption or text record describes an image; add KEY.jpg or KEY.png"
         )
     return place_images(_turns_of(fields, key, family), num_images)
-
-
-def place_images(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
-    """Checks that markers and images match; without any marker the first user turn gets them all.
-
-    Raises:
-        ValueError: numbers that differ, or a marker outside a user's turn.
-    """
-    for turn in turns:
-        if turn.role != "user" and IMAGE_MARKER in turn.text:
-            raise ValueError(
-                f"image marker in {turn.role} turn: {IMAGE_MARKER} belongs into user turns; "
-                "remove it"
-            )
-    markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
-    if markers == num_images:
-        return turns
-    if markers > num_images:
-        raise ValueError(
-            f"image marker without image: the text has {markers} {IMAGE_MARKER} and the sample has "
-            f"{num_images} images; add the image members or remove the markers"
-        )
-    if markers:
-        raise ValueError(
-            f"image without image marker: the text has {markers} {IMAGE_MARKER} and the sample has "
-            f"{num_images} images; write one marker for each image, or none at all"
-        )
-    first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
-    if first is None:
-        raise ValueError("image without image marker: there is no user turn to show the image in")
-    opened = Turn("user", f"{IMAGE_MARKER}\n" * num_images + turns[first].text)
-    return (*turns[:first], opened, *turns[first + 1 :])
 
 
 def _turns_of(fields: Mapping[str, Any], key: str, family: PromptFamily) -> tuple[Turn, ...]:

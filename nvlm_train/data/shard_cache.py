@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from nvlm_train.data.remote import RemoteShard
+from nvlm_train.data.shard_copy import ShardCopy, try_lock
 from nvlm_train.data.shards import Stamp
 from nvlm_train.errors import ShardError
 
@@ -49,7 +50,7 @@ class ShardCache:
         self._max_bytes = max_bytes
         self._idle_s = idle_s
         self._full_until = 0.0
-        self._held: dict[str, _Copy] = {}
+        self._held: dict[str, ShardCopy] = {}
         self._guard = threading.Lock()
         try:
             for name in ("copies", "locks", "beside"):
@@ -65,7 +66,7 @@ class ShardCache:
         name = url.rstrip("/").rpartition("/")[2]
         return str(self._root / "beside" / f"{_digest(url)}-{name}{suffix}")
 
-    def copy(self, shard: RemoteShard, stamp: Stamp) -> _Copy | None:
+    def copy(self, shard: RemoteShard, stamp: Stamp) -> ShardCopy | None:
         """The node's copy, downloaded if need be; None when no room can be made for it.
 
         Raises:
@@ -83,12 +84,12 @@ class ShardCache:
                 copy = self._hold(name)
         return copy
 
-    def _hold(self, name: str) -> _Copy | None:
+    def _hold(self, name: str) -> ShardCopy | None:
         """The copy with a shared lock on it, or None where there is none."""
         with self._guard:
             copy = self._held.get(name)
             if copy is None:
-                copy = _Copy.open(self._root / "copies" / f"{name}.tar")
+                copy = ShardCopy.open(self._root / "copies" / f"{name}.tar")
                 if copy is None:
                     return None
                 self._held[name] = copy
@@ -133,7 +134,7 @@ class ShardCache:
         """Whether the copy was deleted: not when a rank reads it, or still downloads it."""
         guard = self._root / "locks" / f"{path.stem}.lock" if path.suffix == ".partial" else path
         with guard.open("ab" if guard != path else "rb") as stream:
-            if not _try_lock(stream):
+            if not try_lock(stream):
                 return False
             path.unlink()
         return True
@@ -178,45 +179,6 @@ class ShardCache:
             yield
 
 
-class _Copy:
-    """An open copy. Its shared lock, which keeps it from being deleted, ends with the object."""
-
-    def __init__(self, stream: IO[bytes], path: Path) -> None:
-        self._stream = stream
-        self._path = path
-        self.last_read = 0.0
-
-    @classmethod
-    def open(cls, path: Path) -> _Copy | None:
-        """The copy, or None where there is none (any more)."""
-        try:
-            stream = path.open("rb")
-        except FileNotFoundError:
-            return None
-        fcntl.flock(stream, fcntl.LOCK_SH)
-        if os.fstat(stream.fileno()).st_nlink == 0:  # deleted between opening and locking
-            stream.close()
-            return None
-        copy = cls(stream, path)
-        copy.touch()
-        return copy
-
-    def __del__(self) -> None:
-        self._stream.close()
-
-    def touch(self) -> None:
-        """Marks the copy as used now: the order in which copies are deleted."""
-        os.utime(self._stream.fileno())
-
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset`, fewer at the end."""
-        return os.pread(self._stream.fileno(), size, offset)
-
-    def stream(self) -> IO[bytes]:
-        """A stream of its own over the whole copy; it shares no position with others."""
-        return self._path.open("rb")
-
-
 class CachedShard:
     """A remote shard that is read from the node's copy; its index lies in the cache directory."""
 
@@ -240,14 +202,6 @@ class CachedShard:
 
     def sibling(self, suffix: str) -> str:
         return self._cache.beside(self.path, suffix)
-
-
-def _try_lock(stream: IO[bytes]) -> bool:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _digest(*parts: str) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.data.images import cut_tiles, decode_image, read_size
-from nvlm_train.data.records import Turn
+from nvlm_train.data.turns import Turn
 from nvlm_train.evaluation.generate import Prompt
 
 

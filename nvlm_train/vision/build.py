@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.errors import CheckpointError
 from nvlm_train.vision.intern_vit import InternViT
 

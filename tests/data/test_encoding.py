@@ -17,8 +17,8 @@ from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.data.index import load_index
 from nvlm_train.data.lengths import compute_lengths, load_lengths
 from nvlm_train.data.reader import ShardReader
-from nvlm_train.data.records import Turn
 from nvlm_train.data.shards import LocalShard, write_shards
+from nvlm_train.data.turns import Turn
 from nvlm_train.tokens import Tokenizer
 from tests.data.conftest import LENGTH, SLOTS, chat, encoded, mixed_samples, picture
 

@@ -15,7 +15,8 @@ from nvlm_train.data.prompts import (
     choose_weighted,
     load_prompts,
 )
-from nvlm_train.data.records import Turn, read_turns
+from nvlm_train.data.records import read_turns
+from nvlm_train.data.turns import Turn
 
 
 def turns(record: Any, num_images: int = 0, family: PromptFamily = "sft") -> tuple[Turn, ...]:

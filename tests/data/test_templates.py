@@ -10,13 +10,14 @@ import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, normalizers
 
-from nvlm_train.config.schema import TilingConfig, TokenizerConfig
+from nvlm_train.config.model_schema import TokenizerConfig
+from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
 from nvlm_train.data.index import load_index
 from nvlm_train.data.lengths import compute_lengths
 from nvlm_train.data.reader import ShardReader
-from nvlm_train.data.records import Turn
 from nvlm_train.data.shards import LocalShard, write_shards
+from nvlm_train.data.turns import Turn
 from nvlm_train.errors import ConfigError
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer

@@ -13,14 +13,14 @@ from functools import cache
 import torch
 
 from nvlm_train.batch import Microbatch, RankShare, SampleInfo, StepBatch
-from nvlm_train.config.schema import (
+from nvlm_train.config.model_schema import (
     CrossAttentionConfig,
     ModelConfig,
     ProjectorConfig,
     ResamplerConfig,
-    TilingConfig,
     TokenizerConfig,
 )
+from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.batches import pack_samples
 from nvlm_train.data.encoded import EncodedSample
 from nvlm_train.data.encoding import EncodingSpec, SampleEncoder

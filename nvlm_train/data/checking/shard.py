@@ -22,8 +22,9 @@ from nvlm_train.data.images import decode_image
 from nvlm_train.data.index import load_index
 from nvlm_train.data.index_files import IndexFiles
 from nvlm_train.data.reader import ShardReader
-from nvlm_train.data.records import Turn, read_turns
+from nvlm_train.data.records import read_turns
 from nvlm_train.data.store import DIRECT
+from nvlm_train.data.turns import Turn
 from nvlm_train.errors import ShardError
 
 TORN = "torn or refused shard"
