@@ -28,7 +28,8 @@ def run(root: Path, run_dir: Path, *overrides: str, stop_after: int | None = Non
     def log(self: Tracker, record: dict) -> None:
         original(self, record)
         if record["global_step"] == stop_after and dist.get_rank() == dist.get_world_size() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            # To this thread, so that it has come before the next line; any other may sleep for long.
+            signal.raise_signal(signal.SIGTERM)
 
     rank = {"RANK": str(dist.get_rank())}
     with mock.patch.object(Tracker, "log", log), mock.patch.dict(os.environ, rank):
