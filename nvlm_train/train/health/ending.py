@@ -17,7 +17,7 @@ import psutil
 EXIT_HANG = 76
 """No step in time: the stacks of all ranks were written, and the same command goes on from the last save."""
 COURTESY_S = 2.0
-"""How long a rank that only lost a peer stays, which is told apart by launchers that count in seconds."""
+"""How long a rank that only lost a peer stays: torchrun orders failures by whole seconds."""
 
 logger = logging.getLogger(__name__)
 
