@@ -6,9 +6,12 @@ world of the first `world_size` workers, runs a module-level function on each, a
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing as mp
 import os
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -36,7 +39,7 @@ class WorkerPool:
             self._processes.append(process)
 
     def run(
-        self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120
+        self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300
     ) -> list[Any]:
         """Runs `function(*args)` on every rank of a new world.
 
@@ -51,6 +54,7 @@ class WorkerPool:
                 connection.send((rank, world_size, store, function, args))
             answers, errors = self._collect(members, timeout)
         if errors:
+            self._show_stacks()
             self.close()
             self._start()
         assert not errors, "\n".join(errors)
@@ -70,6 +74,13 @@ class WorkerPool:
             (answers if is_ok else errors).append(answer)
         return answers, errors
 
+    def _show_stacks(self) -> None:
+        # On stderr, which pytest shows: the stacks are all that is left of a rank that hangs.
+        for process in self._processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGUSR2)
+        time.sleep(1)
+
     def close(self) -> None:
         """Ends the processes."""
         for connection in self._connections:
@@ -84,6 +95,7 @@ def _serve(connection: Connection) -> None:
 
     from nvlm_train.parallel import cpu
 
+    faulthandler.register(signal.SIGUSR2)
     torch.set_num_threads(1)
     cpu.install()
     while True:

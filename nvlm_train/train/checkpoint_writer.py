@@ -8,6 +8,7 @@ that dies is a save that failed.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import queue
 import signal
@@ -17,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
@@ -47,6 +49,7 @@ def _write(
     results: ResultFile,
 ) -> None:
     die_with(parent)
+    _own_nothing_of_the_parent()
     write = partial(_write_bucket, transforms)
     with ThreadPoolExecutor(len(buckets)) as threads:
         written = list(threads.map(write, range(len(buckets)), buckets))
@@ -57,6 +60,14 @@ def _write(
         return
     digests.put({name: digest for _, found in written for name, digest in found.items()})
     results.put({number: result for number, (result, _) in enumerate(written)})
+
+
+def _own_nothing_of_the_parent() -> None:
+    """Only the thread that forked is here: what belongs to the parent's other threads must not be touched."""
+    # A collected process group would wait for its threads for ever. What is frozen is never collected.
+    gc.freeze()
+    # OpenMP's threads are missing too; with one thread they are not asked.
+    torch.set_num_threads(1)
 
 
 def _write_bucket(

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import multiprocessing
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
+import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import CheckpointError
 from nvlm_train.train import start
-from nvlm_train.train.checkpoint_writer import die_with
+from nvlm_train.train.checkpoint_writer import die_with, with_digests
 from nvlm_train.train.damage import find_damage
+from nvlm_train.train.mcore_fixes import ResultFile
 from nvlm_train.train.saver import Saver
 from nvlm_train.train.schedule import Position
 from nvlm_train.train.step import run_step
@@ -114,6 +121,38 @@ def writer_outlives_its_rank() -> bool:
         writer.kill()
         return True
     return False
+
+
+class _CollectingResult(ResultFile):
+    """Collects garbage in the writer before it reports."""
+
+    def put(self, result: Any) -> None:
+        gc.collect()
+        super().put(result)
+
+
+def writer_ends_though_its_rank_left_a_group(directory: Path) -> bool:
+    """Forks a writer of one file while a process group of this rank waits to be collected."""
+    gc.disable()
+    try:
+        garbage = [dist.new_group([dist.get_rank()], use_local_synchronization=True)]
+        dist.all_reduce(torch.ones(1), group=garbage[0])
+        dist.destroy_process_group(garbage[0])
+        garbage.append(garbage)
+        del garbage
+        bucket = (str(directory / "file"), "key", ([], []))
+        request = AsyncRequest(partial(Path, []), (), [])
+        results = _CollectingResult()
+        written = with_digests(request, ResultFile()).async_fn
+        writer = multiprocessing.get_context("fork").Process(
+            target=written, args=(0, [bucket], results)
+        )
+        writer.start()
+        writer.join(timeout=20)
+        writer.kill()
+        return results.is_there()
+    finally:
+        gc.enable()
 
 
 def run_and_listen(data: Path, run_dir: Path, *overrides: str) -> tuple[int | str, list[str]]:

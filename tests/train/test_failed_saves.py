@@ -132,5 +132,10 @@ def test_killed_writer_is_a_failed_save(workers: WorkerPool, data: Path, tmp_pat
         assert second == ""
 
 
+def test_writer_does_not_wait_for_threads_of_its_rank(workers: WorkerPool, tmp_path: Path) -> None:
+    """A group that its garbage collector freed would join threads that the fork left behind."""
+    assert workers.run(1, saves.writer_ends_though_its_rank_left_a_group, tmp_path) == [True]
+
+
 def test_writer_dies_with_its_rank(workers: WorkerPool) -> None:
     assert workers.run(1, saves.writer_outlives_its_rank) == [False]
