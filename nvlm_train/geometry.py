@@ -119,7 +119,12 @@ def language_layer_weights(language: LanguageConfig) -> int:
     """Matrix entries of one decoder layer (what a token is multiplied with)."""
     hidden = language.hidden_size
     kv_size = hidden // language.num_heads * language.num_kv_heads
-    return hidden * (2 * hidden + 2 * kv_size) + 3 * hidden * language.ffn_hidden_size
+    return hidden * (2 * hidden + 2 * kv_size) + mlp_weights(language)
+
+
+def mlp_weights(language: LanguageConfig) -> int:
+    """Those of its MLP."""
+    return 3 * language.hidden_size * language.ffn_hidden_size
 
 
 def language_parameters(language: LanguageConfig) -> int:
@@ -217,6 +222,8 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
         tile_feature_size(vision), model.projector, language.hidden_size
     )
     per_token = 2.0 * language.num_layers * language_layer_weights(language)
+    # The last layer's MLP sees trained positions only (model/last_layer.py).
+    skipped = 2.0 * mlp_weights(language) * (work.tokens - work.trained_tokens)
     attention = 2.0 * language.num_layers * language.hidden_size * work.attention_pairs
     logits = 2.0 * language.hidden_size * language.vocab_size * work.trained_tokens
     cross = 2.0 * num_cross_layers(model)
@@ -234,7 +241,7 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
         * work.tiles
         * tokens_per_tile(vision)
         * (2 if "projector" in stage.trainable else 1)
-        + (per_token * work.tokens + logits) * (3 if trains_language else 2)
+        + (per_token * work.tokens - skipped + logits) * (3 if trains_language else 2)
         # Attention scores have no weights: backward is two products for each forward one either way.
         + (attention + cross_scores) * 3
         + cross_path * (3 if "cross_attention" in stage.trainable else 2)

@@ -10,7 +10,6 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from nvlm_train.config.model_schema import CrossAttentionConfig, LanguageConfig
 from nvlm_train.model.block import decoder_block_spec
+from nvlm_train.model.last_layer import Pack
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
 
@@ -76,6 +76,7 @@ class LanguageModel(MegatronModule):
         self,
         hidden_SBH: Tensor | None,
         cu_seqlens: Tensor,
+        logit_positions_L: Tensor,
         context_CBH: Tensor | None = None,
         spans: Tensor | None = None,
     ) -> Tensor:
@@ -84,19 +85,22 @@ class LanguageModel(MegatronModule):
         Args:
             hidden_SBH: embeddings on the first stage; None elsewhere (the schedule set the input).
             cu_seqlens: int32 [segments + 1], ends with S.
+            logit_positions_L: int64 [L], whose logits are wanted.
             context_CBH: what cross-attention reads, whole on every tensor-parallel rank.
             spans: int32 [V, 4], who reads what of it.
 
         Returns:
-            [S, 1, H], or [S / TP, 1, H] under sequence parallelism; normalised on the last stage.
+            [S, 1, H]; on the last stage [L, 1, H], normalised. Under sequence parallelism this
+            rank's part of it, with rows at the end that fill L up to a multiple of TP.
         """
         longest = int(cu_seqlens.diff().max())
-        packed = PackedSeqParams(
+        packed = Pack(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            logit_positions_L=logit_positions_L,
         )
         # One row more than a pack has tokens: with exactly S rows megatron-core would take row i for
         # position i of the whole pack; otherwise positions restart with every sample, as they must.
@@ -110,14 +114,14 @@ class LanguageModel(MegatronModule):
             packed_seq_params=packed,
         )
 
-    def logits(self, hidden_SBH: Tensor, positions_L: Tensor) -> Tensor:
-        """Logits at some positions only, [L, 1, V / TP]: the others never meet the vocabulary."""
+    def logits(self, hidden_LBH: Tensor, length: int) -> Tensor:
+        """Logits of the last layer's first `length` rows, [L, 1, V / TP]."""
         if self.config.sequence_parallel:
             # The output layer's backward already sums over tensor-parallel ranks; the gather must not again.
-            hidden_SBH = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_SBH, tensor_parallel_output_grad=False
-            )
-        logits, _ = self.output_layer(hidden_SBH.index_select(0, positions_L))
+            hidden_LBH = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_LBH, tensor_parallel_output_grad=False
+            )[:length]
+        logits, _ = self.output_layer(hidden_LBH)
         return logits
 
     def set_input_tensor(self, hidden_SBH: Tensor) -> None:

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nvlm_train.parallel import cpu_kernels
 from nvlm_train.parallel.kernels import Kernels
 
 
@@ -37,7 +38,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.is_cuda or x.dtype == torch.bfloat16:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return cpu_kernels.rms_norm(x, self.weight, self.eps)
 
 
 class SdpaAttention(nn.Module):

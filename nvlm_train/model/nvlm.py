@@ -81,9 +81,9 @@ class NVLM(MegatronModule):
             if context is not None:
                 hidden_SBH, states_CBH = relay.split(self.config, hidden_SBH, context.length)
             self.language_model.set_input_tensor(hidden_SBH)
-        hidden_SBH = self.language_model(embedded, cu_seqlens, states_CBH, spans)
+        hidden_SBH = self.language_model(embedded, cu_seqlens, logit_positions_L, states_CBH, spans)
         if self.post_process:
-            return self.language_model.logits(hidden_SBH, logit_positions_L)
+            return self.language_model.logits(hidden_SBH, len(logit_positions_L))
         if states_CBH is None:
             return hidden_SBH
         return relay.join(self.config, hidden_SBH, states_CBH)

@@ -9,6 +9,7 @@ installed megatron-core, so that an upgrade which moves one of them fails loudly
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import inspect
 import logging
@@ -78,7 +79,26 @@ def install() -> None:
         sys.modules["torch._dynamo"].config.disable = True
     # Its tracker warns when the CPU's RNG moves inside "the GPU's": here they are one and the same.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_no_rng_warning)
+    _keep_freed_memory()
     install.done = True  # type: ignore[attr-defined]
+
+
+def _keep_freed_memory() -> None:
+    """Lets a step use again what the last one freed.
+
+    glibc gives the free end of its heap back to the kernel, which zeroes it page by page for the next
+    step. Elsewhere there is no `mallopt`, and memory comes as that C library gives it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    # Once one of them is set, the other keeps its small first value, so both are set.
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""From malloc.h of glibc; 32 MiB is the largest value that it takes for the second."""
 
 
 def _is_no_rng_warning(record: logging.LogRecord) -> bool:
@@ -108,6 +128,7 @@ def _megatron_symbols() -> list[tuple[Any, str, Any]]:
     clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     mlp = importlib.import_module("megatron.core.transformer.mlp")
+    rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
     # Absent without apex: megatron-core then names it nowhere but where it is called.
     layers.__dict__.setdefault("fused_weight_gradient_mlp_cuda", None)
     return [
@@ -119,6 +140,7 @@ def _megatron_symbols() -> list[tuple[Any, str, Any]]:
         (layers, "_grad_accum_fusion_available", True),
         (layers, "fused_weight_gradient_mlp_cuda", cpu_kernels.WeightGradient),
         (mlp, "bias_swiglu_impl", cpu_kernels.swiglu),
+        (rope, "_apply_rotary_pos_emb_bshd", cpu_kernels.rotary),
     ]
 
 

@@ -54,6 +54,64 @@ def swiglu(x: Tensor, bias: Tensor | None, *options: bool) -> Tensor:
     return output
 
 
+class _RMSNorm(torch.autograd.Function):
+    """Root-mean-square norm; as autograd composes it, backward makes twice the passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_H, scale)
+        return torch.mul(x, scale).mul_(weight_H)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight_H, scale = ctx.saved_tensors
+        size = x.shape[-1]
+        products_SH = (grad * x).reshape(-1, size)
+        grad_weight = products_SH.t() @ scale.reshape(-1)
+        along_x = (products_SH @ weight_H).reshape(scale.shape).mul_(scale.pow(3)).div_(size)
+        grad_x = torch.mul(grad, weight_H).mul_(scale).addcmul_(x, along_x, value=-1)
+        return grad_x, grad_weight, None
+
+
+def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; fp32 or fp64."""
+    output: Tensor = _RMSNorm.apply(x, weight_H, eps)
+    return output
+
+
+class _Rotary(torch.autograd.Function):
+    """Turns the pairs (x[i], x[i + D / 2]) by their angles; the gradient turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cosine, sine)
+        return _turned(x, cosine, sine, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _turned(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:
+    turned = torch.empty(x.shape, dtype=x.dtype)
+    (first, second), (first_out, second_out) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(first, cosine, out=first_out).addcmul_(second, sine, value=-direction)
+    torch.mul(second, cosine, out=second_out).addcmul_(first, sine, value=direction)
+    return turned
+
+
+def rotary(x: Tensor, angles: Tensor, **options: Any) -> Tensor:
+    """megatron-core's `_apply_rotary_pos_emb_bshd`: x is [S, ..., D], the angles [S, 1, 1, D]."""
+    plain = {"rotary_interleaved": False, "multi_latent_attention": False, "mscale": 1.0}
+    assert options.items() <= plain.items() and angles.shape[-1] == x.shape[-1], "RoPE as Qwen2's"
+    # Both halves of the angles are the same.
+    angles = angles[..., : x.shape[-1] // 2]
+    output: Tensor = _Rotary.apply(x, torch.cos(angles).to(x.dtype), torch.sin(angles).to(x.dtype))
+    return output
+
+
 def _free_on_one_rank(collective: Callable[..., Any]) -> Callable[..., Any]:
     """NCCL's is free on a group of one; gloo's copies the whole gradient or weight buffer."""
 

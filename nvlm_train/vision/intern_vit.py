@@ -26,7 +26,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
         return self.weight * (x.float() * scale).to(x.dtype)
 
 
@@ -102,8 +103,9 @@ class Layer(nn.Module):
         self.lambda_2 = nn.Parameter(torch.ones(hidden))
 
     def forward(self, x_TPH: Tensor) -> Tensor:
-        x_TPH = x_TPH + self.lambda_1 * self.attention(self.layernorm_before(x_TPH))
-        return x_TPH + self.lambda_2 * self.mlp(self.layernorm_after(x_TPH))
+        attended = self.attention(self.layernorm_before(x_TPH))
+        x_TPH = torch.addcmul(x_TPH, self.lambda_1, attended)
+        return torch.addcmul(x_TPH, self.lambda_2, self.mlp(self.layernorm_after(x_TPH)))
 
 
 class InternViT(nn.Module):
