@@ -222,8 +222,10 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
         tile_feature_size(vision), model.projector, language.hidden_size
     )
     per_token = 2.0 * language.num_layers * language_layer_weights(language)
-    # The last layer's MLP sees trained positions only (model/last_layer.py).
-    skipped = 2.0 * mlp_weights(language) * (work.tokens - work.trained_tokens)
+    # Past keys and values the last layer sees trained positions only (model/last_layer.py); who asks
+    # its attention is not counted here, which leaves a share of one layer's attention too much.
+    skipped = 2.0 * (mlp_weights(language) + language.hidden_size**2)
+    skipped *= work.tokens - work.trained_tokens
     attention = 2.0 * language.num_layers * language.hidden_size * work.attention_pairs
     logits = 2.0 * language.hidden_size * language.vocab_size * work.trained_tokens
     cross = 2.0 * num_cross_layers(model)

@@ -162,16 +162,17 @@ def test_flops_count_what_is_computed() -> None:
     work = StepWork(tokens=1000, attention_pairs=0, trained_tokens=0, tiles=0)
     stage = recipes.stage(ParallelConfig())
     weights = recipes.LANGUAGE.num_layers * geometry.language_layer_weights(recipes.LANGUAGE)
-    # Without a label, the last layer's MLP has nothing to do.
-    mlp = 3 * recipes.LANGUAGE.hidden_size * recipes.LANGUAGE.ffn_hidden_size
-    weights -= mlp
+    # Without a label, the last layer's output projection and MLP have nothing to do.
+    hidden = recipes.LANGUAGE.hidden_size
+    last = hidden * (hidden + 3 * recipes.LANGUAGE.ffn_hidden_size)
+    weights -= last
     assert geometry.step_flops(recipes.MODEL, stage, work) == 6 * weights * 1000
     frozen = recipes.stage(ParallelConfig(), trainable=("projector",))
     assert geometry.step_flops(recipes.MODEL, frozen, work) == 4 * weights * 1000
     logits = replace(work, trained_tokens=10)
     table = recipes.LANGUAGE.hidden_size * recipes.LANGUAGE.vocab_size
     assert geometry.step_flops(recipes.MODEL, stage, logits) == 6 * (
-        weights * 1000 + (mlp + table) * 10
+        weights * 1000 + (last + table) * 10
     )
     tiles = replace(work, tiles=1)
     nothing = recipes.stage(ParallelConfig(), trainable=())

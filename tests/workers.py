@@ -54,7 +54,6 @@ class WorkerPool:
                 connection.send((rank, world_size, store, function, args))
             answers, errors = self._collect(members, timeout)
         if errors:
-            self._show_stacks()
             self.close()
             self._start()
         assert not errors, "\n".join(errors)
@@ -65,6 +64,8 @@ class WorkerPool:
         for rank, connection in enumerate(members):
             # Once a rank has failed, the others get only long enough to say how they failed.
             if not connection.poll(2 if errors else timeout):
+                if not errors:
+                    self._show_stacks()
                 errors.append(f"rank {rank} did not answer in {timeout} s")
                 continue
             try:

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import (
 from nvlm_train.config.model_schema import CrossAttentionConfig
 from nvlm_train.model.cross_attention import CrossSubmodules, GatedCrossAttention
 from nvlm_train.model.cross_layer import GatedFeedForwardLayer
-from nvlm_train.model.last_layer import LAST
+from nvlm_train.model.last_layer import as_last
 from nvlm_train.model.layers import implementations, mask_type, mlp_spec
 from nvlm_train.parallel.kernels import Kernels
 
@@ -39,7 +39,7 @@ def decoder_block_spec(
         for number in numbers
     ]
     if numbers[-1] == config.num_layers:
-        layers[-1].module = LAST[layers[-1].module]
+        layers[-1] = as_last(layers[-1])
     norm, *_ = implementations(kernels)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nvlm_train.config.model_schema import CrossAttentionConfig, LanguageConfig
 from nvlm_train.model.block import decoder_block_spec
-from nvlm_train.model.last_layer import Pack
+from nvlm_train.model.last_layer import Pack, wanted_positions
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
 
@@ -85,7 +85,7 @@ class LanguageModel(MegatronModule):
         Args:
             hidden_SBH: embeddings on the first stage; None elsewhere (the schedule set the input).
             cu_seqlens: int32 [segments + 1], ends with S.
-            logit_positions_L: int64 [L], whose logits are wanted.
+            logit_positions_L: int64 [L], ascending, whose logits are wanted.
             context_CBH: what cross-attention reads, whole on every tensor-parallel rank.
             spans: int32 [V, 4], who reads what of it.
 
@@ -100,7 +100,7 @@ class LanguageModel(MegatronModule):
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
-            logit_positions_L=logit_positions_L,
+            wanted_L=wanted_positions(self.config, logit_positions_L),
         )
         # One row more than a pack has tokens: with exactly S rows megatron-core would take row i for
         # position i of the whole pack; otherwise positions restart with every sample, as they must.

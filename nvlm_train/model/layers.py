@@ -5,6 +5,7 @@ Shape legend: S tokens of a pack, N local heads, G local KV groups, D head size,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -79,23 +80,41 @@ class SdpaAttention(nn.Module):
             [S, N * D].
         """
         assert packed_seq_params is not None, "NVLM always runs packed sequences"
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        states = (query_SND, key_SGD, value_SGD)
-        segments = zip(
-            *(state.transpose(0, 1).split(lengths, dim=1) for state in states), strict=True
+        query_NSD, key_GSD, value_GSD = (
+            state.transpose(0, 1) for state in (query_SND, key_SGD, value_SGD)
         )
-        outputs = [
-            grouped_attention(
-                query[None],
-                key[None],
-                value[None],
-                is_causal=True,
-                scale=self.scale,
-                dropout_p=self.dropout if self.training else 0.0,
-            )[0]
-            for query, key, value in segments
-        ]
-        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+        attended = self.attend(query_NSD, key_GSD, value_GSD, packed_seq_params)
+        return attended.transpose(0, 1).flatten(1)
+
+    def attend(
+        self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: PackedSeqParams
+    ) -> Tensor:
+        """[N, S, D]."""
+        segments = self.segments(query_NSD, key_GSD, value_GSD, packed)
+        return torch.cat([self.causal(*states) for states in segments], dim=1)
+
+    def segments(
+        self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: PackedSeqParams
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Views of each segment's queries, keys and values."""
+        lengths = packed.cu_seqlens_q.diff().tolist()
+        return zip(
+            query_NSD.split(lengths, dim=1),
+            key_GSD.split(lengths, dim=1),
+            value_GSD.split(lengths, dim=1),
+            strict=True,
+        )
+
+    def causal(self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor) -> Tensor:
+        """Of one segment, [N, S, D]."""
+        return grouped_attention(
+            query_NSD[None],
+            key_GSD[None],
+            value_GSD[None],
+            is_causal=True,
+            scale=self.scale,
+            dropout_p=self.dropout if self.training else 0.0,
+        )[0]
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:

@@ -67,7 +67,7 @@ class NVLM(MegatronModule):
             features: [T, tokens per tile, feature size]; None past the first stage.
             context: the layout of the pack's cross-attention context, if it has one.
             cu_seqlens: int32 [segments + 1].
-            logit_positions_L: int64 [L].
+            logit_positions_L: int64 [L], ascending.
 
         Returns:
             Last stage: logits [L, 1, V / TP]. Others: what the next stage needs (`relay.join`).

@@ -31,6 +31,38 @@ def test_swiglu_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda value: cpu_kernels.swiglu(value, None), (x,))
 
 
+@pytest.mark.parametrize("shape", [(5, 1, 12), (0, 12), (7, 12)])
+def test_rms_norm_is_torchs(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(shape, requires_grad=True), torch.randn(12, requires_grad=True)]
+    plain = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    output = cpu_kernels.rms_norm(*leaves, 1e-5)
+    expected = F.rms_norm(plain[0], (12,), plain[1], 1e-5)
+    torch.testing.assert_close(output, expected)
+    output.sin().sum().backward()
+    expected.sin().sum().backward()
+    for leaf, other in zip(leaves, plain, strict=True):
+        torch.testing.assert_close(leaf.grad, other.grad)
+
+
+def test_rms_norm_passes_gradcheck() -> None:
+    x, weight = (torch.randn(size, dtype=torch.float64) for size in ((3, 2, 8), (8,)))
+    x[0] = 0
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *values: cpu_kernels.rms_norm(*values, 0.5), leaves)
+
+
+def test_rotary_turns_pairs() -> None:
+    """Against complex numbers, and backwards."""
+    x = torch.randn(5, 1, 3, 8, dtype=torch.float64, requires_grad=True)
+    angles = torch.randn(5, 1, 1, 4, dtype=torch.float64)
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+    both = torch.cat([angles, angles], dim=-1)
+    expected = torch.cat([turned.real, turned.imag], dim=-1)
+    torch.testing.assert_close(cpu_kernels.rotary(x, both, mscale=1.0), expected)
+    assert torch.autograd.gradcheck(lambda value: cpu_kernels.rotary(value, both), (x,))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 6])
 def test_weight_gradient_is_added(rows: int, dtype: torch.dtype) -> None:
