@@ -122,6 +122,8 @@ def _run(
     )
     try:
         start_process_group()
+        # A rank whose function ends at once must not leave while others still connect to it.
+        dist.barrier()
         return function(*args)
     finally:
         from megatron.core import parallel_state

@@ -48,6 +48,7 @@ def checkpoint_size(checkpoint: Path) -> int:
     return sum(-(-path.stat().st_size // 4096) * 4 for path in checkpoint.iterdir())
 
 
+@pytest.mark.slow
 def test_full_disk_at_every_point_of_a_save(
     workers: WorkerPool, data: Path, whole_run: WholeRun, small_disk: Callable[[int], Path]
 ) -> None:

@@ -41,9 +41,9 @@ def assert_same_state(
 @pytest.mark.parametrize(
     ("name", "rank", "more"),
     [
-        ("TP2 PP2", 2, ()),
+        ("DP2", 1, ()),
+        pytest.param("TP2 PP2", 2, (), marks=slow),
         pytest.param("single", 0, (), marks=slow),
-        pytest.param("DP2", 1, (), marks=slow),
         pytest.param("DP2", 1, ("stages.sft.parallel.distributed_optimizer=false",), marks=slow),
         pytest.param("PP2 DP2 overlapped", 3, (), marks=slow),
     ],

@@ -22,8 +22,8 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stop_after"),
     [
-        ("single", 6),
         ("TP2 PP2", 4),
+        pytest.param("single", 6, marks=slow),
         pytest.param("single", 1, marks=slow),
         pytest.param("single", 4, marks=slow),
         pytest.param("PP2", 1, marks=slow),
