@@ -101,6 +101,7 @@ def test_stages_may_have_different_layouts(
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_an_earlier_stages_engine_is_gone(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
     """With its weights and optimizer: a stage needs no memory for two of them."""
     for counts in workers.run(2, ills.engines_alive, data, tmp_path, *layout("TP2")[1]):

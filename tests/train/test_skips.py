@@ -83,6 +83,7 @@ def expected_steps(torn: Path, run_dir: Path, stage: str) -> list[tuple[int, int
     return steps
 
 
+@pytest.mark.slow
 def test_torn_images_are_trained_by_nobody(workers: WorkerPool, torn: Path, tmp_path: Path) -> None:
     assert workers.run(1, runs.run, torn, tmp_path / "single", *TOLERANT) == [0]
     single = read_metrics(tmp_path / "single")

@@ -75,6 +75,7 @@ def sync(run_dir: Path, url: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_offline_starts_are_parts_of_one_run_and_sync_as_one(tmp_path: Path) -> None:
     first, _ = start(tmp_path, "offline", "", 0, 1, 5)
     # Killed after step 5; the checkpoint is of step 3, so 4 and 5 come again.
