@@ -29,11 +29,11 @@ _ROWS_AT_ONCE = 256
 """Asking positions that share a mask of [256, S]: 8 MiB at 8,192 tokens."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pack(PackedSeqParams):
     """What megatron-core hands to every layer, through recomputation too; and what the last one wants."""
 
-    wanted_L: Tensor | None = None
+    wanted_L: Tensor
     """int64, ascending: positions whose logits are wanted, on the last pipeline stage."""
 
 
@@ -121,7 +121,7 @@ class SdpaOfWanted(SdpaAttention):
         self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: PackedSeqParams
     ) -> Tensor:
         """[N, L, D]."""
-        assert isinstance(packed, Pack) and packed.wanted_L is not None
+        assert isinstance(packed, Pack)
         bounds = packed.cu_seqlens_q.long()
         counts = torch.searchsorted(packed.wanted_L, bounds).diff().tolist()
         segments = zip(
@@ -154,20 +154,18 @@ class SdpaOfWanted(SdpaAttention):
         return torch.cat(outputs, dim=1)
 
 
-def spans_of_wanted(spans: Tensor, wanted_L: Tensor | None) -> Tensor:
+def spans_of_wanted(spans: Tensor, wanted_L: Tensor) -> Tensor:
     """Spans (start, stop, first, last) of tokens -> of wanted rows.
 
     A span in which nothing is wanted stays, with no rows: its keys and values then have gradients, of
     zeros.
     """
-    assert wanted_L is not None
     rows = torch.searchsorted(wanted_L.to(spans.device), spans[:, :2].long().contiguous())
     return torch.cat([rows.to(spans.dtype), spans[:, 2:]], dim=1)
 
 
-def _at_positions(config: TransformerConfig, hidden_SBH: Tensor, wanted_L: Tensor | None) -> Tensor:
+def _at_positions(config: TransformerConfig, hidden_SBH: Tensor, wanted_L: Tensor) -> Tensor:
     """The rows, [L, 1, H]; under sequence parallelism this rank's part of them."""
-    assert wanted_L is not None
     if not config.sequence_parallel:
         return hidden_SBH.index_select(0, wanted_L)
     # The scatter's backward gives every rank the whole gradient; the gather's must not sum it again.

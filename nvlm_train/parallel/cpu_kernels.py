@@ -55,7 +55,7 @@ def swiglu(x: Tensor, bias: Tensor | None, *options: bool) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Root-mean-square norm; as autograd composes it, backward makes twice the passes over memory."""
+    """Root-mean-square norm; as autograd composes it, backward makes more passes over memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:  # type: ignore[override]
