@@ -35,7 +35,6 @@ def run(recipe: Recipe) -> int:
         return code
     # Whatever it is, this rank must not stay: it is told in full, and the exit code says so.
     except Exception as error:
-        ending.kill_writers()
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         code = _tell(error)

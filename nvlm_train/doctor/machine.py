@@ -44,7 +44,7 @@ def check_machine(recipe: Recipe | None) -> Findings:
     if recipe is None:
         return
     if recipe.precision == "bf16" and not kernels.multiplies_bf16():
-        text = "precision=bf16, and this CPU multiplies bf16 about 100 times slower than fp32"
+        text = "precision=bf16, and this CPU computes bf16 products in fp32: slower than fp32 alone"
         yield warning("kernels", text, "set precision=fp32")
     yield from _memory(recipe)
 

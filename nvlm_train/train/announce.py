@@ -24,8 +24,8 @@ def machine(precision: str) -> None:
     )
     if precision == "bf16" and not kernels.multiplies_bf16():
         logger.warning(
-            "precision=bf16: this CPU has no bf16 matrix products (AVX512-BF16 or AMX), and torch's "
-            "stand-in is about 100 times slower than fp32; set precision=fp32"
+            "precision=bf16: this CPU has no bf16 matrix products (AVX512-BF16 or AMX), so they are "
+            "computed in fp32 and rounded; precision=fp32 is faster here"
         )
 
 

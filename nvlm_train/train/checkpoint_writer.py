@@ -1,78 +1,99 @@
-"""What the forked writer process of a rank does: write the rank's shards, and take their digests.
+"""Writes a rank's shards in threads, from copies, and takes their digests, while training goes on.
 
-megatron-core forks one more process a file and waits for each without looking whether it lives: when the
-kernel kills one for memory, the save never ends. Here threads of the one writer write the files; a writer
-that dies is a save that failed.
+megatron-core forks a process for it. A fork copies the locks that the rank's other threads hold, but not
+those threads: rarely, a writer waited for ever, and its rank for the writer. It copies the rank's sockets
+and file locks too. Threads need none of that, and what takes long here (writing, torch's copies into the
+file, SHA-256) runs without the interpreter's lock.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import os
 import queue
-import signal
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from nvlm_train.train.checkpoint_files import disk_trouble
 from nvlm_train.train.manifest import FileDigest, digest_file
-from nvlm_train.train.mcore_fixes import ResultFile
 
-_C_LIBRARY = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-"""From linux/prctl.h."""
-
-
-def with_digests(request: AsyncRequest, digests: ResultFile) -> AsyncRequest:
-    """The request with a writer that puts {file name: FileDigest} into `digests`."""
-    if request.async_fn is None:  # this rank has nothing to write
-        return request
-    transforms = request.async_fn.args[0]
-    writer = partial(_write, os.getpid(), transforms, digests)
-    return request._replace(async_fn=writer)
+Bucket = tuple[str, str, tuple[list[Any], list[Any]]]
+"""A file of megatron-core's: its path, its key, (item, bytes) and (item, tensor) to write into it."""
+_Written = tuple[Any, dict[str, FileDigest]]
+"""What megatron-core wants to know of a file, or the exception that ended it; its digest by name."""
 
 
-def _write(
-    parent: int,
-    transforms: list[Any],
-    digests: ResultFile,
-    rank: int,
-    buckets: list[tuple[str, str, Any]],
-    results: ResultFile,
-) -> None:
-    die_with(parent)
-    _own_nothing_of_the_parent()
-    write = partial(_write_bucket, transforms)
-    with ThreadPoolExecutor(len(buckets)) as threads:
-        written = list(threads.map(write, range(len(buckets)), buckets))
-    failures = [result for result, _ in written if isinstance(result, Exception)]
-    if failures:
-        trouble = disk_trouble(Path(buckets[0][0]).parent)
-        results.put(RuntimeError(trouble or str(failures[0])))
-        return
-    digests.put({name: digest for _, found in written for name, digest in found.items()})
-    results.put({number: result for number, (result, _) in enumerate(written)})
+class WriterThreads(AsyncCaller):
+    """megatron-core's caller of writers: a thread for each file of a save, one save at a time."""
+
+    def __init__(self) -> None:
+        self.digests: dict[str, FileDigest] = {}
+        """Of this rank's files of the last save, by name."""
+        self._files: list[Future[_Written]] = []
+        self._directory = Path()
+        self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def schedule_async_call(self, async_req: AsyncRequest) -> None:
+        """Copies what is to be written and starts the threads."""
+        self.digests = {}
+        if async_req.async_fn is None:  # this rank has nothing to write
+            return
+        _, buckets, self._results = async_req.async_fn_args
+        transforms = async_req.async_fn.args[0]
+        self._directory = Path(buckets[0][0]).parent
+        threads = ThreadPoolExecutor(len(buckets), thread_name_prefix="checkpoint-writer")
+        self._files = [
+            threads.submit(_write_file, transforms, number, bucket)
+            for number, bucket in enumerate(_copies(buckets, async_req.preload_fn))
+        ]
+        threads.shutdown(wait=False)
+
+    def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
+        """Whether all ranks have written, as megatron-core asks it; waits when `blocking`."""
+        is_busy = not all(file.done() for file in self._files)
+        is_done = not is_busy if no_dist else self.sync_all_async_calls(is_busy)
+        if not is_done and not blocking:
+            return False
+        self.close()
+        return True
+
+    def close(self, abort: bool = False) -> None:
+        """Waits for the threads and tells megatron-core what they wrote."""
+        if not self._files:
+            return
+        written, self._files = [file.result() for file in self._files], []
+        failures = [result for result, _ in written if isinstance(result, Exception)]
+        if failures:
+            self._results.put(RuntimeError(disk_trouble(self._directory) or str(failures[0])))
+            return
+        self.digests = {name: digest for _, found in written for name, digest in found.items()}
+        self._results.put({number: result for number, (result, _) in enumerate(written)})
+
+    def __del__(self) -> None:
+        """The base class raises here."""
 
 
-def _own_nothing_of_the_parent() -> None:
-    """Only the thread that forked is here: what belongs to the parent's other threads must not be touched."""
-    # A collected process group would wait for its threads for ever. What is frozen is never collected.
-    gc.freeze()
-    # OpenMP's threads are missing too; with one thread they are not asked.
-    torch.set_num_threads(1)
+def _copies(buckets: list[Bucket], to_host: Callable[[], list[Bucket]]) -> list[Bucket]:
+    """The buckets with tensors that training does not change: `to_host` copies those of a GPU only."""
+    return [
+        (path, key, (data, _own(tensors, on_host)))
+        for (path, key, (data, tensors)), (_, _, (_, on_host)) in zip(
+            buckets, to_host(), strict=True
+        )
+    ]
 
 
-def _write_bucket(
-    transforms: list[Any], number: int, bucket: tuple[str, str, Any]
-) -> tuple[Any, dict[str, FileDigest]]:
+def _own(tensors: list[Any], on_host: list[Any]) -> list[Any]:
+    return [
+        (item, copy.clone() if copy is tensor else copy)
+        for (item, tensor), (_, copy) in zip(tensors, on_host, strict=True)
+    ]
+
+
+def _write_file(transforms: list[Any], number: int, bucket: Bucket) -> _Written:
     """Writes one file by megatron-core's own function, then reads it back from the page cache."""
     result: queue.Queue[Any] = queue.Queue()
     count: queue.Queue[int] = queue.Queue()
@@ -84,14 +105,7 @@ def _write_bucket(
     if isinstance(written, Exception):
         return written, {}
     path = Path(bucket[0])
-    return written, {path.name: digest_file(path)}
-
-
-def die_with(parent: int) -> None:
-    """Lets the kernel end this process when `parent` dies: a killed run leaves no writer behind."""
-    prctl: Callable[..., int] | None = getattr(_C_LIBRARY, "prctl", None)
-    if prctl is None:  # not Linux
-        return
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        return written, {path.name: digest_file(path)}
+    except OSError as error:  # the other ranks have to hear of it
+        return error, {}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import tempfile
+import queue
 from collections.abc import Callable
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -20,49 +17,18 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from nvlm_train.train.update import parts
 
 
-class ResultFile:
-    """Carries one object from a forked checkpoint writer to the process that forked it.
+def keep_results_in_the_process() -> None:
+    """Gives megatron-core a plain queue for what checkpoint writers report.
 
-    Stands in for a queue of a `multiprocessing.Manager`, which costs a spawned interpreter a rank
-    (seconds at the first save) and outlives a rank that is killed.
-    """
-
-    def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="nvlm-writer-")
-        self._path = Path(self._directory.name) / "result"
-
-    def put(self, result: Any) -> None:
-        """Called in the writer; the rename makes the result visible at once."""
-        partial = self._path.with_suffix(".partial")
-        partial.write_bytes(pickle.dumps(result))
-        os.replace(partial, self._path)
-
-    def is_there(self) -> bool:
-        """Whether something was put and not yet taken."""
-        return self._path.exists()
-
-    def get_nowait(self) -> Any:
-        """Called after the writer has ended. Where it left nothing, the answer is an error."""
-        if not self._path.exists():
-            return ChildProcessError(
-                "the process that wrote the checkpoint was killed; where the kernel did it for memory "
-                "(see dmesg), give the job more host memory"
-            )
-        result = pickle.loads(self._path.read_bytes())
-        self._path.unlink()
-        return result
-
-
-def report_writes_through_files() -> None:
-    """Makes megatron-core's checkpoint writers report through a `ResultFile`.
+    Its own belongs to a `multiprocessing.Manager`, which costs a spawned interpreter a rank (seconds at
+    the first save) and outlives a rank that is killed. Writers are threads here (checkpoint_writer.py).
 
     Raises:
         RuntimeError: megatron-core keeps its queue elsewhere.
     """
     if not hasattr(filesystem_async, "_results_queue"):
         raise RuntimeError("filesystem_async._results_queue does not exist: update mcore_fixes.py")
-    if not isinstance(filesystem_async._results_queue, ResultFile):
-        filesystem_async._results_queue = ResultFile()
+    filesystem_async._results_queue = queue.SimpleQueue()
 
 
 _held: list[Exception] = []

@@ -1,8 +1,8 @@
 """One run directory, one writer: rank 0 holds a kernel lock on a file that says who holds it.
 
-The kernel lets go of the lock when the owner dies, however it dies, and a checkpoint writer that
-the owner forked keeps it until it has ended too. What a kernel cannot know, because the owner ran on
-another host and not every network file system carries locks, is asked of SLURM.
+The kernel lets go of the lock when the owner and what it forked have died, however they die. What a
+kernel cannot know, because the owner ran on another host and not every network file system carries
+locks, is asked of SLURM.
 """
 
 from __future__ import annotations

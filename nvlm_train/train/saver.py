@@ -24,7 +24,7 @@ from nvlm_train.errors import CheckpointError
 from nvlm_train.train import checkpoint_files as files
 from nvlm_train.train import mcore_fixes
 from nvlm_train.train.checkpoint import write_request
-from nvlm_train.train.checkpoint_writer import with_digests
+from nvlm_train.train.checkpoint_writer import WriterThreads
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.state import RunState, write_state
@@ -38,7 +38,6 @@ class _Save:
 
     writing: Path
     state: RunState
-    digests: mcore_fixes.ResultFile
 
     @property
     def name(self) -> str:
@@ -59,11 +58,12 @@ class Saver:
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         self._run_dir = run_dir
         self._config = config
-        self._queue = AsyncCallsQueue()
+        self._queue = AsyncCallsQueue(persistent=True)
+        self._queue.persistent_caller = self._writers = WriterThreads()
         self._under_way: _Save | None = None
         self._failures: list[str] = []
         """Of the saves since the last one that succeeded."""
-        mcore_fixes.report_writes_through_files()
+        mcore_fixes.keep_results_in_the_process()
         mcore_fixes.hold_file_errors()
         on_rank_0(lambda: files.open_directory(run_dir))
 
@@ -74,8 +74,7 @@ class Saver:
     def save(self, engine: Engine, state: RunState) -> None:
         """Starts a save; an earlier one that still runs is waited for first.
 
-        Writer processes are forked (or fed from host copies on CUDA), so that training may change
-        the weights at once.
+        Writers are threads with copies of their own, so that training may change the weights at once.
 
         Raises:
             CheckpointError: on all ranks, as `poll`.
@@ -111,11 +110,11 @@ class Saver:
 
     def _start(self, engine: Engine, state: RunState, name: str) -> None:
         writing = on_rank_0(lambda: files.begin(self._run_dir, name))
-        self._under_way = save = _Save(writing, state, mcore_fixes.ResultFile())
+        self._under_way = save = _Save(writing, state)
         request = write_request(engine, writing)
         on_rank_0(partial(_raise_held_error, writing))
         request.add_finalize_fn(lambda: self._publish(save))
-        self._queue.schedule_async_request(with_digests(request, save.digests))
+        self._queue.schedule_async_request(request)
 
     def _finish(self, blocking: bool) -> None:
         if self._under_way is None:
@@ -126,9 +125,8 @@ class Saver:
 
     def _publish(self, save: _Save) -> None:
         on_rank_0(partial(_raise_held_error, save.writing))
-        mine = save.digests.get_nowait() if save.digests.is_there() else {}
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
+        dist.all_gather_object(gathered, self._writers.digests)
         digests = {name: digest for each in gathered for name, digest in each.items()}
 
         def publish() -> None:

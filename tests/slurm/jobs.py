@@ -94,7 +94,7 @@ class Job:
             process.send_signal(signal.SIGCONT)
 
     def rank(self, rank: int) -> psutil.Process:
-        """A rank's process; checkpoint writers that it forked are younger."""
+        """A rank's process; what it starts itself is younger."""
         found = [
             each
             for node in self._cluster.nodes

@@ -17,7 +17,7 @@ from nvlm_train.train import checkpoint
 from nvlm_train.train import engine as engine_module
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.manifest import Manifest, write_manifest
-from nvlm_train.train.mcore_fixes import distributed_optimizers, report_writes_through_files
+from nvlm_train.train.mcore_fixes import distributed_optimizers, keep_results_in_the_process
 from nvlm_train.train.step import run_step
 from tests.parity import recipes
 from tests.parity.gradients import start_engine
@@ -34,7 +34,7 @@ def train_and_save(parallel: ParallelConfig, directory: Path, is_fixed: bool) ->
     if dist.get_rank() == 0:
         directory.mkdir()
     dist.barrier()
-    report_writes_through_files()
+    keep_results_in_the_process()
     with _fix(is_fixed):
         dist_checkpointing.save(checkpoint.sharded_state(engine, is_loading=False), str(directory))
     if dist.get_rank() == 0:

@@ -252,7 +252,7 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def _await_end(family: list[psutil.Process]) -> None:
-    """Nobody is left behind: ranks lose their peers, writers die with their rank."""
+    """Nobody is left behind: ranks lose their peers."""
     _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == [], [each.cmdline() for each in alive]
 

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import gc
+import errno
 import logging
-import multiprocessing
 import os
-import signal
-import time
-from functools import partial
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import CheckpointError
-from nvlm_train.train import start
-from nvlm_train.train.checkpoint_writer import die_with, with_digests
+from nvlm_train.train import checkpoint, checkpoint_files, checkpoint_writer, start
 from nvlm_train.train.damage import find_damage
-from nvlm_train.train.mcore_fixes import ResultFile
+from nvlm_train.train.engine import Engine
+from nvlm_train.train.manifest import FileDigest
 from nvlm_train.train.saver import Saver
 from nvlm_train.train.schedule import Position
 from nvlm_train.train.step import run_step
+from nvlm_train.train.update import parts
 from tests.train import runs
 from tests.train.smoke import smoke_recipe
 
@@ -81,16 +79,15 @@ def _attempt(saver, work, recipe, position, run_dir) -> tuple[str, list[str]]:
     return message, names
 
 
-def save_with_a_killed_writer(data: Path, run_dir: Path) -> list[str]:
-    """Kills the writer of the last rank; then saves again. The two errors."""
+def save_with_an_unreadable_file(data: Path, run_dir: Path) -> list[str]:
+    """A writer of the last rank cannot read back what it wrote; then saves again. The two errors."""
     recipe = smoke_recipe(data, run_dir)
     work = trained_for_a_step(recipe)
     saver, messages = Saver(run_dir, recipe.checkpoint), []
+    original = checkpoint_writer.digest_file
     for step, victim in ((1, dist.get_world_size() - 1), (2, None)):
+        checkpoint_writer.digest_file = _unreadable if dist.get_rank() == victim else original
         saver.save(work.engine, start.run_state(recipe, work, Position("pretrain", step), None))
-        if dist.get_rank() == victim:
-            for child in psutil.Process().children():
-                child.kill()
         try:
             saver.wait()
             messages.append("")
@@ -100,59 +97,55 @@ def save_with_a_killed_writer(data: Path, run_dir: Path) -> list[str]:
     return messages
 
 
-def writer_outlives_its_rank() -> bool:
-    """Forks a rank that forks a writer, kills the rank, and looks for the writer for five seconds."""
-    reading, writing = os.pipe()
-    rank = os.fork()
-    if rank == 0:
-        own = os.getpid()
-        writer = os.fork()
-        if writer == 0:
-            die_with(own)
-            os.write(writing, str(os.getpid()).encode())
-        time.sleep(60)
-        os._exit(0)
-    writer = psutil.Process(int(os.read(reading, 20)))
-    os.kill(rank, signal.SIGKILL)
-    os.waitpid(rank, 0)
-    try:
-        writer.wait(timeout=5)
-    except psutil.TimeoutExpired:
-        writer.kill()
-        return True
-    return False
+def _unreadable(path: Path) -> FileDigest:
+    raise OSError(errno.EIO, "Input/output error", str(path))
 
 
-class _CollectingResult(ResultFile):
-    """Collects garbage in the writer before it reports."""
+def save_while_training_goes_on(data: Path, run_dir: Path, *overrides: str) -> tuple[int, bool]:
+    """Holds the writers back until everything that was to be saved has been overwritten.
 
-    def put(self, result: Any) -> None:
-        gc.collect()
-        super().put(result)
+    Returns:
+        Processes that the save started; whether what was loaded is what there was when it began.
+    """
+    recipe = smoke_recipe(data, run_dir, *overrides)
+    work = trained_for_a_step(recipe)
+    saver, may_write = Saver(run_dir, recipe.checkpoint), threading.Event()
+    before, children = _snapshot(work.engine), len(psutil.Process().children())
+    original = checkpoint_writer._write_file
+
+    def held_back(*arguments: Any) -> Any:
+        assert may_write.wait(timeout=60)
+        return original(*arguments)
+
+    with mock.patch.object(checkpoint_writer, "_write_file", held_back):
+        saver.save(work.engine, start.run_state(recipe, work, Position("pretrain", 1), None))
+    started = len(psutil.Process().children()) - children
+    for tensor in _live(work.engine):
+        tensor.zero_()
+    may_write.set()
+    saver.close()
+    checkpoint.load(work.engine, checkpoint_files.complete_checkpoints(run_dir)[-1], True)
+    after = _snapshot(work.engine)
+    return started, all(map(torch.equal, before, after))
 
 
-def writer_ends_though_its_rank_left_a_group(directory: Path) -> bool:
-    """Forks a writer of one file while a process group of this rank waits to be collected."""
-    gc.disable()
-    try:
-        garbage = [dist.new_group([dist.get_rank()], use_local_synchronization=True)]
-        dist.all_reduce(torch.ones(1), group=garbage[0])
-        dist.destroy_process_group(garbage[0])
-        garbage.append(garbage)
-        del garbage
-        bucket = (str(directory / "file"), "key", ([], []))
-        request = AsyncRequest(partial(Path, []), (), [])
-        results = _CollectingResult()
-        written = with_digests(request, ResultFile()).async_fn
-        writer = multiprocessing.get_context("fork").Process(
-            target=written, args=(0, [bucket], results)
-        )
-        writer.start()
-        writer.join(timeout=20)
-        writer.kill()
-        return results.is_there()
-    finally:
-        gc.enable()
+def _live(engine: Engine) -> list[torch.Tensor]:
+    """Weights, and the optimizer's copies and moments."""
+    states = [
+        value
+        for part in parts(engine.optimizer)
+        for state in part.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    groups = (part.optimizer.param_groups for part in parts(engine.optimizer))
+    mains = [tensor for each in groups for group in each for tensor in group["params"]]
+    weights = [parameter.data for parameter in engine.model.module.parameters()]
+    return [tensor.data for tensor in (*weights, *mains, *states) if tensor.numel() > 1]
+
+
+def _snapshot(engine: Engine) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in _live(engine)]
 
 
 def run_and_listen(data: Path, run_dir: Path, *overrides: str) -> tuple[int | str, list[str]]:

@@ -49,8 +49,8 @@ def _hold(connection, run_dir: Path) -> None:
     time.sleep(60)
 
 
-def _hold_with_writer(connection, run_dir: Path, seconds: float) -> None:
-    """An owner whose forked checkpoint writer goes on for a while."""
+def _hold_with_child(connection, run_dir: Path, seconds: float) -> None:
+    """An owner that leaves a process which holds its files for a while."""
     RunLock(run_dir, Owner.here(), patience_s=0)
     if os.fork() == 0:
         time.sleep(seconds)
@@ -89,8 +89,8 @@ def test_a_killed_owner_gives_way(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_dying_owner_is_waited_for(start: Start, tmp_path: Path) -> None:
-    """Its forked writer still writes: the directory is free when that has ended, and not before."""
-    process = start(_hold_with_writer, tmp_path, 1.5)
+    """What it forked still holds the lock: the directory is free when that has ended, and not before."""
+    process = start(_hold_with_child, tmp_path, 1.5)
     process.kill()
     process.join()
     with pytest.raises(RunLockedError):

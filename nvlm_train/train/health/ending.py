@@ -6,13 +6,10 @@ Exit codes of a rank: 0 finished, 2 something to fix (also an exception that nob
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
 from typing import NoReturn
-
-import psutil
 
 EXIT_HANG = 76
 """No step in time: the stacks of all ranks were written, and the same command goes on from the last save."""
@@ -28,24 +25,10 @@ def leave(code: int) -> NoReturn:
     Sockets close with the process, so gloo's peers get an error in the collective they wait in; NCCL's
     peers are ended by the launcher (torchrun, `srun --kill-on-bad-exit`), or by their own watchdog.
     """
-    kill_writers()
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
-
-
-def kill_writers() -> None:
-    """Ends forked checkpoint writers, and theirs: nobody would publish what they write.
-
-    They also hold copies of this process's sockets: while one lives, gloo's peers see no closed connection.
-    Children that run another program, such as wandb's, end in their own time.
-    """
-    own = psutil.Process()
-    for child in own.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if child.exe() == own.exe():
-                child.kill()
 
 
 def prepare() -> None:
