@@ -70,10 +70,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         self.end_headers()
         sent = content[: len(content) // 2] if failure == 0 else content
-        self.wfile.write(sent)
-        with self.server.guard:
+        with self.server.guard:  # counted first: who has read an answer may look at once
             done = self.server.bytes_sent
             done[path.name] = done.get(path.name, 0) + len(sent)
+        self.wfile.write(sent)
 
 
 @contextlib.contextmanager
