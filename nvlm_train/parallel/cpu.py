@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nvlm_train.parallel import cpu_kernels, waiting
+from nvlm_train.parallel import cpu_bf16, cpu_kernels, waiting
 
 CPU = torch.device("cpu")
 
@@ -79,6 +79,7 @@ def install() -> None:
         sys.modules["torch._dynamo"].config.disable = True
     # Its tracker warns when the CPU's RNG moves inside "the GPU's": here they are one and the same.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_no_rng_warning)
+    cpu_bf16.install()
     _keep_freed_memory()
     install.done = True  # type: ignore[attr-defined]
 

@@ -14,7 +14,10 @@ ALL_PARTS = ("projector", "cross_attention", "language_model")
 
 
 def start_engine(
-    name: str, parallel: ParallelConfig, trainable: tuple[str, ...] = ALL_PARTS
+    name: str,
+    parallel: ParallelConfig,
+    trainable: tuple[str, ...] = ALL_PARTS,
+    **changes: object,
 ) -> Engine:
     """One of `cross_recipes.MODELS` with weights that depend on names only, gates open."""
     model = (cross_recipes.MODELS | cross_recipes.PLAIN)[name]
@@ -25,14 +28,15 @@ def start_engine(
         model=model,
         sequence_length=cross_recipes.SEQUENCE_LENGTH,
         trainable=trainable,
+        **changes,
     )
 
 
 def gradients_of_steps(
-    name: str, parallel: ParallelConfig, rounds: int = 1
+    name: str, parallel: ParallelConfig, rounds: int = 1, **changes: object
 ) -> tuple[list[float], list[dict[str, Tensor]]]:
     """Losses and canonical gradients of a mixed step and an all-text one; gradients on rank 0 only."""
-    engine = start_engine(name, parallel)
+    engine = start_engine(name, parallel, **changes)
     losses, found = [], []
     for number, packs in enumerate((cross_recipes.MIXED, cross_recipes.TEXT_ONLY)):
         batch = cross_recipes.step_batch(name, packs, engine.topology.share, number, rounds)

@@ -19,6 +19,9 @@ from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.vision.tile_parallel import encode_round
 from tests.parity import recipes
 
+Gradients = list[dict[str, Tensor]]
+"""By step, whole tensors by canonical name."""
+
 GATE = 0.5
 """Gates away from zero, so that the cross path carries gradient."""
 
@@ -73,10 +76,13 @@ def complete_gradients(engine: Engine) -> None:
 
 
 def gradients_of_step(
-    parallel: ParallelConfig, layouts_by_step: list[list[list[tuple[int, int]]]], rounds: int = 1
+    parallel: ParallelConfig,
+    layouts_by_step: list[list[list[tuple[int, int]]]],
+    rounds: int = 1,
+    **changes: object,
 ) -> tuple[list[float], list[dict[str, Tensor]]]:
     """Losses and canonical gradients of consecutive steps without updates. Only rank 0 returns gradients."""
-    engine = start_engine(parallel)
+    engine = start_engine(parallel, **changes)
     losses, gradients = [], []
     for number, layouts in enumerate(layouts_by_step):
         loss, gathered = _one(engine, layouts, number, rounds)
@@ -105,9 +111,11 @@ def of_batch(engine: Engine, batch: StepBatch) -> tuple[float, dict[str, Tensor]
     return result.loss, gathered
 
 
-def losses_of_training(parallel: ParallelConfig, steps: int) -> tuple[list[float], list[float]]:
+def losses_of_training(
+    parallel: ParallelConfig, steps: int, **changes: object
+) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of real training steps on the mixed batch."""
-    engine = start_engine(parallel)
+    engine = start_engine(parallel, **changes)
     losses, norms = [], []
     for number in range(steps):
         layouts = recipes.TEXT_ONLY if number == 2 else recipes.MIXED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -58,6 +59,7 @@ def recipe(
     parallel: ParallelConfig,
     model: ModelConfig = MODEL,
     sequence_length: int = SEQUENCE_LENGTH,
+    precision: Literal["fp32", "bf16"] = "fp32",
     **changes: object,
 ) -> Recipe:
     """A one-stage recipe around `stage`."""
@@ -66,7 +68,7 @@ def recipe(
         name="parity",
         run_dir="unused",
         seed=7,
-        precision="fp32",
+        precision=precision,
         schedule=("sft",),
         stages={"sft": own},
         model=model,
@@ -124,6 +126,8 @@ MIXED = [
     [(40, 2), (10, 4)],
 ]
 TEXT_ONLY = [[(30, 0), (20, 0)], [(40, 0)], [(25, 0)], [(60, 0), (20, 0)]]
+STEPS = [MIXED, TEXT_ONLY]
+"""A mixed step and an all-text step right after it, which must neither hang nor see stale gradients."""
 
 
 def step_batch(

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from nvlm_train.config.schema import ParallelConfig
-from tests.parity import bugs, gradients, recipes
+from tests.parity import bugs, gradients
+from tests.parity.gradients import Gradients
+from tests.parity.recipes import STEPS
 from tests.workers import WorkerPool
-
-STEPS = [recipes.MIXED, recipes.TEXT_ONLY]
-"""A mixed step and an all-text step right after it, which must neither hang nor see stale gradients."""
 
 TOLERANCE = 1e-5
 """Of the largest value of each gradient, in fp32. 1e-6 is what is measured."""
@@ -36,14 +35,6 @@ LAYOUTS = {
     "PP2 DP2 overlapped": (4, ParallelConfig(pipeline=2, overlap_grad_reduce=True), 1),
     "TP2 SP DP2": (4, ParallelConfig(tensor=2, sequence_parallel=True), 1),
 }
-
-Gradients = list[dict[str, torch.Tensor]]
-
-
-@pytest.fixture(scope="module")
-def reference(workers: WorkerPool) -> tuple[list[float], Gradients]:
-    """One process, one round."""
-    return workers.run(1, gradients.gradients_of_step, ParallelConfig(), STEPS)[0]
 
 
 def worst_error(found: Gradients, expected: Gradients) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from nvlm_train.train.signals import EXIT_REQUEUE
 from tests.train import cross_text, runs
+from tests.train.interrupted import WholeRun, assert_continues_bit_for_bit, stop
 from tests.train.layouts import NO_DROPOUT, layout
 from tests.train.smoke import read_metrics
 from tests.workers import WorkerPool
@@ -23,37 +22,24 @@ def test_stopped_run_continues_bit_for_bit(
     workers: WorkerPool,
     data: Path,
     tmp_path: Path,
-    whole_run: Callable[..., Path],
+    whole_run: WholeRun,
     model: str,
     name: str,
 ) -> None:
-    world, overrides = layout(name)
-    chosen = f"model=nvlm_{model}_smoke"
-    stopped = tmp_path / "stopped"
-    codes = workers.run(world, _stop, data, stopped, [*overrides, chosen])
-    assert codes == [EXIT_REQUEUE] * world
-    assert workers.run(world, runs.run, data, stopped, *overrides, chosen) == [0] * world
-    whole = whole_run(name, chosen)
-    assert read_metrics(stopped) == read_metrics(whole)
-    expected, continued = (
-        workers.run(1, runs.final_weights, data, run, chosen)[0] for run in (whole, stopped)
+    weights = assert_continues_bit_for_bit(
+        workers, data, tmp_path, whole_run, name, 5, f"model=nvlm_{model}_smoke"
     )
-    assert all(torch.equal(expected[key], continued[key]) for key in expected)
-    gates = [value for key, value in expected.items() if key.endswith("alpha")]
+    gates = [value for key, value in weights.items() if key.endswith("alpha")]
     assert len(gates) >= 2 and all(gate.abs() > 0 for gate in gates)
-
-
-def _stop(data: Path, run_dir: Path, overrides: list[str]) -> int:
-    return runs.run(data, run_dir, *overrides, stop_after=5)
 
 
 @pytest.mark.parametrize("model", ["x", "h", "flamingo"])
 def test_resume_in_another_layout(
-    workers: WorkerPool, data: Path, tmp_path: Path, whole_run: Callable[..., Path], model: str
+    workers: WorkerPool, data: Path, tmp_path: Path, whole_run: WholeRun, model: str
 ) -> None:
     chosen = f"model=nvlm_{model}_smoke"
     world, overrides = layout("TP2 PP2")
-    workers.run(world, _stop, data, tmp_path / "moved", [*overrides, chosen, *NO_DROPOUT])
+    workers.run(world, stop, data, tmp_path / "moved", 5, [*overrides, chosen, *NO_DROPOUT])
     world, overrides = layout("DP2")
     workers.run(world, runs.run, data, tmp_path / "moved", *overrides, chosen, *NO_DROPOUT)
     expected = read_metrics(whole_run("single", chosen, *NO_DROPOUT))
@@ -66,7 +52,7 @@ def test_resume_in_another_layout(
 
 @pytest.mark.parametrize("model", ["x", "h"])
 def test_text_is_the_backbones_after_training_with_a_frozen_language_model(
-    workers: WorkerPool, data: Path, whole_run: Callable[..., Path], model: str
+    workers: WorkerPool, data: Path, whole_run: WholeRun, model: str
 ) -> None:
     """Bit for bit, though the gates have opened: text without images passes no gate."""
     chosen = (f"model=nvlm_{model}_smoke", "stages.sft.trainable=[projector,cross_attention]")

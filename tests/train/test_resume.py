@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from nvlm_train.train.signals import EXIT_REQUEUE
 from tests.train import ills, runs
+from tests.train.interrupted import WholeRun, assert_continues_bit_for_bit, stop
 from tests.train.layouts import NO_DROPOUT, layout
 from tests.train.smoke import make_smoke_data, read_metrics
 from tests.workers import WorkerPool
 
-WholeRun = Callable[..., Path]
 slow = pytest.mark.slow
 
 
@@ -42,21 +39,7 @@ def test_stopped_run_continues_bit_for_bit(
     stop_after: int,
 ) -> None:
     """With dropout, so that the RNG counts; 4 is the hand-over between the stages."""
-    world, overrides = layout(name)
-    stopped = tmp_path / "stopped"
-    codes = workers.run(world, _stop, data, stopped, stop_after, overrides)
-    assert codes == [EXIT_REQUEUE] * world
-    assert len(read_metrics(stopped)) == stop_after
-    assert workers.run(world, runs.run, data, stopped, *overrides) == [0] * world
-    assert read_metrics(stopped) == read_metrics(whole_run(name))
-    whole, continued = (
-        workers.run(1, runs.final_weights, data, run)[0] for run in (whole_run(name), stopped)
-    )
-    assert all(torch.equal(whole[key], continued[key]) for key in whole)
-
-
-def _stop(data: Path, run_dir: Path, stop_after: int, overrides: list[str]) -> int:
-    return runs.run(data, run_dir, *overrides, stop_after=stop_after)
+    assert_continues_bit_for_bit(workers, data, tmp_path, whole_run, name, stop_after)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +56,7 @@ def test_resume_in_another_layout(
 ) -> None:
     """The same samples, losses to 1e-4. Dropout masks depend on the layout, so there is none here."""
     world, overrides = layout(before)
-    workers.run(world, _stop, data, tmp_path / "moved", 6, [*overrides, *NO_DROPOUT])
+    workers.run(world, stop, data, tmp_path / "moved", 6, [*overrides, *NO_DROPOUT])
     world, overrides = layout(after)
     workers.run(world, runs.run, data, tmp_path / "moved", *overrides, *NO_DROPOUT)
     expected, found = (
@@ -119,7 +102,7 @@ def test_finished_run_does_nothing(workers: WorkerPool, data: Path, tmp_path: Pa
 def test_half_written_checkpoint_is_not_used(
     workers: WorkerPool, data: Path, tmp_path: Path
 ) -> None:
-    workers.run(1, _stop, data, tmp_path / "run", 3, [])
+    workers.run(1, stop, data, tmp_path / "run", 3, [])
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.copytree(checkpoints / "pretrain-00000003", checkpoints / "writing-pretrain-00000004")
     assert workers.run(1, runs.run, data, tmp_path / "run") == [0]
@@ -137,7 +120,7 @@ def test_only_the_last_checkpoints_are_kept(
 
 
 def test_another_recipe_is_refused(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
-    workers.run(1, _stop, data, tmp_path / "run", 6, [])
+    workers.run(1, stop, data, tmp_path / "run", 6, [])
     changed = ["stages.sft.batch.size=8", "seed=1", "model.projector.ffn_hidden_size=32"]
     message = workers.run(1, _refusal, data, tmp_path / "run", changed)[0]
     assert "stages.sft.batch.size=8, was 4" in message
@@ -149,7 +132,7 @@ def test_another_recipe_is_refused(workers: WorkerPool, data: Path, tmp_path: Pa
 def test_changed_shard_is_refused_by_name(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
     own = tmp_path / "data"
     make_smoke_data(own)
-    workers.run(1, _stop, own, tmp_path / "run", 6, [])
+    workers.run(1, stop, own, tmp_path / "run", 6, [])
     shutil.copy(own / "text-000001.tar", own / "text-000000.tar")
     message = workers.run(1, _refusal, own, tmp_path / "run", [])[0]
     assert "text-000000.tar" in message and "changed" in message
