@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing as mp
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
+from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 
 import pytest
@@ -21,16 +25,17 @@ from tests.workers import WorkerPool
 
 Start = Callable[..., BaseProcess]
 ME = Owner.here()
+FORK = mp.get_context("fork")
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
     """`start(function, *args)` in a process of its own; returns when it says that it is ready."""
-    context, started = mp.get_context("fork"), []
+    started = []
 
     def begin(function: Callable[..., None], *args: object) -> BaseProcess:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=function, args=(theirs, *args))
+        ours, theirs = FORK.Pipe()
+        process = FORK.Process(target=function, args=(theirs, *args))
         process.start()
         started.append(process)
         assert ours.poll(30), "the process did not get ready"
@@ -49,11 +54,11 @@ def _hold(connection, run_dir: Path) -> None:
     time.sleep(60)
 
 
-def _hold_with_child(connection, run_dir: Path, seconds: float) -> None:
-    """An owner that leaves a process which holds its files for a while."""
+def _hold_with_child(connection, run_dir: Path, go_on: EventType) -> None:
+    """An owner that leaves a process which holds its files until it may go on."""
     RunLock(run_dir, Owner.here(), patience_s=0)
     if os.fork() == 0:
-        time.sleep(seconds)
+        go_on.wait(60)
         os._exit(0)
     connection.send("ready")
     time.sleep(60)
@@ -90,37 +95,35 @@ def test_a_killed_owner_gives_way(start: Start, tmp_path: Path) -> None:
 
 def test_a_dying_owner_is_waited_for(start: Start, tmp_path: Path) -> None:
     """What it forked still holds the lock: the directory is free when that has ended, and not before."""
-    process = start(_hold_with_child, tmp_path, 1.5)
+    go_on = FORK.Event()
+    process = start(_hold_with_child, tmp_path, go_on)
     process.kill()
     process.join()
     with pytest.raises(RunLockedError):
         take(tmp_path)
-    begin = time.monotonic()
+    threading.Timer(0.5, go_on.set).start()
     take(tmp_path, patience_s=20).release()
-    assert 0.1 < time.monotonic() - begin < 15
+    assert go_on.is_set()
 
 
-def test_only_one_of_many_gets_it(start: Start, tmp_path: Path) -> None:
+def test_only_one_of_many_gets_it(tmp_path: Path) -> None:
     """Ten at once, many times over."""
     for attempt in range(5):
-        run_dir = tmp_path / str(attempt)
-        processes = [
-            mp.get_context("fork").Process(target=_try, args=(run_dir,)) for _ in range(10)
-        ]
+        run_dir, all_have_tried = tmp_path / str(attempt), FORK.Barrier(10)
+        processes = [FORK.Process(target=_try, args=(run_dir, all_have_tried)) for _ in range(10)]
         for process in processes:
             process.start()
         for process in processes:
-            process.join(30)
+            process.join(60)
         assert sorted(process.exitcode or 0 for process in processes) == [0] + [3] * 9
 
 
-def _try(run_dir: Path) -> None:
-    try:
-        take(run_dir)
-    except RunLockedError:
-        os._exit(3)
-    time.sleep(1)
-    os._exit(0)
+def _try(run_dir: Path, all_have_tried: Barrier) -> None:
+    lock = None
+    with contextlib.suppress(RunLockedError):
+        lock = take(run_dir)
+    all_have_tried.wait(30)
+    os._exit(3 if lock is None else 0)
 
 
 def test_another_host_is_not_judged_by_guess(tmp_path: Path) -> None:
