@@ -42,7 +42,11 @@ def named_checkpoints(run_dir: Path) -> list[Path]:
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints whose manifest is there and right, oldest first."""
-    return [path for sequence, path in _by_sequence(run_dir) if sequence < math.inf]
+    return [path for _, path in _complete(run_dir)]
+
+
+def _complete(run_dir: Path) -> list[tuple[float, Path]]:
+    return [found for found in _by_sequence(run_dir) if found[0] < math.inf]
 
 
 def _by_sequence(run_dir: Path) -> list[tuple[float, Path]]:
@@ -110,8 +114,8 @@ def publish(writing: Path, name: str, digests: dict[str, manifest.FileDigest]) -
     for path in others:
         _sync(path)
     digests = digests | {path.name: manifest.digest_file(path) for path in others}
-    orders = [sequence for sequence, _ in _by_sequence(run_dir) if sequence < math.inf]
-    content = manifest.Manifest(int(max(orders, default=0)) + 1, dict(sorted(digests.items())))
+    newest = max((sequence for sequence, _ in _complete(run_dir)), default=0)
+    content = manifest.Manifest(int(newest) + 1, dict(sorted(digests.items())))
     manifest.write_manifest(content, writing)
     _sync(writing)
     if target.exists():

@@ -12,12 +12,16 @@ import pytest
 @pytest.fixture(scope="package")
 def fresh() -> Iterator[ProcessPoolExecutor]:
     """One new process; nothing of nvlm_train has been installed there."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+    with _process() as executor:
         yield executor
 
 
 @pytest.fixture
 def new() -> Iterator[ProcessPoolExecutor]:
     """Another, which has not imported megatron-core either."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+    with _process() as executor:
         yield executor
+
+
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))

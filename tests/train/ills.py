@@ -95,7 +95,7 @@ def slow_rank(root: Path, run_dir: Path, rank: int, part: str, *overrides: str) 
 
     def slowed(*args):
         if dist.get_rank() == rank:
-            time.sleep(0.5)
+            time.sleep(1.0)
         return original(*args)
 
     with mock.patch.object(owner, name, slowed):

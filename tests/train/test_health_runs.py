@@ -152,7 +152,7 @@ def test_warning_goes_on(workers: WorkerPool, data: Path, tmp_path: Path) -> Non
 def test_slow_rank_is_named(
     workers: WorkerPool, data: Path, tmp_path: Path, name: str, rank: int, part: str
 ) -> None:
-    """It sleeps half a second a step; the others' waiting for it is not counted as their own time."""
+    """It sleeps for a second in each step; the others' waiting for it is not counted as their own time."""
     world, parallel = layout(name)
     often = ("health.straggler_interval_steps=2", "loader.workers=0")
     run_dir = tmp_path / "run"
@@ -163,5 +163,5 @@ def test_slow_rank_is_named(
     assert [each["step"] for each in reports] == [2, 4]
     last = reports[-1]
     assert last["slowest_rank"] == rank
-    assert last[f"slowest_rank_{part}_seconds"] > 0.5
+    assert last[f"slowest_rank_{part}_seconds"] > 1.0
     assert last["slowest_rank_ratio"] > 1.2
