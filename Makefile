@@ -31,15 +31,15 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP) ## Trains the small NVLM (MODEL=d, x or h) through both stages, evaluates it, writes runs/demo
 	@$(BIN)/nvlm demo --architecture $(MODEL)
 
-PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --durations 25
+# Two files at a time: ranks wait for each other, and many slow tests for timers of SLURM, of a watchdog
+# or of a dead server.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
-# Two files at a time, because the ranks of a test wait for each other.
 test: lint ## Lint, types and the fast tests
-	$(PYTEST) -n 2
+	$(PYTEST)
 
-# Three, because many of these also wait for timers: SLURM's, a watchdog's, a dead server's.
 test-slow: $(STAMP) ## The tests that take minutes
-	$(PYTEST) -n 3 -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu'
 
 chaos: $(STAMP) ## Kills a four-process run 50 times and compares what it ends with (long)
 	$(BIN)/python -m tests.train.chaos --kills 50

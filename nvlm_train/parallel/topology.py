@@ -106,6 +106,10 @@ def collect_engines() -> None:
     The first pass brings tensors that C++ still refers to back to life, and all that they hold with
     them; the second finds them dead.
     """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    # megatron-core remembers the angles of 32 embeddings, and with each of them its process group.
+    RotaryEmbedding.forward.cache_clear()
     for _ in range(2):
         gc.collect()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import asdict
 
 import psutil
@@ -9,7 +10,7 @@ import pytest
 
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.errors import ConfigError
-from nvlm_train.parallel.topology import build_topology
+from nvlm_train.parallel.topology import build_topology, collect_engines
 from tests.workers import WorkerPool
 
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2)
@@ -84,6 +85,23 @@ def test_groups_of_an_earlier_stage_are_ended(workers: WorkerPool) -> None:
     """Each has threads: a stage more must not mean dozens of them more."""
     for counts in workers.run(4, _threads, 4):
         assert max(counts) - counts[0] < 10, counts
+
+
+def _rotary_lives_on() -> bool:
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    build_topology(ParallelConfig(), seed=1)
+    embedding = RotaryEmbedding(kv_channels=8, rotary_percent=1.0)
+    embedding(4)
+    alive = weakref.ref(embedding)
+    del embedding
+    collect_engines()
+    return alive() is not None
+
+
+def test_megatrons_cache_of_angles_keeps_no_embedding(workers: WorkerPool) -> None:
+    """Nor the process group that it holds, whose threads wake a hundred times a second."""
+    assert workers.run(1, _rotary_lives_on) == [False]
 
 
 def _refusal() -> str:
