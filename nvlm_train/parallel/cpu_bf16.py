@@ -11,8 +11,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import Library, get_kernel
+from torch import Tensor, library
 
 from nvlm_train.parallel import kernels
 
@@ -27,18 +26,18 @@ PRODUCTS: dict[str, tuple[torch.dtype, ...]] = {
 }
 """Operators of ATen that hold the products of training and generation -> dtypes of their results for bf16."""
 
-_installed: list[Library] = []  # its kernels last as long as it does
+_installed: list[library.Library] = []  # its kernels last as long as it does
 
 
 def install() -> None:
     """Replaces torch's CPU kernels of `PRODUCTS`; returns at once where bf16 products are fast."""
     if kernels.multiplies_bf16() or _installed:
         return
-    ours = Library("aten", "IMPL")
+    ours = library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
         for name, dtypes in PRODUCTS.items():
-            wide = _InFp32(get_kernel(f"aten::{name}", "CPU"), dtypes)
+            wide = _InFp32(library.get_kernel(f"aten::{name}", "CPU"), dtypes)
             ours.impl(name, wide, "CPU", with_keyset=True, allow_override=True)
     _installed.append(ours)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import Tensor
 
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.train.engine import Engine
@@ -34,7 +33,7 @@ def start_engine(
 
 def gradients_of_steps(
     name: str, parallel: ParallelConfig, rounds: int = 1, **changes: object
-) -> tuple[list[float], list[dict[str, Tensor]]]:
+) -> tuple[list[float], gradients.Gradients]:
     """Losses and canonical gradients of a mixed step and an all-text one; gradients on rank 0 only."""
     engine = start_engine(name, parallel, **changes)
     losses, found = [], []

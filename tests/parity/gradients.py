@@ -80,7 +80,7 @@ def gradients_of_step(
     layouts_by_step: list[list[list[tuple[int, int]]]],
     rounds: int = 1,
     **changes: object,
-) -> tuple[list[float], list[dict[str, Tensor]]]:
+) -> tuple[list[float], Gradients]:
     """Losses and canonical gradients of consecutive steps without updates. Only rank 0 returns gradients."""
     engine = start_engine(parallel, **changes)
     losses, gradients = [], []

@@ -21,9 +21,6 @@ from nvlm_train.train import wandb_parts, wandb_run
 from nvlm_train.train.examples import picture
 from tests.train.wandb_server import serving
 
-PAUSE_S = 1.0
-"""Longest `log`: it hands a record over and goes on. No request waits so briefly for a server that is silent,
-and a crowded machine pauses a process for tenths of a second."""
 KEY = {"WANDB_API_KEY": "0" * 40, "OMP_NUM_THREADS": "1"}
 
 
@@ -118,7 +115,8 @@ def test_an_outage_is_a_warning_and_an_offline_part(tmp_path: Path, answers: str
         found, warnings = start(
             tmp_path, "online", "", 0, 1, 40, WANDB_BASE_URL=url, UNTIL_OFFLINE="1"
         )
-    assert found["log"] < PAUSE_S
+    # A step hands over its record and goes on; 0.2 s is a scheduler's pause on a crowded machine.
+    assert found["log"] < 0.2
     assert found["close"] < wandb_run.CLOSE_SECONDS
     assert warnings.count("WARNING") == 1 and "is not reachable" in warnings
     assert steps(parts(tmp_path)[0]) == list(range(1, found["last"] + 1))
@@ -150,7 +148,7 @@ def test_a_server_that_dies_under_a_run(tmp_path: Path) -> None:
             assert process.poll() is None
     output, _ = process.communicate(timeout=200)
     found = json.loads(output.splitlines()[-1])
-    assert found["log"] < PAUSE_S and found["close"] < wandb_run.CLOSE_SECONDS + 5
+    assert found["log"] < 0.2 and found["close"] < wandb_run.CLOSE_SECONDS + 5
     (path,) = tmp_path.glob("wandb/run-*/*.wandb")
     assert steps(path) == list(range(1, 1501))
 
