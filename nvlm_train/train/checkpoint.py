@@ -54,6 +54,8 @@ def load(engine: Engine, directory: Path, same_layout: bool) -> None:
     engine.model.module.load_state_dict(loaded["model"], strict=True)
     if "optimizer" in loaded:
         engine.optimizer.load_state_dict(loaded["optimizer"])
+        # The groups are now those of the run that saved.
+        engine.set_learning_rate(engine.stage.optimizer.lr)
     if same_layout:
         _restore_rng(loaded["rng"])
 

@@ -18,6 +18,7 @@ from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.pipeline.run import Replica
+from nvlm_train.train.update import set_groups
 from nvlm_train.vision.build import build_vision_encoder
 from nvlm_train.vision.intern_vit import InternViT
 
@@ -41,6 +42,10 @@ class Engine:
         """Call after weights were written into the model: the optimizer keeps fp32 copies of its own."""
         self.optimizer.reload_model_params()
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Prepares the optimizer for an update at `rate`; everything else comes from the recipe."""
+        set_groups(self.optimizer, self.stage.optimizer, rate)
+
 
 def build_engine(
     recipe: Recipe, stage: StageConfig, topology: Topology, kernels: Kernels
@@ -58,7 +63,9 @@ def build_engine(
     encoder = build_vision_encoder(
         recipe.model.vision, DTYPES[recipe.precision], device(), recipe.seed
     )
-    return Engine(stage, topology, model, encoder, optimizer)
+    engine = Engine(stage, topology, model, encoder, optimizer)
+    engine.set_learning_rate(stage.optimizer.lr)
+    return engine
 
 
 def ddp_config(stage: StageConfig) -> DistributedDataParallelConfig:

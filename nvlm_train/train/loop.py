@@ -87,8 +87,7 @@ def run_stage(
             batch = next(loader)
             timer.loaded()
             rate = learning_rate(stage.optimizer, step, stage.steps)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = rate
+            engine.set_learning_rate(rate)
             result = run_step(engine, batch, len(plan.source_names))
             done = Position(position.stage, step + 1)
             seconds = timer.stepped()

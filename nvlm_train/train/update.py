@@ -9,6 +9,28 @@ from __future__ import annotations
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
+from nvlm_train.config.schema import OptimizerConfig
+
+
+def set_groups(optimizer: MegatronOptimizer, settings: OptimizerConfig, rate: float) -> None:
+    """Gives every parameter group what the next update reads: rate, weight decay, Adam's constants.
+
+    megatron-core puts norms, biases and gates (parameters of one dimension) into a group whose
+    `wd_mult` is 0, and leaves it to its own scheduler to multiply it in
+    (optimizer_param_scheduler.py, `step`); `lr_mult` it applies nowhere. A loaded checkpoint brings
+    the groups of the run that wrote it, so the recipe's constants are set again as well.
+
+    Args:
+        optimizer: of this rank; one without parameters has no groups.
+        settings: the stage's optimizer.
+        rate: the step's learning rate.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_mult"]
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+        group["betas"] = (settings.beta1, settings.beta2)
+        group["eps"] = settings.eps
+
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
     """Makes reduced gradients ready for the update. Returns their norm, of all parameters of the model."""
