@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -134,17 +135,25 @@ def _build_dataclass(cls: Any, raw: object, path: str, report: _Report) -> objec
 
 
 def _build_scalar(hint: Any, raw: object, path: str, report: _Report) -> object:
-    if type(raw) is hint:
-        return raw
-    if hint is float and type(raw) is int:
-        return float(raw)
-    if hint is float and isinstance(raw, str):
-        # YAML 1.1 reads 1e-4, which has no dot, as a string.
-        try:
-            return float(raw)
-        except ValueError:
-            return _wrong_type(path, raw, _describe(hint), report)
-    return _wrong_type(path, raw, _describe(hint), report)
+    if hint is float:
+        return _build_float(raw, path, report)
+    return raw if type(raw) is hint else _wrong_type(path, raw, _describe(hint), report)
+
+
+def _build_float(raw: object, path: str, report: _Report) -> object:
+    # YAML 1.1 reads 1e-4, which has no dot, as a string.
+    if isinstance(raw, bool) or not isinstance(raw, int | float | str):
+        return _wrong_type(path, raw, _describe(float), report)
+    try:
+        value = float(raw)
+    except ValueError:
+        return _wrong_type(path, raw, _describe(float), report)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        # Neither compares with a limit as a number does, so that no rule would refuse it.
+        return report.add(path, f"={raw} is not finite", "give a finite number")
+    return value
 
 
 def _wrong_type(path: str, raw: object, wanted: str, report: _Report) -> _Invalid:

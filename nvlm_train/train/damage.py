@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from nvlm_train.errors import CheckpointError
 from nvlm_train.train import checkpoint_files as files
 from nvlm_train.train import manifest
 from nvlm_train.train.rank_zero import on_rank_0
+from nvlm_train.train.state import read_state
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,17 @@ def find_damage(checkpoint: Path) -> list[str]:
         problems = [f"cannot be read: {error}"]
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, problems)
-    return [problem for each in gathered for problem in each]
+    found = [problem for each in gathered for problem in each]
+    return found or on_rank_0(lambda: _not_finite(checkpoint))
+
+
+def _not_finite(checkpoint: Path) -> list[str]:
+    """Such checkpoints were published before weights were looked at; nobody can go on from one."""
+    return [
+        f"weights of {part} are not finite: their magnitudes add up to {total}"
+        for part, total in read_state(checkpoint).weights_fingerprint.items()
+        if not math.isfinite(total)
+    ]
 
 
 def _report(checkpoint: Path, problems: list[str]) -> str:

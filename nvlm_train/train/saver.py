@@ -20,12 +20,13 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nvlm_train.config.schema import CheckpointConfig
-from nvlm_train.errors import CheckpointError
+from nvlm_train.errors import CheckpointError, TrainingError
 from nvlm_train.train import checkpoint_files as files
 from nvlm_train.train import mcore_fixes
 from nvlm_train.train.checkpoint import write_request
 from nvlm_train.train.checkpoint_writer import WriterThreads
 from nvlm_train.train.engine import Engine
+from nvlm_train.train.finite import not_finite, summary
 from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.state import RunState, write_state
 
@@ -78,8 +79,11 @@ class Saver:
 
         Raises:
             CheckpointError: on all ranks, as `poll`.
+            TrainingError: on all ranks: a weight or a moment is not finite, so that nobody could go on
+                from this checkpoint. It never takes the place of a good one.
         """
         self._finish(blocking=True)
+        self._check_finite(engine, state)
         name = f"{state.stage}-{state.step:08d}"
         self._attempt(name, lambda: self._start(engine, state, name))
         if not self._config.asynchronous:
@@ -107,6 +111,16 @@ class Saver:
         """Waits and ends the writers."""
         self.wait()
         self._queue.close()
+
+    def _check_finite(self, engine: Engine, state: RunState) -> None:
+        if broken := not_finite(engine):
+            complete = on_rank_0(lambda: files.complete_checkpoints(self._run_dir))
+            raise TrainingError(
+                f"stage={state.stage} step={state.step}: no checkpoint is saved: {summary(broken)}; "
+                f"{_newest(complete)}; lower stages.{state.stage}.optimizer.lr="
+                f"{engine.stage.optimizer.lr}, or look at the data of the steps since, and start "
+                "the same command again"
+            )
 
     def _start(self, engine: Engine, state: RunState, name: str) -> None:
         writing = on_rank_0(lambda: files.begin(self._run_dir, name))
@@ -158,16 +172,21 @@ class Saver:
         if self._under_way is not None:
             files.give_up(self._under_way.writing)
         complete = files.complete_checkpoints(self._run_dir)
-        newest = f"the newest complete one is {complete[-1].name}" if complete else "there is none"
         return (
             f"checkpoint {name} was not saved: {reason}\n"
             f"  {directory} had {usage.free / 2**30:.2f} GiB free of "
-            f"{usage.total / 2**30:.2f} GiB; {newest}\n"
+            f"{usage.total / 2**30:.2f} GiB; {_newest(complete)}\n"
             f"  failed saves in a row: {len(self._failures) + 1}, allowed by "
             f"checkpoint.max_failed_saves: {self._config.max_failed_saves}\n"
             "  make room or repair the disk (checkpoint.keep_last="
             f"{self._config.keep_last} takes the most); where the run has ended, start the same command again"
         )
+
+
+def _newest(complete: list[Path]) -> str:
+    if not complete:
+        return "there is no complete checkpoint"
+    return f"the newest complete checkpoint is {complete[-1].name}"
 
 
 def _raise_held_error(writing: Path) -> None:

@@ -28,6 +28,7 @@ from nvlm_train.pipeline.run import Replica
 from nvlm_train.train import checkpoint, checkpoint_files
 from nvlm_train.train.damage import newest_undamaged
 from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.train.finite import not_finite, summary
 from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.schedule import Position, stages_to_run
 from nvlm_train.train.state import (
@@ -110,7 +111,23 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
         logger.info("stage %s starts from the weights of %s", position.stage, run.checkpoint)
     if run.state is not None:
         canonical.check_fingerprint(engine.model.module, run.state.weights_fingerprint)
+    if broken := not_finite(engine):
+        raise CheckpointError(
+            f"stage {position.stage} cannot start at step {position.step}: {summary(broken)}; "
+            f"{_remedy(recipe, run)}"
+        )
     return StageWork(engine, plan, encoder)
+
+
+def _remedy(recipe: Recipe, run: Run) -> str:
+    """Where weights or moments that are not finite came from, and what to do about it."""
+    if run.checkpoint is not None:
+        return f"remove {run.checkpoint}, and the same command goes on from the one before"
+    if recipe.model.language.weights is not None:
+        return (
+            f"they lie in model.language.weights={recipe.model.language.weights}: fetch them again"
+        )
+    return "model.language.init_std or the seed gives such weights: change it"
 
 
 def _check_hand_over(recipe: Recipe, position: Position, run: Run) -> None:

@@ -96,3 +96,10 @@ def test_names_the_file_and_the_prefix() -> None:
     assert found == [
         "blend.inner.rate=fast (str) has the wrong type (stated in here.yaml); give a number"
     ]
+
+
+@pytest.mark.parametrize("raw", [float("nan"), float("inf"), "nan", "-inf", "1e999", 10**400])
+def test_no_number_is_infinite_or_none_at_all(raw: object) -> None:
+    """Every rule compares numbers, and NaN is neither below nor above a limit."""
+    (problem,) = problems_of({"name": "a", "inner": {"rate": raw}})
+    assert problem.startswith("inner.rate=") and "is not finite; give a finite number" in problem

@@ -134,3 +134,39 @@ def optimizer_state(root: Path, run_dir: Path, *overrides: str) -> list[torch.Te
                 found += [parameter.data.clone(), state["exp_avg"].clone()]
                 found.append(state["exp_avg_sq"].clone())
     return found
+
+
+def spoilt_optimizer(
+    root: Path, run_dir: Path, rank: int, kind: str, at: int, *overrides: str
+) -> int | str:
+    """One value of one rank's optimizer is infinite before a step: of its weights or of its moments."""
+
+    left = [at]
+
+    def ill(engine: Engine, number: int) -> None:
+        if number not in left or dist.get_rank() != rank:
+            return
+        left.remove(number)
+        (part,) = (each for each in parts(engine.optimizer) if not each.is_stub_optimizer)
+        parameter = next(p for group in part.optimizer.param_groups for p in group["params"])
+        spoilt = parameter.data if kind == "weights" else part.optimizer.state[parameter][kind]
+        spoilt.flatten()[0] = float("inf")
+
+    with before_steps(ill):
+        return _run(root, run_dir, *overrides)
+
+
+def published(root: Path, run_dir: Path, kind: str, at: int, *overrides: str) -> int | str:
+    """The same before tensors were looked at: the checkpoint is published, and found whole."""
+    from nvlm_train.train import damage, saver
+
+    with (
+        mock.patch.object(saver, "not_finite", lambda engine: []),
+        mock.patch.object(damage, "_not_finite", lambda checkpoint: []),
+    ):
+        return spoilt_optimizer(root, run_dir, 0, kind, at, *overrides)
+
+
+def attempt(root: Path, run_dir: Path, *overrides: str) -> int | str:
+    """A run in which nothing is made to go wrong: its exit code, or the message that ended it."""
+    return _run(root, run_dir, *overrides)
