@@ -129,10 +129,10 @@ def count_batches(batches: Iterator[tuple[list[Tensor], Tensor]]) -> int:
 
 def ours(plan: DataPlan, encoder: SampleEncoder, count: int, workers: int) -> int:
     config = LoaderConfig(workers=workers)
-    with Loader(plan, encoder, RankShare(), config, 1 << 20) as loader:
+    with Loader(plan, encoder, RankShare(), config, 1 << 20, range(count // BATCH)) as loader:
         return sum(
             len(pack.samples)
-            for batch in islice(loader, count // BATCH)
+            for batch in loader
             for part in batch.rounds
             for pack in part.microbatches
         )

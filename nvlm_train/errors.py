@@ -37,6 +37,10 @@ class CheckpointError(NvlmError):
     """A checkpoint that does not fit the recipe, or none where one is needed."""
 
 
+class FormatError(CheckpointError):
+    """Something stored in a format that this version does not read. It is not damaged."""
+
+
 class TrainingError(NvlmError):
     """Training that cannot go on: a non-finite loss, or more bad samples than the recipe tolerates."""
 

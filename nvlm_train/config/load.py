@@ -18,7 +18,7 @@ from nvlm_train.config.origin import Sources
 from nvlm_train.config.paths import recipes_dir as shipped_recipes
 from nvlm_train.config.paths import resolve_path
 from nvlm_train.config.rules import check
-from nvlm_train.config.schema import Recipe
+from nvlm_train.config.schema import RECIPE_FORMAT, Recipe
 from nvlm_train.errors import ConfigError
 
 ROOT = "train"
@@ -48,9 +48,23 @@ def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None)
         plain = OmegaConf.to_container(content, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError([_first_line(error)]) from error
+    _check_format(plain, sources)
     recipe = build(Recipe, _resolve_paths(plain), origin=sources.find)
     check(recipe)
     return recipe
+
+
+def _check_format(plain: Any, sources: Sources) -> None:
+    """Before anything else is judged: keys may have other names and meanings in another format."""
+    stated = plain.get("format", RECIPE_FORMAT)
+    if stated != RECIPE_FORMAT:
+        raise ConfigError(
+            [
+                f"format={stated} (stated in {sources.find('format')}): this nvlm-train reads recipes of "
+                f"format {RECIPE_FORMAT}; use the nvlm-train that they were written for, or rewrite them "
+                "as CHANGELOG.md says and state that number"
+            ]
+        )
 
 
 def _directories(own: str | Path | None) -> tuple[Path, ...]:

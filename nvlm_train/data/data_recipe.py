@@ -16,6 +16,8 @@ from nvlm_train.data.shards import expand_pattern
 from nvlm_train.errors import ConfigError
 
 WeightBy = Literal["samples", "trained_tokens"]
+FORMAT = 1
+"""Of data recipes; a file need not state it."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,23 @@ def read_blend(name: str, recipes_dir: str) -> Blend:
     except yaml.YAMLError as error:
         raise ConfigError([f"blend={name}: {path} is not YAML: {error}"]) from error
     problems: list[str] = []
+    _check_format(content, str(path))
     sources = _sources(content, str(path), problems)
     weight_by = _weight_by(content, str(path), problems)
     if problems:
         raise ConfigError(problems)
     return Blend(path.stem, sources, weight_by, _description(content, "note"))
+
+
+def _check_format(content: object, path: str) -> None:
+    stated = content.get("format", FORMAT) if isinstance(content, dict) else FORMAT
+    if stated != FORMAT:
+        raise ConfigError(
+            [
+                f"{path}: format={stated!r}: this nvlm-train reads data recipes of format {FORMAT}; use the "
+                "nvlm-train that it was written for, or rewrite it as CHANGELOG.md says"
+            ]
+        )
 
 
 def _weight_by(content: object, path: str, problems: list[str]) -> WeightBy:
@@ -106,7 +120,7 @@ def _sources(content: object, path: str, problems: list[str]) -> tuple[SourceCon
     if not isinstance(content, dict) or not isinstance(content.get("sources"), list):
         problems.append(f"{path}: must have a list `sources:` of name, shards, weight")
         return ()
-    _check_keys(content, ["sources", "weight_by", "note"], path, problems)
+    _check_keys(content, ["format", "sources", "weight_by", "note"], path, problems)
     _check_descriptions(content, ["note"], path, problems)
     found: list[SourceConfig] = []
     for number, item in enumerate(content["sources"]):

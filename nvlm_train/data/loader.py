@@ -14,9 +14,8 @@ Shape legend: T tiles, E tile edge in pixels, C = 3.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -80,9 +79,15 @@ def group_rounds(packs: Sequence[PackPlan], max_tiles: int) -> list[_PackedRound
 
 
 class Loader(Iterator[StepBatch]):
-    """Batches of steps start_step, start_step + 1, ... without end, but not of those in `left_out`.
+    """Batches of the given steps, and nothing made ahead of the last one. Close it when done.
 
-    Close it when done.
+    Args:
+        plan: of the stage.
+        encoder: of the stage.
+        share: this rank's part of every step.
+        loader: threads and memory.
+        max_tiles_in_flight: of a round.
+        steps: numbers of the steps to make, ascending, counted from 0.
 
     Raises (while iterating):
         ShardError: a shard changed or vanished since it was indexed.
@@ -95,15 +100,14 @@ class Loader(Iterator[StepBatch]):
         share: RankShare,
         loader: LoaderConfig,
         max_tiles_in_flight: int,
-        start_step: int = 0,
-        left_out: Collection[int] = (),
+        steps: Iterable[int],
     ) -> None:
         self._plan = plan
         self._tile_size = encoder.spec.tile_size
         self._share = share
         self._max_tiles = max_tiles_in_flight
         self._packs = PackLoader(plan, encoder, loader.max_image_pixels)
-        self._steps = (step for step in itertools.count(start_step) if step not in left_out)
+        self._steps = iter(steps)
         # Without workers nothing runs ahead: a step is made when it is asked for.
         self._steps_ahead = loader.prefetch_steps if loader.workers else 0
         self._max_bytes = round(loader.prefetch_gib * 2**30)
@@ -115,16 +119,22 @@ class Loader(Iterator[StepBatch]):
         try:
             while len(self._pending) <= self._steps_ahead:
                 if self._planned is None:
-                    step = next(self._steps)
-                    self._planned = (step, self._plan_rounds(step))
-                if not self._has_room(self._planned[1]):
+                    self._planned = self._plan_next()
+                if self._planned is None or not self._has_room(self._planned[1]):
                     break
                 self._pending.append(self._start(*self._planned))
                 self._planned = None
+            if not self._pending:
+                raise StopIteration
             return _collect(self._pending.popleft())
         except BaseException:
             self.close()
             raise
+
+    def _plan_next(self) -> tuple[int, list[_PackedRound]] | None:
+        """The next step and its rounds; none behind the last."""
+        step = next(self._steps, None)
+        return None if step is None else (step, self._plan_rounds(step))
 
     def __enter__(self) -> Loader:
         return self

@@ -139,13 +139,24 @@ class DataPlan:
         return self._refs(self._draw(start, stop))
 
     def check_steps(self, steps: int) -> None:
-        """Refuses a stage of more steps than the sources' limits allow, as far as that is known.
+        """Refuses a stage of more steps than the sources' limits allow.
+
+        Where packs are the unit, those of a limited blend are counted, once.
 
         Raises:
-            TrainingError: too few samples (`unit: samples`), or fewer samples than packs.
+            TrainingError: too few samples, or too few packs.
         """
-        total = self._blend.num_draws
-        if total is not None and total < steps * self.batch.size:
+        total, wanted = self._blend.num_draws, steps * self.batch.size
+        if total is None:
+            return
+        if self.batch.unit == "samples":
+            is_enough = wanted <= total
+        else:
+            # A pack holds a sample or more, which decides the plain cases without counting.
+            is_enough = wanted <= total and (
+                self.packs_before.find(wanted - 1, self.num_windows) is not None
+            )
+        if not is_enough:
             raise self._too_short(f"steps={steps}")
 
     @cached_property

@@ -12,7 +12,7 @@ from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import device
 from nvlm_train.train.report import NumberRow, PartRow, freeze_table, numbers_table, render
 from nvlm_train.train.schedule import Position
-from nvlm_train.train.start import StageWork
+from nvlm_train.train.start import Run, StageWork
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,22 @@ def stage(recipe: Recipe, position: Position, work: StageWork) -> None:
     logger.info("%s at step %d of %d", name, position.step, settings.steps)
     for table in (freeze_table(name, parts), numbers_table(name, _numbers(recipe, work))):
         logger.info("\n%s", render(table))
+
+
+def finished(recipe: Recipe, run: Run) -> None:
+    """Says of a run that is started again at its end why nothing happens, and how to go on."""
+    if dist.get_rank() != 0:
+        return
+    last = recipe.schedule[-1]
+    stages = ", ".join(f"{name} {recipe.stages[name].steps}" for name in recipe.schedule)
+    logger.info(
+        "run_dir=%s is finished (steps: %s; newest checkpoint: %s), so nothing is trained; raise "
+        "stages.%s.steps to train longer, or use another run_dir to train anew",
+        recipe.run_dir,
+        stages,
+        run.checkpoint and run.checkpoint.name,
+        last,
+    )
 
 
 def _numbers(recipe: Recipe, work: StageWork) -> list[NumberRow]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nvlm_train.errors import CheckpointError
+from nvlm_train.errors import CheckpointError, FormatError
 from nvlm_train.train import checkpoint_files as files
 from nvlm_train.train import manifest
 from nvlm_train.train.rank_zero import on_rank_0
@@ -34,6 +34,7 @@ def newest_undamaged(run_dir: Path) -> Found:
 
     Raises:
         CheckpointError: there are checkpoints, and every one is damaged.
+        FormatError: one is of a format that this version does not read.
     """
     refused: dict[Path, list[str]] = {}
     for checkpoint in reversed(on_rank_0(lambda: files.named_checkpoints(run_dir))):
@@ -54,9 +55,15 @@ def newest_undamaged(run_dir: Path) -> Found:
 
 
 def find_damage(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, the same list on every rank: each reads a share of its files."""
+    """What is wrong with a checkpoint, the same list on every rank: each reads a share of its files.
+
+    Raises:
+        FormatError: nothing may be; another version of this project wrote it.
+    """
     try:
         content = on_rank_0(lambda: manifest.read_manifest(checkpoint))
+    except FormatError:
+        raise
     except CheckpointError as error:
         return [str(error)]
     by_size = sorted(content.files, key=lambda name: content.files[name].bytes)

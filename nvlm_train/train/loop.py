@@ -47,6 +47,8 @@ def train(recipe: Recipe) -> int:
 def run_schedule(recipe: Recipe) -> int:
     """Runs the unfinished stages. The caller holds the run directory."""
     stop, run = StopRequest(), start.open_run(recipe)
+    if next(stages_to_run(recipe, run.position), None) is None:
+        announce.finished(recipe, run)
     steps_done = global_step(recipe, run.position) if run.position else 0
     run_id = run.state.wandb_run_id if run.state else None
     saver = Saver(Path(recipe.run_dir), recipe.checkpoint)
@@ -83,13 +85,12 @@ def run_stage(
     timer, skips = StepTimer(), SkipBudget(recipe.loader.max_skipped_fraction)
     examples = ExampleSet(recipe, position.stage, plan, work.encoder)
     with start.open_loader(recipe, position, work, left_out) as loader:
-        for step in (each for each in range(position.step, stage.steps) if each not in left_out):
-            batch = next(loader)
+        for batch in loader:
             timer.loaded()
-            rate = learning_rate(stage.optimizer, step, stage.steps)
+            rate = learning_rate(stage.optimizer, batch.step, stage.steps)
             engine.set_learning_rate(rate)
             result = run_step(engine, batch, len(plan.source_names))
-            done = Position(position.stage, step + 1)
+            done = Position(position.stage, batch.step + 1)
             seconds = timer.stepped()
             record = step_record(recipe, plan.source_names, done, rate, result, seconds)
             tracker.log({**record, **health.stepped(done, result, seconds, work)})

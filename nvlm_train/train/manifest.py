@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from nvlm_train.errors import CheckpointError
+from nvlm_train.errors import CheckpointError, FormatError
 
 FILE_NAME = "manifest.json"
 FORMAT = 1
@@ -61,19 +62,30 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         CheckpointError: it is missing, torn or changed; the message is the reason only.
+        FormatError: it is whole, and of a format that this version does not read.
     """
+    content = _whole_content(directory)
+    if content["format"] != FORMAT:
+        raise FormatError(
+            f"{directory / FILE_NAME}: format={content['format']}, this version reads {FORMAT}; go on "
+            "with the nvlm-train that wrote it, or use another run_dir"
+        )
+    files = {name: FileDigest(**each) for name, each in content["files"].items()}
+    return Manifest(content["sequence"], files)
+
+
+def _whole_content(directory: Path) -> dict[str, Any]:
+    """What was written, whatever its format: that is believed only of a file which is whole."""
     try:
-        content = json.loads((directory / FILE_NAME).read_bytes())
+        content: dict[str, Any] = json.loads((directory / FILE_NAME).read_bytes())
         stored = content.pop("sha256")
-        files = {name: FileDigest(**each) for name, each in content["files"].items()}
-        manifest = Manifest(content["sequence"], files)
     except FileNotFoundError:
         raise CheckpointError(f"{FILE_NAME} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{FILE_NAME} cannot be read") from error
     if stored != _own_digest(content):
         raise CheckpointError(f"{FILE_NAME} was changed after it was written")
-    return manifest
+    return content
 
 
 def damage(directory: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:

@@ -16,16 +16,19 @@ def on_rank_0(action: Callable[[], T]) -> T:
     """Runs `action` on rank 0 and gives its result to every rank. Called by all ranks together.
 
     Raises:
-        CheckpointError: on every rank, when the file system or a checkpoint failed rank 0.
+        CheckpointError: on every rank, when the file system or a checkpoint failed rank 0; of rank 0's
+            own kind, such as FormatError.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = action()
-        except (OSError, CheckpointError) as error:
-            answer[1] = str(error)
+        except CheckpointError as error:
+            answer[1] = error
+        except OSError as error:
+            answer[1] = CheckpointError(str(error))
     dist.broadcast_object_list(answer, src=0)
     result, failure = answer
     if failure is not None:
-        raise CheckpointError(failure)
+        raise failure
     return result  # type: ignore[no-any-return]

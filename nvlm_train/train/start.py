@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,14 +30,9 @@ from nvlm_train.train.damage import newest_undamaged
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.finite import not_finite, summary
 from nvlm_train.train.rank_zero import on_rank_0
+from nvlm_train.train.resume import TO_READ, TO_TRAIN, Rule, check_resumable
 from nvlm_train.train.schedule import Position, stages_to_run
-from nvlm_train.train.state import (
-    RunState,
-    check_resumable,
-    library_versions,
-    plain_recipe,
-    read_state,
-)
+from nvlm_train.train.state import RunState, library_versions, plain_recipe, read_state
 from nvlm_train.vision.build import build_vision_encoder
 
 logger = logging.getLogger(__name__)
@@ -61,19 +56,19 @@ def open_run(recipe: Recipe) -> Run:
     Raises:
         CheckpointError: every checkpoint is damaged, or was made by a recipe that this one does not continue.
     """
-    run, damaged = _find_run(recipe)
+    run, damaged = _find_run(recipe, TO_TRAIN)
     for each in damaged:
         aside = on_rank_0(partial(checkpoint_files.set_aside, each))
         logger.warning("set aside as %s; remove it when you have looked at it", aside)
     return run
 
 
-def _find_run(recipe: Recipe) -> tuple[Run, tuple[Path, ...]]:
+def _find_run(recipe: Recipe, rules: Sequence[Rule]) -> tuple[Run, tuple[Path, ...]]:
     found = newest_undamaged(Path(recipe.run_dir))
     if found.checkpoint is None:
         return Run(None, None), found.damaged
     state = read_state(found.checkpoint)
-    check_resumable(state, recipe, found.checkpoint)
+    check_resumable(state, recipe, found.checkpoint, rules)
     return Run(found.checkpoint, state), found.damaged
 
 
@@ -146,16 +141,16 @@ def _check_hand_over(recipe: Recipe, position: Position, run: Run) -> None:
 def open_loader(
     recipe: Recipe, position: Position, work: StageWork, left_out: Collection[int] = ()
 ) -> Loader:
-    """This rank's batches from the position's step on, without those of steps that are left out."""
+    """This rank's batches from the position's step to the stage's last, without the steps left out."""
     engine = work.engine
+    steps = range(position.step, engine.stage.steps)
     return Loader(
         work.plan,
         work.encoder,
         engine.topology.share,
         recipe.loader,
         engine.stage.parallel.max_tiles_in_flight,
-        position.step,
-        left_out,
+        [step for step in steps if step not in left_out],
     )
 
 
@@ -224,7 +219,7 @@ def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
     Raises:
         CheckpointError: the run has no complete checkpoint, or it does not fit.
     """
-    run, _ = _find_run(recipe)
+    run, _ = _find_run(recipe, TO_READ)
     if run.checkpoint is None or run.state is None:
         raise CheckpointError(
             f"run_dir={recipe.run_dir} has no complete checkpoint; train it first: nvlm train"

@@ -148,3 +148,50 @@ def test_a_recipe_loads_without_torch_and_leaves_no_files(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_of_another_format_is_refused_before_its_keys_are_judged(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    own = tmp_path / "experiment" / "mine.yaml"
+    own.write_text("# @package _global_\ndefaults:\n  - smoke\nformat: 1\nname: mine\n")
+    assert load_recipe(["experiment=mine"], tmp_path).name == "mine"
+    own.write_text("# @package _global_\ndefaults:\n  - smoke\nformat: 2\nnaem: mine\n")
+    (problem,) = problems_of("experiment=mine", recipes=tmp_path)
+    assert problem.startswith("format=2 (stated in ") and "mine.yaml" in problem
+    assert "reads recipes of format 1" in problem and "CHANGELOG" in problem
+
+
+NUMBERS = (
+    "stages.sft.optimizer.lr",
+    "stages.sft.optimizer.min_lr",
+    "stages.sft.optimizer.eps",
+    "stages.sft.optimizer.clip_grad",
+    "stages.sft.optimizer.weight_decay",
+    "stages.sft.optimizer.beta2",
+    "stages.sft.hidden_dropout",
+    "loader.prefetch_gib",
+    "loader.cache_gib",
+    "loader.max_skipped_fraction",
+    "health.spike_threshold",
+    "health.hang_grace_seconds",
+    "model.language.norm_eps",
+    "model.language.rope_theta",
+    "model.language.init_std",
+)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_no_field_takes_nan_or_infinity(value: str) -> None:
+    found = problems_of("experiment=smoke", *(f"{key}={value}" for key in NUMBERS))
+    assert len(found) == len(NUMBERS)
+    for key in NUMBERS:
+        assert any(line.startswith(f"{key}=") and "is not finite" in line for line in found), key
+
+
+def test_yamls_own_words_for_them_are_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    own = tmp_path / "experiment" / "mine.yaml"
+    lines = "stages: {sft: {optimizer: {lr: .inf}}}\nhealth: {spike_threshold: .nan}\n"
+    own.write_text(f"# @package _global_\ndefaults:\n  - smoke\nname: mine\n{lines}")
+    found = problems_of("experiment=mine", recipes=tmp_path)
+    assert len(found) == 2 and all("is not finite" in line for line in found)

@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def run(plan: DataPlan, encoder: SampleEncoder, tolerance: float) -> tuple[list[
     usable = source.num_samples - source.num_unusable
     budget, drawn, failed = SkipBudget(tolerance), list[str](), Counter[str]()
     config = LoaderConfig(workers=2, max_image_pixels=10**6)
-    with Loader(plan, encoder, RankShare(), config, 64) as loader:
+    with Loader(plan, encoder, RankShare(), config, 64, count()) as loader:
         for batch in loader:
             packs = [part.microbatches for part in batch.rounds]
             keys = [sample.key for part in packs for pack in part for sample in pack.samples]

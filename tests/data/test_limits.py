@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvlm_train.config.schema import BatchConfig
+from nvlm_train.batch import RankShare
+from nvlm_train.config.schema import BatchConfig, LoaderConfig
 from nvlm_train.data.blend import BlendOrder, split_draws
 from nvlm_train.data.data_recipe import Blend, SourceConfig, read_blend
 from nvlm_train.data.encoding import SampleEncoder
+from nvlm_train.data.loader import Loader
 from nvlm_train.data.opening import open_sources
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.shards import write_shards
@@ -118,6 +120,38 @@ def test_limited_packs_end(data_root: Path, make_encoder: MakeEncoder) -> None:
     assert 20 <= sum(drawn.values()) <= 27 and max(drawn.values()) <= 3
 
 
+@pytest.mark.parametrize("prefetch", [1, 2, 9])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("unit", ["samples", "packs"])
+def test_the_last_possible_step_is_loaded(
+    data_root: Path, make_encoder: MakeEncoder, unit: str, workers: int, prefetch: int
+) -> None:
+    """Whatever is made ahead: the stage asks for no more than the blend gives, and gets all of it."""
+    encoder = make_encoder()
+    sources = (SourceConfig("b", ("b-000000.tar",), epochs=3),)
+    batch = BatchConfig(4, unit, window=10)  # type: ignore[arg-type]
+    plan = plan_of(data_root, encoder, sources, batch)
+    possible = next(n for n in range(1, 100) if not is_possible(plan, n + 1))
+    config = LoaderConfig(workers=workers, prefetch_steps=prefetch)
+    for start in (0, possible - 1):
+        with Loader(plan, encoder, RankShare(), config, 20, range(start, possible)) as loader:
+            assert [each.step for each in loader] == list(range(start, possible))
+            assert list(loader) == []
+
+
+def is_possible(plan: DataPlan, steps: int) -> bool:
+    """Whether a stage of so many steps is accepted. What is accepted can be planned to its end."""
+    try:
+        plan.check_steps(steps)
+    except TrainingError as error:
+        assert f"steps={steps} is more than the blend gives" in str(error)
+        with pytest.raises(TrainingError):
+            plan.step(steps - 1, 1)
+        return False
+    assert plan.step(steps - 1, 1).step == steps - 1
+    return True
+
+
 def test_weights_by_trained_tokens(tmp_path: Path, make_encoder: MakeEncoder) -> None:
     for name, words in (("short", 1), ("long", 12)):
         samples = [(f"{name}{n}", chat("what?", "cat " * words), []) for n in range(40)]
@@ -153,3 +187,15 @@ def test_limits_in_a_data_recipe(tmp_path: Path) -> None:
         "sources[0].max_samples=2.5 must be a whole number above 0",
         "weight_by='bytes' must be one of samples, trained_tokens",
     ]
+
+
+@pytest.mark.parametrize("stated", ["2", "old"])
+def test_a_data_recipe_of_another_format_is_refused(tmp_path: Path, stated: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("format: 1\nsources: [{name: a, shards: a.tar}]\n")
+    assert [source.name for source in read_blend(str(path), ".").sources] == ["a"]
+    path.write_text(f"format: {stated}\nsuorces: [{{name: a, shards: a.tar}}]\n")
+    with pytest.raises(
+        ConfigError, match="reads data recipes of format 1; use the nvlm-train that"
+    ):
+        read_blend(str(path), ".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,9 @@ def batches(
     max_tiles: int = 20,
 ) -> list[StepBatch]:
     config = LoaderConfig(workers=workers)
-    with Loader(plan, encoder, share, config, max_tiles, start_step) as loader:
+    with Loader(
+        plan, encoder, share, config, max_tiles, range(start_step, start_step + count)
+    ) as loader:
         return [next(loader) for _ in range(count)]
 
 
@@ -208,7 +211,12 @@ def test_changed_shard_stops_the_trainer(
 
 def test_close_is_clean_and_repeatable(make_plan: MakePlan, make_encoder: MakeEncoder) -> None:
     loader = Loader(
-        make_plan(BATCH), make_encoder(), ALONE, LoaderConfig(workers=3, prefetch_steps=4), 20
+        make_plan(BATCH),
+        make_encoder(),
+        ALONE,
+        LoaderConfig(workers=3, prefetch_steps=4),
+        20,
+        count(),
     )
     assert next(iter(loader)).step == 0
     loader.close()

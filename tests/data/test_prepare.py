@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_from_recipe_to_batch(tmp_path: Path, tokenizer: Tokenizer) -> None:
     stage, recipe = recipe_for(tmp_path, tokenizer)
     plan, encoder = build_data(stage, recipe, str(tmp_path / "recipes"))
     assert plan.source_names == ("all",) and len(plan.digests) == 3 + 1
-    with Loader(plan, encoder, RankShare(), recipe.loader, 64) as loader:
+    with Loader(plan, encoder, RankShare(), recipe.loader, 64, count()) as loader:
         batch = next(loader)
     assert sum(len(pack.samples) for part in batch.rounds for pack in part.microbatches) == 4
 

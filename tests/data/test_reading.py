@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import fsspec
@@ -57,7 +58,7 @@ def steps(
 ) -> list[StepBatch]:
     """Three steps through index, lengths, plan and loader."""
     plan = DataPlan(open_sources(blend, root, encoder, store=store), BatchConfig(8), LENGTH, 7, 0.0)
-    with Loader(plan, encoder, RankShare(), LoaderConfig(workers=workers), 20) as loader:
+    with Loader(plan, encoder, RankShare(), LoaderConfig(workers=workers), 20, count()) as loader:
         return [next(loader) for _ in range(3)]
 
 
@@ -293,7 +294,7 @@ def test_buffered_pixels_are_bounded(make_encoder: MakeEncoder, remote_root: Pat
     def run(gib: float) -> tuple[list[StepBatch], int]:
         config = LoaderConfig(workers=2, prefetch_steps=30, prefetch_gib=gib)
         found, most = [], 0
-        with Loader(plan, encoder, RankShare(), config, 20) as loader:
+        with Loader(plan, encoder, RankShare(), config, 20, count()) as loader:
             for _ in range(12):
                 found.append(next(loader))
                 most = max(most, loader.buffered_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import count
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def read(
     found = [Contents() for _ in range(start, STEPS)]
     for rank in range(dp_size):
         share, config = RankShare(rank, dp_size), LoaderConfig(workers=workers)
-        with Loader(plan, encoder, share, config, 20, start) as loader:
+        with Loader(plan, encoder, share, config, 20, count(start)) as loader:
             for contents in found:
                 contents.update(contents_of(next(loader)))
     return found

@@ -69,7 +69,7 @@ def expected_steps(torn: Path, run_dir: Path, stage: str) -> list[tuple[int, int
     settings = recipe.stages[stage]
     plan, encoder = build_data(settings, recipe, ".")
     steps = []
-    with Loader(plan, encoder, RankShare(), recipe.loader, 256) as loader:
+    with Loader(plan, encoder, RankShare(), recipe.loader, 256, range(settings.steps)) as loader:
         for _ in range(settings.steps):
             batch = next(loader)
             failed = {(each.round, each.microbatch, each.sample) for each in batch.failures}

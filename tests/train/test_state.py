@@ -1,8 +1,9 @@
-"""state.json: what it holds, and which changed recipes may go on."""
+"""state.json: what it holds, which formats are read, and which changed recipes may go on."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import pytest
 
 from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import Recipe
-from nvlm_train.errors import CheckpointError
+from nvlm_train.errors import CheckpointError, FormatError
+from nvlm_train.train.resume import TO_READ, TO_TRAIN, Rule, check_resumable, with_defaults
 from nvlm_train.train.state import (
     FILE_NAME,
     RunState,
-    check_resumable,
     library_versions,
     plain_recipe,
     read_state,
@@ -23,6 +24,10 @@ from nvlm_train.train.state import (
 )
 
 RUN = Path("runs/x/checkpoints/sft-00000002")
+FIRST_FORMAT = {
+    "stage", "step", "recipe", "layout", "shard_digests", "weights_fingerprint", "wandb_run_id",
+    "versions", "format",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +48,13 @@ def state_of(recipe: Recipe, stage: str = "sft", step: int = 2) -> RunState:
     )
 
 
+def check(state: RunState, recipe: Recipe, rules: Sequence[Rule] = TO_TRAIN) -> None:
+    check_resumable(state, recipe, RUN, rules)
+
+
 def refusal(state: RunState, recipe: Recipe) -> str:
     with pytest.raises(CheckpointError) as caught:
-        check_resumable(state, recipe, RUN)
+        check(state, recipe)
     return str(caught.value)
 
 
@@ -59,14 +68,38 @@ def test_round_trip(recipe: Recipe, tmp_path: Path) -> None:
     write_state(state, tmp_path)
     assert read_state(tmp_path) == state
     assert set(state.versions) == {"nvlm-train", "torch", "megatron-core"}
-    check_resumable(read_state(tmp_path), recipe, RUN)
+    check(read_state(tmp_path), recipe)
 
 
 def test_another_format_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     stored = asdict(state_of(recipe)) | {"format": 99}
     (tmp_path / FILE_NAME).write_text(json.dumps(stored))
-    with pytest.raises(CheckpointError, match="format=99, this version reads 1"):
+    with pytest.raises(
+        FormatError, match=r"format=99, this version reads 1 and 2; .* wrote it \(0"
+    ):
         read_state(tmp_path)
+
+
+def test_the_first_format_is_read_and_goes_on(recipe: Recipe, tmp_path: Path) -> None:
+    """As commits before this test wrote it; fields that recipes have got since are at their defaults."""
+    stored = asdict(state_of(recipe)) | {"format": 1}
+    for name in set(stored) - FIRST_FORMAT:
+        del stored[name]
+    del stored["recipe"]["format"], stored["recipe"]["health"]
+    del stored["recipe"]["model"]["language"]["qkv_bias"]
+    del stored["recipe"]["stages"]["sft"]["tiling"]["thumbnail"]
+    (tmp_path / FILE_NAME).write_text(json.dumps(stored))
+    state = read_state(tmp_path)
+    assert state.format == 1 and state.position.step == 2
+    check(state, recipe)
+    language = replace(recipe.model.language, qkv_bias=False)
+    changed = replace(recipe, model=replace(recipe.model, language=language))
+    assert "model.language.qkv_bias=False, was True" in refusal(state, changed)
+
+
+def test_a_stored_recipe_with_its_defaults_is_itself(recipe: Recipe) -> None:
+    plain = plain_recipe(recipe)
+    assert with_defaults(Recipe, plain) == plain
 
 
 def test_what_may_change(recipe: Recipe) -> None:
@@ -82,7 +115,7 @@ def test_what_may_change(recipe: Recipe) -> None:
     free = replace(
         longer, run_dir="elsewhere", checkpoint=replace(recipe.checkpoint, interval_steps=1)
     )
-    check_resumable(state_of(recipe), change(free, "pretrain", sequence_length=256), RUN)
+    check(state_of(recipe), change(free, "pretrain", sequence_length=256))
 
 
 def test_every_difference_is_named_with_both_values(recipe: Recipe) -> None:
@@ -113,12 +146,44 @@ def test_the_model_may_not_change_between_stages(recipe: Recipe) -> None:
     projector = replace(recipe.model.projector, ffn_hidden_size=8)
     changed = replace(recipe, model=replace(recipe.model, projector=projector))
     end = state_of(recipe, "pretrain", recipe.stages["pretrain"].steps)
-    check_resumable(end, recipe, RUN)
+    check(end, recipe)
     assert "model.projector.ffn_hidden_size=8" in refusal(end, changed)
 
 
 def test_a_stage_that_is_gone(recipe: Recipe) -> None:
     only = replace(recipe, schedule=("pretrain",), stages={"pretrain": recipe.stages["pretrain"]})
-    assert "is in stage sft, which the recipe's schedule does not have" in refusal(
+    assert "is in stage sft, which schedule=['pretrain'] does not have" in refusal(
         state_of(recipe), only
     )
+
+
+def test_a_stage_that_is_over_stays_as_it_was(recipe: Recipe) -> None:
+    """More steps of it, fewer, or the schedule without it: steps of the run are counted through it."""
+    state = state_of(recipe)
+    for steps in (2, 8):
+        message = refusal(state, change(recipe, "pretrain", steps=steps))
+        assert f"stages.pretrain.steps={steps}, and stage pretrain ended after 4" in message
+    message = refusal(state, replace(recipe, schedule=("sft",)))
+    assert "schedule=['sft'], and the run came through ['pretrain'] to sft" in message
+    check(state, replace(recipe, schedule=("sft",)), TO_READ)
+
+
+def test_a_stage_has_no_fewer_steps_than_were_done(recipe: Recipe) -> None:
+    state = state_of(recipe)
+    assert "stages.sft.steps=1, and 2 are done; 2 ends the stage here" in refusal(
+        state, change(recipe, "sft", steps=1)
+    )
+    for steps in (2, 3, 99):
+        check(state, change(recipe, "sft", steps=steps))
+    end = state_of(recipe, "pretrain", 4)
+    check(end, change(recipe, "pretrain", steps=8))  # nothing came after it yet
+
+
+def test_later_stages_may_be_added(recipe: Recipe) -> None:
+    state = state_of(recipe)
+    longer = replace(
+        recipe,
+        schedule=("pretrain", "sft", "more"),
+        stages={**recipe.stages, "more": recipe.stages["sft"]},
+    )
+    check(state, longer)
