@@ -14,7 +14,7 @@ from nvlm_train.data.assemble import build_encoder
 from nvlm_train.errors import SampleError
 from nvlm_train.evaluation.generate import generate
 from nvlm_train.evaluation.prompts import make_prompt
-from nvlm_train.parallel.topology import start_process_group
+from nvlm_train.parallel.topology import process_group
 from nvlm_train.train.start import trained_replica
 
 
@@ -24,7 +24,11 @@ def answer(recipe: Recipe, images: Sequence[str], question: str, max_new_tokens:
     Raises:
         NvlmError: no checkpoint, or a question that does not fit.
     """
-    start_process_group()
+    with process_group():
+        return _answer(recipe, images, question, max_new_tokens)
+
+
+def _answer(recipe: Recipe, images: Sequence[str], question: str, max_new_tokens: int) -> int:
     rules.check(recipe, dist.get_world_size())
     name = recipe.schedule[-1]
     encoder = build_encoder(recipe.stages[name], recipe)

@@ -8,6 +8,8 @@ import os
 import time
 import traceback
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import NvlmError
 from nvlm_train.train.health import ending
@@ -33,8 +35,9 @@ def run(recipe: Recipe) -> int:
         # time); what is frozen, it does not look at.
         gc.freeze()
         return code
-    # Whatever it is, this rank must not stay: it is told in full, and the exit code says so.
-    except Exception as error:
+    # Whatever it is, this rank must not stay: it is told in full, and the exit code says so. (torch's
+    # CheckpointException derives from BaseException.)
+    except (Exception, CheckpointException) as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         code = _tell(error)
@@ -46,7 +49,7 @@ def run(recipe: Recipe) -> int:
         ending.leave(code)
 
 
-def _tell(error: Exception) -> int:
+def _tell(error: BaseException) -> int:
     if isinstance(error, NvlmError):
         logger.error("%s: %s", type(error).__name__, error)
         return 2

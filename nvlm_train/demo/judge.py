@@ -33,7 +33,7 @@ from nvlm_train.evaluation.generate import generate
 from nvlm_train.evaluation.prompts import make_prompt
 from nvlm_train.evaluation.scorers import character_error_rate, exact_match
 from nvlm_train.logs import set_up_logging
-from nvlm_train.parallel.topology import start_process_group
+from nvlm_train.parallel.topology import process_group
 from nvlm_train.pipeline.run import Replica
 from nvlm_train.train.start import trained_replica, untrained_replica
 
@@ -154,12 +154,12 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
     set_up_logging(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    start_process_group()
-    recipe = load_recipe([f"run_dir={options.run_dir}", *options.overrides])
-    figures = judge(recipe)
-    if dist.get_rank() == 0:
-        path = Path(options.run_dir) / "judgement.json"
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+    with process_group():
+        recipe = load_recipe([f"run_dir={options.run_dir}", *options.overrides])
+        figures = judge(recipe)
+        if dist.get_rank() == 0:
+            path = Path(options.run_dir) / "judgement.json"
+            path.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -59,22 +62,60 @@ class Topology:
         return RankShare(self.data_rank, self.data_size, self.replica_rank, self.replica_size)
 
 
-def start_process_group() -> None:
-    """Joins the world that torchrun or SLURM describes in the environment; alone without one."""
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Joins the world that torchrun or SLURM describes in the environment; alone without one.
+
+    What was joined here is left when the work is done. After an error it is not: NCCL would wait
+    there for ranks that may be gone, and the process ends anyway (train/health/ending.py).
+    """
+    is_ours = start_process_group()
+    yield
+    if is_ours:
+        _leave_groups()
+        dist.destroy_process_group()
+
+
+def start_process_group() -> bool:
+    """Joins the world for as long as the process lives. Returns whether it was not in one before."""
     cpu.install()
     kernels.install_adam()
     if dist.is_initialized():
-        return
+        return False
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    place = place_in_world(os.environ, torch.cuda.is_available())
+    if place.device is not None:
+        torch.cuda.set_device(place.device)
     dist.init_process_group(
-        backend="nccl" if torch.cuda.is_available() else "gloo",
-        rank=rank,
-        world_size=world,
+        backend=place.backend,
+        rank=place.rank,
+        world_size=place.world_size,
         timeout=timedelta(minutes=30),
+        device_id=place.device,
+    )
+    return True
+
+
+@dataclass(frozen=True)
+class PlaceInWorld:
+    """What a process group is joined with."""
+
+    backend: Literal["nccl", "gloo"]
+    rank: int
+    world_size: int
+    device: torch.device | None
+    """The rank's GPU; none on CPUs. NCCL that is told of it connects at once instead of guessing the
+    device at the first collective, where a wrong guess hangs the world."""
+
+
+def place_in_world(environment: Mapping[str, str], has_cuda: bool) -> PlaceInWorld:
+    """What torchrun's or SLURM's variables say: RANK, WORLD_SIZE and LOCAL_RANK."""
+    rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    if not has_cuda:
+        return PlaceInWorld("gloo", rank, world, None)
+    return PlaceInWorld(
+        "nccl", rank, world, torch.device("cuda", int(environment.get("LOCAL_RANK", "0")))
     )
 
 

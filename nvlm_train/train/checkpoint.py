@@ -14,6 +14,7 @@ from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nvlm_train.errors import CheckpointError
 from nvlm_train.model.canonical import sharding_metadata
@@ -21,6 +22,9 @@ from nvlm_train.parallel.topology import Topology
 from nvlm_train.train.checkpoint_files import being_read
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.mcore_fixes import keep_bucket_padding
+from nvlm_train.train.update import load_optimizer, make_moments
+
+_EXTRA_STATE = "_extra_state"
 
 
 def write_request(engine: Engine, directory: Path) -> AsyncRequest:
@@ -45,15 +49,15 @@ def load(engine: Engine, directory: Path, same_layout: bool) -> None:
     """Restores weights, optimizer and, where the layout is the one that saved, the RNG.
 
     Raises:
-        CheckpointError: the checkpoint does not fit the engine's model.
+        CheckpointError: the checkpoint does not fit the engine's model, or cannot be read.
     """
     state = sharded_state(engine, is_loading=True)
     if not same_layout:
         state.pop("rng")
     loaded = _load(state, directory)
-    engine.model.module.load_state_dict(loaded["model"], strict=True)
+    _set_weights(engine.model.module, loaded["model"], directory)
     if "optimizer" in loaded:
-        engine.optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(engine.optimizer, loaded["optimizer"])
         # The groups are now those of the run that saved.
         engine.set_learning_rate(engine.stage.optimizer.lr)
     if same_layout:
@@ -64,28 +68,45 @@ def load_weights(module: MegatronModule, directory: Path) -> None:
     """Weights only: hand-over between stages, whose optimizer starts afresh, and generation.
 
     Raises:
-        CheckpointError: the checkpoint does not fit the model.
+        CheckpointError: the checkpoint does not fit the model, or cannot be read.
     """
-    loaded = _load({"model": module.sharded_state_dict(metadata=sharding_metadata())}, directory)
-    module.load_state_dict(loaded["model"], strict=True)
+    loaded = _load({"model": _sharded_weights(module)}, directory)
+    _set_weights(module, loaded["model"], directory)
 
 
 def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
     """What is saved: weights, optimizer, RNG, each with its place in the whole."""
-    state = {"model": _model_state(engine), "rng": _rng_state(engine.topology)}
+    weights = _sharded_weights(engine.model.module)
+    state: dict[str, Any] = {"model": weights, "rng": _rng_state(engine.topology)}
     # A pipeline stage without a trainable parameter has no optimizer state, and no way to ask for it.
     if not engine.optimizer.is_stub_optimizer:
         keep_bucket_padding(engine.optimizer)
+        make_moments(engine.optimizer)
         metadata = {"distrib_optim_sharding_type": "fully_reshardable", **sharding_metadata()}
         state["optimizer"] = engine.optimizer.sharded_state_dict(
-            _model_state(engine), is_loading=is_loading, metadata=metadata
+            _sharded_weights(engine.model.module), is_loading=is_loading, metadata=metadata
         )
     return state
 
 
-def _model_state(engine: Engine) -> dict[str, Any]:
-    state: dict[str, Any] = engine.model.module.sharded_state_dict(metadata=sharding_metadata())
-    return state
+def _sharded_weights(module: MegatronModule) -> dict[str, Any]:
+    """Parameters, without what modules of one kernel library add to them.
+
+    Transformer Engine's modules keep the scales of FP8 there (`_extra_state`), which bf16 and fp32
+    do not have. With it a checkpoint could be read only by the kernels that wrote it.
+    """
+    state = module.sharded_state_dict(metadata=sharding_metadata())
+    return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
+
+
+def _set_weights(module: MegatronModule, state: dict[str, Any], directory: Path) -> None:
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    wrong = [name for name in (*missing, *unexpected) if not name.endswith(_EXTRA_STATE)]
+    if wrong:
+        raise CheckpointError(
+            f"{directory} does not fit the recipe's model: {len(wrong)} tensors are missing or too many, "
+            f"the first is {wrong[0]}"
+        )
 
 
 def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -96,7 +117,18 @@ def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
             loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory))
     except CheckpointingException as error:
         raise CheckpointError(f"{directory} does not fit the recipe's model: {error}") from error
+    # The first is torch's own and no Exception: some rank could not read or understand its shards.
+    except (CheckpointException, OSError) as error:
+        raise CheckpointError(f"{directory} cannot be read: {reason(error)}") from error
     return loaded
+
+
+def reason(error: BaseException) -> str:
+    """Why a save or a load failed, in one line; torch tells rank 0 what happened on each rank."""
+    if isinstance(error, CheckpointException):
+        by_rank = [f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items())]
+        return "; ".join(by_rank)
+    return str(error)
 
 
 def _rng_state(topology: Topology) -> ShardedObject:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from nvlm_train.config import rules
 from nvlm_train.config.schema import Recipe
-from nvlm_train.parallel.topology import start_process_group
+from nvlm_train.parallel.topology import process_group
 from nvlm_train.train import announce, run_lock, start
 from nvlm_train.train.examples import ExampleSet
 from nvlm_train.train.health import memory
@@ -37,11 +37,11 @@ def train(recipe: Recipe) -> int:
         NvlmError: the user's to fix, or training that cannot go on.
     """
     record_collectives()
-    start_process_group()
-    rules.check(recipe, dist.get_world_size())
-    announce.machine(recipe.precision)
-    with run_lock.held(Path(recipe.run_dir)):
-        return run_schedule(recipe)
+    with process_group():
+        rules.check(recipe, dist.get_world_size())
+        announce.machine(recipe.precision)
+        with run_lock.held(Path(recipe.run_dir)):
+            return run_schedule(recipe)
 
 
 def run_schedule(recipe: Recipe) -> int:

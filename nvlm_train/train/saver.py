@@ -23,7 +23,7 @@ from nvlm_train.config.schema import CheckpointConfig
 from nvlm_train.errors import CheckpointError, TrainingError
 from nvlm_train.train import checkpoint_files as files
 from nvlm_train.train import mcore_fixes
-from nvlm_train.train.checkpoint import write_request
+from nvlm_train.train.checkpoint import reason, write_request
 from nvlm_train.train.checkpoint_writer import WriterThreads
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.finite import not_finite, summary
@@ -158,7 +158,7 @@ class Saver:
             action()
         except (CheckpointError, CheckpointException) as error:
             # Rank 0 knows the most, and what it says is what every rank raises.
-            self._failures.append(on_rank_0(partial(self._clean_up, name, _reason(error))))
+            self._failures.append(on_rank_0(partial(self._clean_up, name, reason(error))))
             self._under_way = None
             if len(self._failures) > self._config.max_failed_saves:
                 raise CheckpointError(self._failures[-1]) from None
@@ -193,11 +193,3 @@ def _raise_held_error(writing: Path) -> None:
     error = mcore_fixes.take_held_error()
     if error is not None:
         raise CheckpointError(files.disk_trouble(writing) or str(error))
-
-
-def _reason(error: BaseException) -> str:
-    """Of a failed save, in one line; megatron-core tells rank 0 what happened on each rank."""
-    if isinstance(error, CheckpointException):
-        by_rank = [f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items())]
-        return "; ".join(by_rank)
-    return str(error)

@@ -6,6 +6,8 @@ group only. These are the same calls in the same order (optimizer/optimizer.py, 
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -30,6 +32,29 @@ def set_groups(optimizer: MegatronOptimizer, settings: OptimizerConfig, rate: fl
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
         group["betas"] = (settings.beta1, settings.beta2)
         group["eps"] = settings.eps
+
+
+def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Loads what another kernel library's Adam may have saved.
+
+    A loaded group takes the place of the built one, and each library keeps fields of its own there
+    (Transformer Engine's and apex's Adam read `bias_correction`): those that it lacks stay as built.
+    """
+    built = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, built, strict=True):
+        for name, value in own.items():
+            group.setdefault(name, value)
+
+
+def make_moments(optimizer: MegatronOptimizer) -> None:
+    """Gives parameters that were never updated moments of zero, which megatron-core expects in a save.
+
+    Such a save comes when no step since the stage's start was finite.
+    """
+    for each in parts(optimizer):
+        if not each.is_stub_optimizer:
+            each.init_state_fn(each.optimizer, each.config)
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:

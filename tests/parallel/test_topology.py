@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import asdict
+from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.errors import ConfigError
-from nvlm_train.parallel.topology import build_topology, collect_engines
+from nvlm_train.parallel.topology import (
+    PlaceInWorld,
+    build_topology,
+    collect_engines,
+    place_in_world,
+)
+from tests.doctor.test_ranks import free_port
 from tests.workers import WorkerPool
 
 TP2_PP2 = ParallelConfig(tensor=2, pipeline=2)
@@ -116,3 +127,40 @@ def test_world_that_does_not_fit(workers: WorkerPool) -> None:
             "world size 3 is not a multiple of parallel.tensor=2 x parallel.pipeline=2" in message
         )
         assert "start a multiple of 4 processes" in message
+
+
+def test_nccl_is_told_its_device() -> None:
+    environment = {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}
+    place = place_in_world(environment, has_cuda=True)
+    assert (place.backend, place.rank, place.world_size) == ("nccl", 13, 16)
+    assert place.device == torch.device("cuda", 5)
+    assert place_in_world({}, has_cuda=True).device == torch.device("cuda", 0)
+
+
+def test_gloo_has_no_device() -> None:
+    assert place_in_world({"RANK": "1", "WORLD_SIZE": "2"}, has_cuda=False) == PlaceInWorld(
+        "gloo", 1, 2, None
+    )
+
+
+LEAVE = """
+import torch.distributed as dist
+from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.parallel.topology import build_topology, process_group
+with process_group():
+    build_topology(ParallelConfig(), 1)
+    with process_group():
+        pass
+    assert dist.is_initialized(), "only who joined leaves"
+assert not dist.is_initialized()
+"""
+
+
+def test_a_world_that_was_joined_is_left(tmp_path: Path) -> None:
+    """In a process of its own: the pool's workers are in a world already."""
+    environment = {**os.environ, "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "destroy_process_group" not in done.stderr, "torch warns of a group that was not ended"

@@ -76,3 +76,24 @@ def test_a_run_does_not_begin_with_such_weights(
     overrides = (*ONE_STAGE, "model.language.init_std=1e39")
     message = workers.run(1, ills.attempt, data, tmp_path / "run", *overrides)[0]
     assert "cannot start at step 0: not finite: " in message and "init_std" in message
+
+
+@pytest.mark.parametrize("optimizer", ["true", "false"])
+def test_a_save_comes_before_the_first_finite_step(
+    workers: WorkerPool, data: Path, tmp_path: Path, optimizer: str
+) -> None:
+    overrides = (
+        *ONE_STAGE,
+        "checkpoint.interval_steps=1",
+        f"stages.sft.parallel.distributed_optimizer={optimizer}",
+    )
+    run_dir = tmp_path / "run"
+    arguments = (data, run_dir, 0, (1,), *overrides)
+    assert workers.run(1, ills.not_a_number, *arguments) == [0]
+    assert checkpoints(run_dir)[0] == "sft-00000001"
+    shutil.rmtree(run_dir / "checkpoints" / "sft-00000004")
+    shutil.rmtree(run_dir / "checkpoints" / "sft-00000003")
+    shutil.rmtree(run_dir / "checkpoints" / "sft-00000002")
+    before = read_metrics(run_dir)
+    assert workers.run(1, runs.run, data, run_dir, *overrides) == [0]
+    assert read_metrics(run_dir)[1:] == before[1:]

@@ -7,6 +7,8 @@ import os
 from typing import Any
 
 _ENTRIES = "2000"
+_RECORDERS = {"nccl": "_dump_nccl_trace_json", "gloo": "_dump_fr_trace_json"}
+"""Backend -> the function of torch's bindings that gives its recorder's content."""
 
 
 def record_collectives() -> None:
@@ -19,10 +21,21 @@ def record_collectives() -> None:
 
 
 def recorded() -> dict[str, Any]:
-    """The recorder's content, in its own JSON format; empty where this torch has none."""
+    """The content of this world's recorder, in its own JSON format; empty where torch has none."""
+    import torch.distributed as dist
     from torch._C import _distributed_c10d as c10d
 
-    dump = getattr(c10d, "_dump_fr_trace_json", None)
+    return content(c10d, dist.get_backend())
+
+
+def content(c10d: Any, backend: str) -> dict[str, Any]:
+    """NCCL's collectives and gloo's lie in two recorders, and only torch with NCCL has the first.
+
+    Args:
+        c10d: torch's bindings.
+        backend: of the world.
+    """
+    dump = getattr(c10d, _RECORDERS.get(backend, ""), None)
     return json.loads(dump()) if dump is not None else {}
 
 
