@@ -1,10 +1,11 @@
 """Turns as ChatML pieces: which text is tokenised together, where image slots go, what is trained.
 
-The released format is ChatML, `<|im_start|>role\\ncontent<|im_end|>\\n` (see `tokens.TEMPLATES` for
-what differs between language models). Trained are an assistant's content, its `<|im_end|>` and the
-newline after it. An image is `<Image>`, for each tile its tag and its slots, `</Image>`; tags are
-ordinary text, tokenised with what stands around them, so `<Image><tile_1>` is one string, as in the
-released Hugging Face code.
+The format is Megatron-LM's ChatML, which trained the released model:
+`<|im_start|>role\\ncontent<|im_end|>\\n` (see `tokens.TEMPLATES` for what differs between language
+models; the `chat()` of the released Hugging Face code writes no newline after `<|im_end|>`). Trained
+are an assistant's content, its `<|im_end|>` and the newline after it. An image is `<Image>`, for each
+tile its tag and its slots, `</Image>`; tags are ordinary text, tokenised with what stands around
+them, so `<Image><tile_1>` is one string, as in the released Hugging Face code.
 """
 
 from __future__ import annotations
