@@ -72,7 +72,7 @@ ENGINE_PARTS = ("transformer-engine-torch", "transformer-engine-cu12", "transfor
 """Distributions that pip installs beside `transformer-engine`, all of one version."""
 
 MEGATRON_PARTS = (
-    "dist_checkpointing", "distributed", "fusions", "models", "optimizer", "pipeline_parallel",
+    "dist_checkpointing", "distributed", "extensions", "fusions", "models", "optimizer", "pipeline_parallel",
     "tensor_parallel", "transformer",
 )  # fmt: skip
 """Directories of megatron/core that nvlm-train imports from."""
