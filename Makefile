@@ -23,7 +23,7 @@ $(STAMP): setup.py constraints.txt
 	  { echo "make: $(PYTHON) lacks the venv module; install it (Debian: python3.11-venv)"; exit 1; }
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing torch"
-	@$(PIP) install -c constraints.txt torch==2.13.0
+	@$(PIP) install -c constraints.txt torch
 	@echo "installing nvlm-train and what it needs"
 	@$(PIP) install -c constraints.txt -e '.[demo,dev]'
 	@touch $@

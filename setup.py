@@ -13,9 +13,13 @@ VERSION = re.search(
 )
 
 REQUIRED = [
-    "torch==2.13.0",
+    # A range, so that pip leaves alone the torch of a GPU machine; constraints.txt pins it for CPUs.
+    # All ranges that matter beside each other: nvlm_train/doctor/stack.py.
+    "torch>=2.10.0a0,<2.14",
     "megatron-core>=0.16.1,<0.17",
     "hydra-core>=1.3.2,<1.4",
+    "omegaconf>=2.2,<2.4",
+    "packaging>=24.2",
     "PyYAML>=6",
     "numpy>=1.26",
     "pillow>=10",
@@ -33,7 +37,9 @@ REQUIRED = [
 
 EXTRAS = {
     "http": ["aiohttp>=3.10"],
-    "gpu": ["transformer-engine[pytorch]>=2.4"],
+    # megatron-core 0.16.1 takes 2.9 to 2.11. The core library has to be for torch's CUDA.
+    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+    "gpu-cu12": ["transformer-engine[core_cu12,pytorch]>=2.9,<2.12"],
     # `nvlm data prepare parquet` and `datasets`.
     "prepare": ["pyarrow>=17", "datasets>=3"],
     "dashboard": ["wandb-workspaces>=0.4.13"],

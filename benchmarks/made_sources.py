@@ -31,9 +31,9 @@ Kind = Callable[[np.random.Generator, int, int], tuple[NDArray[np.int64], NDArra
 
 
 class NoEncoder:
-    """Stands where an encoder's fingerprint is asked for; all lengths are stored already."""
+    """Stands where an encoder's fingerprints are asked for; all lengths are stored already."""
 
-    fingerprint = FINGERPRINT
+    fingerprint = tokens_fingerprint = FINGERPRINT
 
 
 def captions(

@@ -19,15 +19,19 @@ class Routes:
     """One row of the table."""
 
     thumbnail: Route
-    """Of the thumbnail; an image of one tile is its own thumbnail."""
+    """Of the thumbnail; in a stage with thumbnails an image of one tile is its own."""
     tile: Route
     """Of regular tiles."""
     tag: Route
     """Where the tag of a cross-routed tile stands: in the decoder's text, or before its tile's features."""
 
-    def of_image(self, num_tiles: int) -> list[Route]:
-        """Route of each tile of an image, thumbnail last."""
-        return [self.tile] * (num_tiles - 1) + [self.thumbnail]
+    def of_image(self, num_regular: int, num_thumbnails: int) -> list[Route]:
+        """Route of each tile of an image: regular ones, then the thumbnail where there is one.
+
+        >>> ROUTES["h"].of_image(2, 1), ROUTES["h"].of_image(0, 1), ROUTES["x"].of_image(2, 0)
+        (['cross', 'cross', 'decoder'], ['decoder'], ['cross', 'cross'])
+        """
+        return [self.tile] * num_regular + [self.thumbnail] * num_thumbnails
 
 
 ROUTES: dict[Architecture, Routes] = {

@@ -128,35 +128,46 @@ class Tokenizer:
         return str(self._fast.decode(ids, skip_special_tokens=True))
 
 
-def tile_tags(style: TileTags, grid: tuple[int, int], num_tiles: int, thumbnail: str) -> list[str]:
-    """Text before each tile of an image (NVLM 1.0, section 4.2 and Table 1).
+def tile_tags(
+    style: TileTags, grid: tuple[int, int], num_regular: int, num_thumbnails: int, thumbnail: str
+) -> list[str]:
+    """Text before each tile of an image (NVLM 1.0, section 4.2 and Table 1): T = regular + thumbnail.
+
+    Regular tiles have regular tags; the thumbnail's tag stands only before a thumbnail. (Megatron-LM
+    gives it to the last tile whatever that is: its tags have always been used with thumbnails.)
 
     Args:
         style: `1d` counts tiles, `2d_grid` names column and row, `2d_bbox` says where the tile lies
             in the image: left, top, right, bottom in thousandths of its width and height.
-        grid: (columns, rows) of regular tiles, numbered row by row.
-        num_tiles: counts the thumbnail. The last of several tiles is the thumbnail; a one-tile image
-            is its own (released NVLM-D: `tags[:n - 1] + [thumbnail]`).
+        grid: (columns, rows) of the image, numbered row by row.
+        num_regular: tiles of the grid; 0 where the only tile is the thumbnail.
+        num_thumbnails: 0 or 1; the thumbnail is last.
         thumbnail: the thumbnail's tag, the same in every style.
 
-    >>> tile_tags("1d", (2, 1), 3, "<tile_global_thumbnail>")
+    >>> tile_tags("1d", (2, 1), 2, 1, "<tile_global_thumbnail>")
     ['<tile_1>', '<tile_2>', '<tile_global_thumbnail>']
-    >>> tile_tags("2d_grid", (1, 2), 3, "<thumbnail>")
+    >>> tile_tags("1d", (2, 1), 2, 0, "<tile_global_thumbnail>")
+    ['<tile_1>', '<tile_2>']
+    >>> tile_tags("1d", (1, 1), 0, 1, "<thumbnail>"), tile_tags("1d", (1, 1), 1, 0, "<thumbnail>")
+    (['<thumbnail>'], ['<tile_1>'])
+    >>> tile_tags("2d_grid", (1, 2), 2, 1, "<thumbnail>")
     ['<tile_x0_y0>', '<tile_x0_y1>', '<thumbnail>']
-    >>> tile_tags("2d_bbox", (3, 1), 4, "<thumbnail>")[1]
+    >>> tile_tags("2d_bbox", (3, 1), 3, 1, "<thumbnail>")[1]
     '<box>(333,0),(667,1000)</box>'
-    >>> tile_tags("none", (1, 1), 1, "<thumbnail>")
+    >>> tile_tags("none", (1, 1), 0, 1, "<thumbnail>")
     ['']
     """
     if style == "none":
-        return [""] * num_tiles
+        return [""] * (num_regular + num_thumbnails)
     columns = grid[0]
-    places = [(number % columns, number // columns) for number in range(num_tiles - 1)]
+    places = [(number % columns, number // columns) for number in range(num_regular)]
     if style == "1d":
-        return [f"<tile_{number}>" for number in range(1, num_tiles)] + [thumbnail]
-    if style == "2d_grid":
-        return [f"<tile_x{x}_y{y}>" for x, y in places] + [thumbnail]
-    return [_box(x, y, grid) for x, y in places] + [thumbnail]
+        regular = [f"<tile_{number}>" for number in range(1, num_regular + 1)]
+    elif style == "2d_grid":
+        regular = [f"<tile_x{x}_y{y}>" for x, y in places]
+    else:
+        regular = [_box(x, y, grid) for x, y in places]
+    return regular + [thumbnail] * num_thumbnails
 
 
 def _box(x: int, y: int, grid: tuple[int, int]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,13 @@ def test_parameters_of_the_72b_model() -> None:
     assert parts["projector"] / 1e6 == pytest.approx(620.7, abs=0.1)
     assert parts["language_model"] == 72_706_203_648
     assert parts["vision_encoder"] / 1e9 == pytest.approx(5.54, abs=0.01)
+
+
+def test_the_encoders_memory_is_what_the_docs_say() -> None:
+    page = Path(__file__).parents[1] / "docs" / "architecture.md"
+    said = re.search(r"a whole encoder on every rank \((\S+) GB in bf16", page.read_text())
+    assert said is not None
+    assert float(said[1]) == round(2 * geometry.vision_parameters(VISION_6B) / 1e9, 1) == 11.1
 
 
 def test_language_parameters_are_those_of_transformers() -> None:

@@ -1,4 +1,4 @@
-"""Floor 7: the console script `nvlm`. Imports only what the chosen command needs."""
+"""Floor 8: the console script `nvlm`. Imports only what the chosen command needs."""
 
 from __future__ import annotations
 

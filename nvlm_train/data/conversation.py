@@ -1,10 +1,11 @@
 """Turns as ChatML pieces: which text is tokenised together, where image slots go, what is trained.
 
-The released format is ChatML, `<|im_start|>role\\ncontent<|im_end|>\\n` (see `tokens.TEMPLATES` for
-what differs between language models). Trained are an assistant's content, its `<|im_end|>` and the
-newline after it. An image is `<Image>`, for each tile its tag and its slots, `</Image>`; tags are
-ordinary text, tokenised with what stands around them, so `<Image><tile_1>` is one string, as in the
-released Hugging Face code.
+The format is Megatron-LM's ChatML, which trained the released model:
+`<|im_start|>role\\ncontent<|im_end|>\\n` (see `tokens.TEMPLATES` for what differs between language
+models; the `chat()` of the released Hugging Face code writes no newline after `<|im_end|>`). Trained
+are an assistant's content, its `<|im_end|>` and the newline after it. An image is `<Image>`, for each
+tile its tag and its slots, `</Image>`; tags are ordinary text, tokenised with what stands around
+them, so `<Image><tile_1>` is one string, as in the released Hugging Face code.
 """
 
 from __future__ import annotations
@@ -13,18 +14,10 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from nvlm_train.config.schema import TileTags
-from nvlm_train.data.tiling import Grid
+from nvlm_train.data.tiling import ImageLayout
 from nvlm_train.data.turns import Turn
-from nvlm_train.routes import Routes
+from nvlm_train.routes import Route, Routes
 from nvlm_train.tokens import IMAGE_END, IMAGE_MARKER, IMAGE_START, Tokenizer, tile_tags
-
-
-class ImageLayout(NamedTuple):
-    """How an image is cut."""
-
-    grid: Grid
-    num_tiles: int
-    """Thumbnail included."""
 
 
 class Piece(NamedTuple):
@@ -87,15 +80,21 @@ class ChatFormat:
                 )
         return pieces
 
+    def tags(self, image: ImageLayout) -> list[str]:
+        """Text before each tile of an image, in the decoder's text or in the context."""
+        return tile_tags(self._tags, *image, self._thumbnail_tag)
+
+    def routes(self, image: ImageLayout) -> list[Route]:
+        """Which way each tile of an image takes."""
+        return self._routes.of_image(image.num_regular, image.num_thumbnails)
+
     def context_tags(self, images: Sequence[ImageLayout]) -> list[str]:
         """Text before each cross-routed tile's features in the cross-attention's context."""
         tags: list[str] = []
         for image in images:
-            routes = self._routes.of_image(image.num_tiles)
-            own = tile_tags(self._tags, image.grid, image.num_tiles, self._thumbnail_tag)
             tags += [
                 tag if self._routes.tag == "cross" else ""
-                for tag, route in zip(own, routes, strict=True)
+                for tag, route in zip(self.tags(image), self.routes(image), strict=True)
                 if route == "cross"
             ]
         return tags
@@ -124,8 +123,7 @@ class ChatFormat:
         for image, following in zip(images, rest, strict=True):
             pending += IMAGE_START
             before, num_cross = (0, seen), 0
-            tags = tile_tags(self._tags, image.grid, image.num_tiles, self._thumbnail_tag)
-            for tag, route in zip(tags, self._routes.of_image(image.num_tiles), strict=True):
+            for tag, route in zip(self.tags(image), self.routes(image), strict=True):
                 if route == "decoder":
                     pieces += _text(pending + tag, before)
                     pieces.append(Piece("", self._slots, "image", before))

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.conversation import ImageLayout
-from nvlm_train.data.tiling import Grid
+from nvlm_train.data.tiling import Grid, ImageLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,17 +11,17 @@ from functools import lru_cache
 import numpy as np
 
 from nvlm_train.config.schema import TilingConfig
-from nvlm_train.data.conversation import ChatFormat, ImageLayout, Piece
+from nvlm_train.data.conversation import ChatFormat, Piece
 from nvlm_train.data.encoded import CrossTiles, EncodedSample
 from nvlm_train.data.images import check_pixels
 from nvlm_train.data.prompts import PromptFamily, load_prompts
 from nvlm_train.data.records import read_turns
-from nvlm_train.data.tiling import choose_grid, num_tiles, tile_limits
+from nvlm_train.data.tiling import ImageLayout, choose_grid, lay_out, tile_limits
 from nvlm_train.data.turns import Turn, place_images
 from nvlm_train.routes import Routes
 from nvlm_train.tokens import Tokenizer
 
-ENCODING_VERSION = 3
+ENCODING_VERSION = 4
 """Raised whenever the same record would become other tokens; stored lengths are then made anew."""
 
 _SHORT_TEXT = 48
@@ -67,12 +67,16 @@ class SampleEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Equal fingerprints make equal encodings: hash of tokenizer, settings and prompts."""
-        config = asdict(self.tokenizer.config)
-        del config["path"]
-        prompts = load_prompts()
-        parts = [ENCODING_VERSION, self.tokenizer.digest, config, asdict(self.spec), prompts]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        """Equal fingerprints make equal encodings, and leave out the same samples."""
+        return _hash([self.tokens_fingerprint, self.spec.max_image_pixels])
+
+    @property
+    def tokens_fingerprint(self) -> str:
+        """Equal ones make the same tokens of a sample that can be used: hash of tokenizer, settings,
+        prompts and `ENCODING_VERSION`."""
+        config, spec = asdict(self.tokenizer.config), asdict(self.spec)
+        del config["path"], spec["max_image_pixels"]
+        return _hash([ENCODING_VERSION, self.tokenizer.digest, config, spec, load_prompts()])
 
     def turns(self, key: str, record: bytes, sizes: Sequence[ImageSize]) -> tuple[Turn, ...]:
         """The record's turns, with the stage's system message unless it brings its own.
@@ -165,7 +169,7 @@ class SampleEncoder:
     def _images(self, sizes: Sequence[ImageSize], max_tiles: int) -> tuple[ImageLayout, ...]:
         thumbnails = int(self.spec.tiling.thumbnail)
         grids = [choose_grid(*size, self.spec.tile_size, max_tiles) for size in sizes]
-        return tuple(ImageLayout(grid, num_tiles(grid, thumbnails)) for grid in grids)
+        return tuple(lay_out(grid, thumbnails) for grid in grids)
 
     def _assemble(self, layout: Layout) -> EncodedSample:
         ids: list[int] = []
@@ -196,7 +200,7 @@ class SampleEncoder:
     def _cross(
         self, images: Sequence[ImageLayout], views: Sequence[tuple[int, int, int, int]]
     ) -> CrossTiles:
-        routes = [route for image in images for route in self.spec.routes.of_image(image.num_tiles)]
+        routes = [route for image in images for route in self.format.routes(image)]
         tags = [
             np.array(self._remembered(tag) if tag else [], dtype=np.int64)
             for tag in self.format.context_tags(images)
@@ -207,6 +211,10 @@ class SampleEncoder:
             tuple(tags),
             np.array(_merged(views), dtype=np.int64).reshape(-1, 4),
         )
+
+
+def _hash(parts: list[object]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _merged(views: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:

@@ -108,7 +108,8 @@ class _SourceShards:
             num_samples.append(index.num_samples)
             self._digests.append(index.digest)
             lengths.append(self._lengths_summary(number))
-        return _table(self.config.shards, num_samples, self._digests, lengths)
+        encoding = self._encoder.tokens_fingerprint
+        return _table(self.config.shards, num_samples, self._digests, lengths, encoding)
 
     def reader(self, number: int) -> ShardReader:
         """One shard, with its index mapped.
@@ -170,6 +171,7 @@ def _table(
     num_samples: list[int],
     digests: list[str],
     lengths: list[LengthsSummary],
+    encoding: str,
 ) -> ShardTable:
     unusable: dict[str, tuple[int, tuple[tuple[int, int], ...]]] = {}
     for shard, summary in enumerate(lengths):
@@ -182,7 +184,9 @@ def _table(
         num_samples=np.array(num_samples, dtype=np.int64),
         num_usable=np.array([summary.num_usable for summary in lengths], dtype=np.int64),
         digests=np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.uint8).reshape(-1, 32),
-        lengths_digest=hashlib.sha256("".join(s.digest for s in lengths).encode()).hexdigest(),
+        encoding_digest=hashlib.sha256(
+            "".join([encoding, *(s.digest for s in lengths)]).encode()
+        ).hexdigest(),
         num_truncated=sum(summary.num_truncated for summary in lengths),
         num_tokens=sum(summary.num_tokens for summary in lengths),
         num_trained=sum(summary.num_trained for summary in lengths),

@@ -22,7 +22,7 @@ def best_fit_decreasing(
     >>> best_fit_decreasing([4, 6, 3, 5], 10)
     [[1, 0], [3, 2]]
     >>> best_fit_decreasing([4, 6, 3, 5], 10, [1, 2, 1, 1], 2)
-    [[1], [3, 0], [2]]
+    [[1], [0, 2], [3]]
 
     Raises:
         ValueError: a length larger than the capacity, or a sample of more tiles than `max_tiles`.

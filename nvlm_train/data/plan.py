@@ -88,12 +88,12 @@ class DataPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Equal fingerprints make equal steps: hash of blend, contents, lengths, seed and batch."""
+        """Equal fingerprints make equal steps: hash of blend, contents, encoding, seed and batch."""
         digest = hashlib.sha256()
         parts: list[object] = [self.seed, asdict(self.batch), self.sequence_length]
         for source in self.sources:
             parts.append([source.name, source.weight, source.max_draws])
-            parts.append([len(source.table.names), source.table.lengths_digest])
+            parts.append([len(source.table.names), source.table.encoding_digest])
             digest.update(source.table.digests.tobytes())
         digest.update(json.dumps(parts, sort_keys=True).encode())
         return digest.hexdigest()

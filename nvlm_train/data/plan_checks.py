@@ -37,7 +37,8 @@ def check_digests(recorded: Mapping[str, str], now: Mapping[str, str]) -> None:
     if now[PLAN_DIGEST] != recorded[PLAN_DIGEST]:
         raise ShardError(
             "the shards are those the run began with, but seed, batch, weights, order of the "
-            f"sources or encoding (tokenizer, tiling, prompts) are not; restore them, {remedy}"
+            "sources or encoding (tokenizer, tiling, prompts, nvlm-train's own version) are not; "
+            f"restore them, {remedy}"
         )
 
 

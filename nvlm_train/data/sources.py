@@ -69,8 +69,8 @@ class ShardTable:
     num_usable: NDArray[np.int64]
     digests: NDArray[np.uint8]
     """[shards, 32]: of the contents."""
-    lengths_digest: str
-    """Equal digests mean equal lengths of all samples."""
+    encoding_digest: str
+    """Equal digests, of equal contents, mean equal tokens and lengths of all samples."""
     num_truncated: int
     num_tokens: int
     num_trained: int

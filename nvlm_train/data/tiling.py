@@ -7,12 +7,28 @@ model trained here sees at inference elsewhere the grids it was trained on.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 TILE_LADDER = (12, 8, 6, 4, 2, 1)
 """Tile limits tried in turn while a sample does not fit (Megatron-LM, examples/multimodal)."""
 
 Grid = tuple[int, int]
-"""(columns, rows) of regular tiles."""
+"""(columns, rows) that an image is cut into."""
+
+
+class ImageLayout(NamedTuple):
+    """Which tiles an image has: regular ones, row by row, then the thumbnail where there is one."""
+
+    grid: Grid
+    num_regular: int
+    """Tiles of the grid that are called parts; 0 where the only tile is its own thumbnail."""
+    num_thumbnails: int
+    """0 or 1."""
+
+    @property
+    def num_tiles(self) -> int:
+        """Thumbnail included."""
+        return self.num_regular + self.num_thumbnails
 
 
 @lru_cache(maxsize=16)
@@ -59,14 +75,29 @@ def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> Grid
     return best
 
 
+def lay_out(grid: Grid, num_thumbnails: int) -> ImageLayout:
+    """The tiles of an image under a stage's `tiling.thumbnail` (0 or 1 thumbnails asked for).
+
+    With thumbnails a one-tile image is not encoded twice: the tile, which is the whole image, is
+    the thumbnail (released NVLM-D: `tags[:n - 1] + [thumbnail]`). Without them no tile is one, the
+    only tile of an image included: it is tile 1 of 1.
+
+    >>> tuple(lay_out((3, 2), 1)), tuple(lay_out((1, 1), 1))
+    (((3, 2), 6, 1), ((1, 1), 0, 1))
+    >>> tuple(lay_out((3, 2), 0)), tuple(lay_out((1, 1), 0))
+    (((3, 2), 6, 0), ((1, 1), 1, 0))
+    """
+    regular = grid[0] * grid[1]
+    return ImageLayout(grid, 0 if regular == num_thumbnails == 1 else regular, num_thumbnails)
+
+
 def num_tiles(grid: Grid, num_thumbnails: int) -> int:
     """Tiles of an image: the grid's, and the thumbnail (0 or 1 asked for) when there are several.
 
     >>> num_tiles((3, 2), 1), num_tiles((1, 1), 1), num_tiles((3, 2), 0)
     (7, 1, 6)
     """
-    regular = grid[0] * grid[1]
-    return regular if regular == 1 else regular + num_thumbnails
+    return lay_out(grid, num_thumbnails).num_tiles
 
 
 def tile_limits(max_tiles: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from nvlm_train import geometry
 from nvlm_train.config.schema import Recipe
 from nvlm_train.doctor.finding import Finding, Findings, error, ok, warning
+from nvlm_train.doctor.stack import check_stack, here
 from nvlm_train.doctor.storage import gigabytes
 
 LIBRARIES = ("torch", "megatron-core", "transformer-engine", "apex", "wandb")
@@ -34,6 +35,7 @@ def check_machine(recipe: Recipe | None) -> Findings:
     from nvlm_train.parallel import kernels
 
     yield ok("versions", " ".join(f"{name}={value}" for name, value in versions().items()))
+    yield from check_stack(here())
     if not torch.cuda.is_available():
         yield _no_gpu()
     else:

@@ -17,6 +17,7 @@ from nvlm_train.data.manifests import list_shards
 from nvlm_train.data.shards import join_root
 from nvlm_train.data.sources import Source, unusable_kinds
 from nvlm_train.data.store import build_store
+from nvlm_train.data.tiling import candidate_grids, lay_out
 from nvlm_train.doctor.finding import Finding, Findings, error, ok, warning
 from nvlm_train.doctor.storage import gigabytes
 from nvlm_train.errors import ConfigError, NvlmError, ShardError
@@ -65,9 +66,11 @@ def check_tokenizer(recipe: Recipe) -> Findings:
 
 def _tags(name: str, stage: StageConfig, tokenizer: Tokenizer) -> Findings:
     tiling = stage.tiling
-    grid = (tiling.max_tiles, 1)
-    tags = tile_tags(tiling.tags, grid, tiling.max_tiles + 1, tokenizer.thumbnail_tag)
-    texts = [IMAGE_START, *(tag for tag in tags if tag), IMAGE_END]
+    images = [lay_out(grid, int(tiling.thumbnail)) for grid in candidate_grids(tiling.max_tiles)]
+    tags = [
+        tag for each in images for tag in tile_tags(tiling.tags, *each, tokenizer.thumbnail_tag)
+    ]
+    texts = [IMAGE_START, *dict.fromkeys(tag for tag in tags if tag), IMAGE_END]
     lost = [text for text in texts if tokenizer.decode(tokenizer.encode(text)) != text]
     if lost:
         yield error(

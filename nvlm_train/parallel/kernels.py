@@ -58,10 +58,26 @@ def detect() -> Kernels:
         Available(
             cuda=torch.cuda.is_available(),
             transformer_engine=_is_installed("transformer_engine"),
-            apex=_is_installed("apex") and _is_installed("amp_C"),
+            apex=_is_installed("apex") and has_amp(),
             apex_weight_gradient=_is_installed("fused_weight_gradient_mlp_cuda"),
         )
     )
+
+
+def has_amp() -> bool:
+    """Whether the extension is there that only NVIDIA's apex brings."""
+    return _is_installed("amp_C")
+
+
+def engine_problem() -> str | None:
+    """Why Transformer Engine, though installed, cannot be imported; None where it can or is not there."""
+    if not _is_installed("transformer_engine"):
+        return None
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def multiplies_bf16() -> bool:

@@ -16,7 +16,7 @@ from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.tiling import Grid
 from nvlm_train.evaluation.generate import Prompt, generate
 from nvlm_train.evaluation.prompts import encode_turns
-from nvlm_train.tokens import IMAGE_MARKER, tile_tags
+from nvlm_train.tokens import IMAGE_MARKER
 from nvlm_train.train.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -100,26 +100,17 @@ def _questions(plan: DataPlan, encoder: SampleEncoder, room: int) -> Iterator[_Q
         except ValueError as error:
             logger.info("sample=%s is no example: %s", reader.key(sample.row), error)
             continue
-        grids, counts = prompt.encoded.grids, prompt.encoded.tiles_per_image
+        encoded = prompt.encoded
         row = Example(
             source=plan.sources[sample.source].name,
             key=reader.key(sample.row),
             question="\n".join(turn.text for turn in asked),
             reference=turns[first].text,
             answer="",
-            tags=" ".join(_tags(encoder, grids, counts)),
-            tiles_HWC=picture(prompt.tiles_TCEE, grids, counts),
+            tags=" ".join(tag for image in encoded.images for tag in encoder.format.tags(image)),
+            tiles_HWC=picture(prompt.tiles_TCEE, encoded.grids, encoded.tiles_per_image),
         )
         yield _Question(prompt, row)
-
-
-def _tags(encoder: SampleEncoder, grids: Sequence[Grid], counts: Sequence[int]) -> list[str]:
-    style, thumbnail = encoder.spec.tiling.tags, encoder.tokenizer.thumbnail_tag
-    return [
-        tag
-        for grid, count in zip(grids, counts, strict=True)
-        for tag in tile_tags(style, grid, count, thumbnail)
-    ]
 
 
 def picture(tiles_TCEE: Tensor, grids: Sequence[Grid], counts: Sequence[int]) -> NDArray[np.uint8]:

@@ -73,8 +73,8 @@ def render(table: Table, width: int = WIDTH) -> str:
 def format_bytes(number: float) -> str:
     """Bytes for people.
 
-    >>> format_bytes(6.55 * 2**20)
-    '6.6 MiB'
+    >>> format_bytes(6.5 * 2**20)
+    '6.5 MiB'
     """
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = 0

@@ -1,4 +1,4 @@
-"""Every format and mode through decoding and tiling, against Pillow's own pipeline: 2 levels at most."""
+"""Every format and mode through decoding and tiling, against Pillow: 2 levels at most."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from nvlm_train.data.images import cut_tiles, decode_image, read_size
 from nvlm_train.data.tiling import choose_grid, num_tiles
-from tests.data.conftest import encoded
+from tests.data.conftest import encoded, resized
 
 EDGE = 56
 Make = Callable[[], bytes]
@@ -107,14 +107,14 @@ def test_tiles_are_pillows(name: str) -> None:
     columns, rows = grid = choose_grid(*upright.size, EDGE, 6)
     count = num_tiles(grid, 1)
     tiles = cut_tiles(decode_image(data, 10**6), grid, count, EDGE)
-    whole = np.asarray(upright.resize((columns * EDGE, rows * EDGE), Image.Resampling.BICUBIC))
+    whole = np.asarray(resized(upright, (columns * EDGE, rows * EDGE)))
     expected = [
         whole[y * EDGE : (y + 1) * EDGE, x * EDGE : (x + 1) * EDGE]
         for y in range(rows)
         for x in range(columns)
     ]
     if count > len(expected):
-        expected.append(np.asarray(upright.resize((EDGE, EDGE), Image.Resampling.BICUBIC)))
+        expected.append(np.asarray(resized(upright, (EDGE, EDGE))))
     expected_TCEE = torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2)
     assert tiles.shape == expected_TCEE.shape and count >= 4
     assert int((tiles.int() - expected_TCEE.int()).abs().max()) <= 2

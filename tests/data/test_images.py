@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from nvlm_train.data.images import cut_tiles, decode_image, read_size
-from tests.data.conftest import encoded, picture
+from tests.data.conftest import encoded, picture, resized
 
 LIMIT = 1_000_000
 
@@ -126,14 +127,62 @@ def test_tiles_are_pillows_within_two_levels() -> None:
     source = picture(517, 301)
     image = decode_image(encoded(source, "PNG"), LIMIT)
     tiles = cut_tiles(image, (3, 2), 7, 64)
-    whole = pixels_of(source.resize((192, 128), Image.Resampling.BICUBIC)).int()
+    whole = pixels_of(resized(source, (192, 128))).int()
     for number in range(6):
         row, column = divmod(number, 3)
         expected = whole[:, row * 64 : row * 64 + 64, column * 64 : column * 64 + 64]
         assert (tiles[number].int() - expected).abs().max() <= 2
-    thumbnail = pixels_of(source.resize((64, 64), Image.Resampling.BICUBIC)).int()
+    thumbnail = pixels_of(resized(source, (64, 64))).int()
     assert (tiles[6].int() - thumbnail).abs().max() <= 2
     assert tiles.shape == (7, 3, 64, 64) and tiles.dtype == torch.uint8
+
+
+SHAPES = [
+    # (width, height) of an image, and the one it is squashed to. Pillow 13 goes across first ...
+    ((331, 207), (168, 112)),
+    ((207, 331), (112, 168)),
+    ((120, 90), (168, 112)),
+    # ... and down first: thumbnails of upright images, and grids wider than their image.
+    ((500, 750), (448, 448)),
+    ((240, 320), (224, 224)),
+    ((425, 550), (336, 224)),
+    ((400, 300), (672, 112)),
+]
+
+
+def grainy(width: int, height: int) -> Image.Image:
+    """Like a photograph at high sensitivity: a smooth scene under noise that resizing has to average."""
+    noise = np.random.default_rng(5).normal(0, 40, (height, width, 3))
+    smooth = np.asarray(picture(width, height)).astype(np.float64)
+    return Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("source", "size"), SHAPES)
+def test_grain_is_resized_as_by_pillow_before_13(
+    source: tuple[int, int], size: tuple[int, int]
+) -> None:
+    image = grainy(*source)
+    columns, rows = size[0] // 56, size[1] // 56
+    tiles = cut_tiles(pixels_of(image), (columns, rows), columns * rows, 56)
+    expected = pixels_of(resized(image, size))
+    for number, tile in enumerate(tiles):
+        top, left = 56 * (number // columns), 56 * (number % columns)
+        there = expected[:, top : top + 56, left : left + 56]
+        assert (tile.int() - there.int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize(("source", "size"), SHAPES)
+def test_pillows_differ_in_the_order_of_passes_only(
+    source: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """What docs/data.md says of the Pillow that is installed, whichever it is."""
+    image, bicubic = grainy(*source), Image.Resampling.BICUBIC
+    here = pixels_of(image.resize(size, bicubic))
+    across_first = pixels_of(resized(image, size))
+    down_first = pixels_of(image.resize((image.width, size[1]), bicubic).resize(size, bicubic))
+    is_new = int(PIL.__version__.split(".")[0]) >= 13
+    assert torch.equal(here, across_first) or (is_new and torch.equal(here, down_first))
+    assert (across_first.int() - down_first.int()).abs().max() > 2, "these shapes show nothing"
 
 
 def test_an_image_of_the_right_size_is_not_resampled() -> None:

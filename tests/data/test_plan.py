@@ -146,6 +146,24 @@ def test_recorded_digests(make_plan: MakePlan) -> None:
         plan.check_digests({name: recorded[name] for name in list(recorded)[1:]})
 
 
+def test_other_tokens_of_equal_number_are_refused(
+    make_plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`<tile_2>` and the thumbnail's tag are five tokens each of Qwen2's: lengths say nothing."""
+    before = make_plan(SAMPLES)
+    monkeypatch.setattr("nvlm_train.data.encoding.ENCODING_VERSION", 0)
+    now = make_plan(SAMPLES)
+    assert list(map(samples_of, [now.step(0, 1)])) == list(map(samples_of, [before.step(0, 1)]))
+    with pytest.raises(ShardError, match="or encoding .tokenizer, tiling, prompts, nvlm-train's"):
+        now.check_digests(before.digests)
+
+
+def test_a_limit_that_leaves_nothing_out_may_change(make_encoder: MakeEncoder) -> None:
+    one, other = make_encoder(), make_encoder(max_image_pixels=2_000_000)
+    assert one.tokens_fingerprint == other.tokens_fingerprint
+    assert one.fingerprint != other.fingerprint, "stored lengths depend on it"
+
+
 def test_fingerprint_sees_seed_batch_and_weights(make_plan: MakePlan) -> None:
     plan = make_plan(SAMPLES)
     heavier = [replace(plan.sources[0], weight=0.9), plan.sources[1]]

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvlm_train.data.tiling import Grid, candidate_grids, choose_grid, num_tiles, tile_limits
+from nvlm_train.data.tiling import (
+    Grid,
+    candidate_grids,
+    choose_grid,
+    lay_out,
+    num_tiles,
+    tile_limits,
+)
 
 
 def reference(width: int, height: int, tile: int, grids: list[Grid]) -> Grid:
@@ -67,6 +74,7 @@ def test_known_grids(size: tuple[int, int], grid: Grid) -> None:
 
 def test_thumbnail_only_beside_several_tiles() -> None:
     assert [num_tiles(grid, 1) for grid in ((1, 1), (1, 2), (3, 2))] == [1, 3, 7]
-    assert num_tiles((3, 2), 0) == 6
+    assert [num_tiles(grid, 0) for grid in ((1, 1), (1, 2), (3, 2))] == [1, 2, 6]
+    assert (lay_out((1, 1), 1).num_regular, lay_out((1, 1), 0).num_regular) == (0, 1)
     assert tile_limits(12) == (12, 8, 6, 4, 2, 1)
     assert tile_limits(3) == (3, 2, 1)

@@ -58,6 +58,35 @@ def test_a_tag_that_does_not_come_back(recipe: Make, root: Path) -> None:
     assert "'<Image>' comes back as '<image>'" in texts(list(check_tokenizer(recipe())), "error")
 
 
+def lose(text: str) -> Callable[[dict], None]:
+    """A tokenizer that cannot give `text` back."""
+    normalizer = {"type": "Replace", "pattern": {"String": text}, "content": "?"}
+    return lambda content: content.update(normalizer=normalizer)
+
+
+@pytest.mark.parametrize(
+    ("tiling", "tag", "is_used"),
+    [
+        ("{thumbnail: true, max_tiles: 6, tags: 1d}", "<tile_global_thumbnail>", True),
+        ("{thumbnail: false, max_tiles: 6, tags: 1d}", "<tile_global_thumbnail>", False),
+        ("{thumbnail: false, max_tiles: 6, tags: 1d}", "<tile_6>", True),
+        ("{thumbnail: false, max_tiles: 1, tags: 1d}", "<tile_1>", True),
+        ("{thumbnail: true, max_tiles: 1, tags: 1d}", "<tile_1>", False),
+        ("{thumbnail: true, max_tiles: 6, tags: 2d_grid}", "<tile_x1_y2>", True),
+        ("{thumbnail: true, max_tiles: 6, tags: 2d_bbox}", "(0,333),(500,667)", True),
+        ("{thumbnail: true, max_tiles: 6, tags: none}", "<tile_1>", False),
+    ],
+)
+def test_the_tags_that_a_stage_uses_come_back(
+    recipe: Make, root: Path, tiling: str, tag: str, is_used: bool
+) -> None:
+    rewrite_tokenizer(root, lose(tag))
+    stage = ["schedule=[sft]", f"stages.sft.tiling={tiling}"]
+    found = texts(list(check_tokenizer(recipe(*stage))), "error")
+    assert (f"{tag}" in found and "comes back as" in found) == is_used
+    assert bool(found) == is_used
+
+
 def test_indexes_missing_then_fresh_then_stale(recipe: Make, root: Path) -> None:
     made = recipe()
     assert "6 shard(s) without an index" in texts(list(check_shards(made)), "warning")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.data.conversation import ImageLayout
 from nvlm_train.data.encoded import CrossTiles, EncodedSample
+from nvlm_train.data.tiling import lay_out
 from nvlm_train.errors import PromptError
 from nvlm_train.evaluation.generate import Prompt, generate, vocab_parallel_argmax
 from nvlm_train.geometry import tokens_per_tile
@@ -29,7 +29,7 @@ def make_prompts(sizes: list[tuple[int, int]], pixel_seed: int = 0) -> list[Prom
         slots = tiles * tokens_per_tile(VISION)
         ids = torch.randint(3, 250, (text + slots,), generator=generator).numpy()
         positions = np.arange(1, 1 + slots)
-        images = (ImageLayout((1, 1), 1),) * tiles
+        images = (lay_out((1, 1), 1),) * tiles
         views = np.empty((0, 4), dtype=np.int64)
         cross = CrossTiles(1, np.zeros(tiles, dtype=np.bool_), (), views)
         encoded = EncodedSample(ids, positions, none, none, images, cross, False)

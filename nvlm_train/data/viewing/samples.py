@@ -22,7 +22,6 @@ from nvlm_train.data.tiling import Grid
 from nvlm_train.data.viewing.token_runs import TokenRun, token_runs
 from nvlm_train.errors import SampleError
 from nvlm_train.routes import Route
-from nvlm_train.tokens import tile_tags
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,8 @@ def _view_image(
     number: int,
     encoder: SampleEncoder,
 ) -> ImageView:
-    grid, count = encoded.images[number]
+    image = encoded.images[number]
+    grid, count = image.grid, image.num_tiles
     edge, problem = encoder.spec.tile_size, ""
     try:
         pixels_CHW = decode_image(data, encoder.spec.max_image_pixels)
@@ -117,7 +117,5 @@ def _view_image(
     except ValueError as error:
         problem = str(error)
         tiles_TCEE = np.zeros((count, 3, edge, edge), dtype=np.uint8)
-    thumbnail_tag = encoder.tokenizer.thumbnail_tag
-    tags = tile_tags(encoder.spec.tiling.tags, grid, count, thumbnail_tag)
-    routes = encoder.spec.routes.of_image(count)
+    tags, routes = encoder.format.tags(image), encoder.format.routes(image)
     return ImageView(size, grid, tiles_TCEE, tuple(tags), tuple(routes), problem)
