@@ -184,9 +184,8 @@ def _table(
         num_samples=np.array(num_samples, dtype=np.int64),
         num_usable=np.array([summary.num_usable for summary in lengths], dtype=np.int64),
         digests=np.frombuffer(bytes.fromhex("".join(digests)), dtype=np.uint8).reshape(-1, 32),
-        encoding_digest=hashlib.sha256(
-            "".join([encoding, *(s.digest for s in lengths)]).encode()
-        ).hexdigest(),
+        lengths_digest=hashlib.sha256("".join(s.digest for s in lengths).encode()).hexdigest(),
+        encoding=encoding,
         num_truncated=sum(summary.num_truncated for summary in lengths),
         num_tokens=sum(summary.num_tokens for summary in lengths),
         num_trained=sum(summary.num_trained for summary in lengths),

@@ -89,13 +89,22 @@ class DataPlan:
     @cached_property
     def fingerprint(self) -> str:
         """Equal fingerprints make equal steps: hash of blend, contents, encoding, seed and batch."""
+        encodings = [source.table.encoding for source in self.sources]
+        return self._hash_with(encodings)
+
+    @property
+    def first_fingerprint(self) -> str:
+        """As checkpoints of format 1 have it, which know an encoding by its lengths only."""
+        return self._hash_with([])
+
+    def _hash_with(self, encodings: list[str]) -> str:
         digest = hashlib.sha256()
         parts: list[object] = [self.seed, asdict(self.batch), self.sequence_length]
         for source in self.sources:
             parts.append([source.name, source.weight, source.max_draws])
-            parts.append([len(source.table.names), source.table.encoding_digest])
+            parts.append([len(source.table.names), source.table.lengths_digest])
             digest.update(source.table.digests.tobytes())
-        digest.update(json.dumps(parts, sort_keys=True).encode())
+        digest.update(json.dumps([*parts, *encodings], sort_keys=True).encode())
         return digest.hexdigest()
 
     def check_digests(self, recorded: Mapping[str, str]) -> None:
@@ -104,7 +113,7 @@ class DataPlan:
         Raises:
             ShardError: other contents, a shard more or less, or another order of the samples.
         """
-        check_digests(recorded, self.digests)
+        check_digests(recorded, self.digests, self.first_fingerprint)
 
     def reader(self, sample: SampleRef) -> ShardReader:
         """Where the sample is read."""

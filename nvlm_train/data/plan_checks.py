@@ -11,8 +11,13 @@ PLAN_DIGEST = "(plan)"
 """Name of the plan's own entry among the shards' digests."""
 
 
-def check_digests(recorded: Mapping[str, str], now: Mapping[str, str]) -> None:
+def check_digests(recorded: Mapping[str, str], now: Mapping[str, str], first_plan: str) -> None:
     """Compares the digests of the run that is continued with those of today's data.
+
+    Args:
+        recorded: of the checkpoint.
+        now: today's.
+        first_plan: the plan's digest as checkpoints of format 1 have it.
 
     Raises:
         ShardError: other contents, a shard more or less, or another order of the samples.
@@ -34,7 +39,7 @@ def check_digests(recorded: Mapping[str, str], now: Mapping[str, str]) -> None:
             raise ShardError(
                 f"shard={name} was not in the blend when the run began; take it out, {remedy}"
             )
-    if now[PLAN_DIGEST] != recorded[PLAN_DIGEST]:
+    if recorded[PLAN_DIGEST] not in (now[PLAN_DIGEST], first_plan):
         raise ShardError(
             "the shards are those the run began with, but seed, batch, weights, order of the "
             "sources or encoding (tokenizer, tiling, prompts, nvlm-train's own version) are not; "

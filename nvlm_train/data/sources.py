@@ -69,8 +69,10 @@ class ShardTable:
     num_usable: NDArray[np.int64]
     digests: NDArray[np.uint8]
     """[shards, 32]: of the contents."""
-    encoding_digest: str
-    """Equal digests, of equal contents, mean equal tokens and lengths of all samples."""
+    lengths_digest: str
+    """Equal digests mean equal lengths of all samples."""
+    encoding: str
+    """The encoder's: equal ones, of equal contents, mean equal tokens of all samples."""
     num_truncated: int
     num_tokens: int
     num_trained: int

@@ -61,6 +61,12 @@ def _same_data(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
     if state.step < after["steps"]:
         for field in _DATA_FIELDS:
             yield from _differences(before[field], after[field], f"stages.{state.stage}.{field}")
+        tiling = after["tiling"]
+        if state.format == 1 and not tiling["thumbnail"] and tiling["tags"] != "none":
+            yield (
+                f"stages.{state.stage}.tiling.thumbnail=false: the stage began with its last tile tagged "
+                "as a thumbnail, which this version does not do any more"
+            )
 
 
 def _same_past(state: RunState, then: Plain, now: Plain) -> Iterator[str]:

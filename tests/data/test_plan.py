@@ -19,6 +19,7 @@ from nvlm_train.data.data_recipe import Blend, SourceConfig
 from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.data.packing import best_fit_decreasing, deal
 from nvlm_train.data.plan import DataPlan
+from nvlm_train.data.plan_checks import PLAN_DIGEST
 from nvlm_train.data.shards import write_shards
 from nvlm_train.errors import ShardError, TrainingError
 from tests.data.conftest import LENGTH, chat, mixed_samples
@@ -156,6 +157,15 @@ def test_other_tokens_of_equal_number_are_refused(
     assert list(map(samples_of, [now.step(0, 1)])) == list(map(samples_of, [before.step(0, 1)]))
     with pytest.raises(ShardError, match="or encoding .tokenizer, tiling, prompts, nvlm-train's"):
         now.check_digests(before.digests)
+
+
+def test_digests_of_the_first_format_are_compared_as_they_were(make_plan: MakePlan) -> None:
+    """Lengths stand for the encoding there, and nothing else does."""
+    plan = make_plan(SAMPLES)
+    recorded = plan.digests | {PLAN_DIGEST: plan.first_fingerprint}
+    plan.check_digests(recorded)
+    with pytest.raises(ShardError, match="seed, batch, weights"):
+        make_plan(replace(SAMPLES, size=SAMPLES.size + 1)).check_digests(recorded)
 
 
 def test_a_limit_that_leaves_nothing_out_may_change(make_encoder: MakeEncoder) -> None:

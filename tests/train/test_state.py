@@ -187,3 +187,20 @@ def test_later_stages_may_be_added(recipe: Recipe) -> None:
         stages={**recipe.stages, "more": recipe.stages["sft"]},
     )
     check(state, longer)
+
+
+def test_tags_of_a_half_done_stage_without_thumbnails_are_not_changed_under_it(
+    recipe: Recipe,
+) -> None:
+    """Until format 2 the last tile had the thumbnail's tag, of as many tokens."""
+    tiling = replace(recipe.stages["sft"].tiling, thumbnail=False)
+    without = change(recipe, "sft", tiling=tiling)
+    old = replace(state_of(without), format=1)
+    assert (
+        "stages.sft.tiling.thumbnail=false: the stage began with its last tile tagged"
+        in refusal(old, without)
+    )
+    check(state_of(without), without)
+    check(replace(old, step=4), without)  # the stage is over
+    untagged = change(recipe, "sft", tiling=replace(tiling, tags="none"))
+    check(replace(state_of(untagged), format=1), untagged)
