@@ -1,4 +1,4 @@
-"""Tokenizer, shards, indexes and labels: what the first step would read."""
+"""Shards, indexes and labels: what the first step would read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nvlm_train.config.paths import data_recipes_dir
-from nvlm_train.config.schema import LoaderConfig, Recipe, StageConfig
+from nvlm_train.config.schema import LoaderConfig, Recipe
 from nvlm_train.data.assemble import build_encoder, open_sources
 from nvlm_train.data.data_recipe import Blend, SourceConfig, read_blend
 from nvlm_train.data.fields import FieldMapping
@@ -20,65 +20,9 @@ from nvlm_train.data.store import build_store
 from nvlm_train.doctor.finding import Finding, Findings, error, ok, warning
 from nvlm_train.doctor.storage import gigabytes
 from nvlm_train.errors import ConfigError, NvlmError, ShardError
-from nvlm_train.tokens import IMAGE_END, IMAGE_START, Tokenizer, tile_tags
 
 SHARDS_READ = 4
 """Shards of a source whose labels are counted; more only where `--all-shards` asks for it."""
-
-
-def check_tokenizer(recipe: Recipe) -> Findings:
-    """Control tokens are one id each and cannot be forged, tags survive a round trip, ids fit the table."""
-    settings = recipe.model.tokenizer
-    try:
-        tokenizer = Tokenizer(settings)
-    except ConfigError as problems:
-        for problem in problems.problems:
-            yield error("tokenizer", problem, "correct model.tokenizer")
-        return
-    controls = {settings.pad: tokenizer.pad, settings.turn_start: tokenizer.turn_start,
-                settings.turn_end: tokenizer.turn_end}  # fmt: skip
-    if len(set(controls.values())) < len(controls):
-        yield error(
-            "tokenizer",
-            f"pad, turn_start and turn_end share an id: {controls}",
-            "name three different tokens in model.tokenizer",
-        )
-    for token, number in controls.items():
-        if number in tokenizer.encode(token):
-            yield error(
-                "tokenizer",
-                f"the text {token!r} inside a sample becomes the control token {number}",
-                f"mark {token} as special in {settings.path}",
-            )
-    rows = recipe.model.language.vocab_size
-    if tokenizer.vocab_size > rows:
-        yield error(
-            "tokenizer",
-            f"{settings.path} has {tokenizer.vocab_size} ids, model.language.vocab_size={rows}",
-            "use the tokenizer that belongs to the model, or raise vocab_size",
-        )
-    else:
-        yield ok("tokenizer", f"{tokenizer.vocab_size} ids fit model.language.vocab_size={rows}")
-    for name in recipe.schedule:
-        yield from _tags(name, recipe.stages[name], tokenizer)
-
-
-def _tags(name: str, stage: StageConfig, tokenizer: Tokenizer) -> Findings:
-    tiling = stage.tiling
-    grid = (tiling.max_tiles, 1)
-    tags = tile_tags(tiling.tags, grid, tiling.max_tiles + 1, tokenizer.thumbnail_tag)
-    texts = [IMAGE_START, *(tag for tag in tags if tag), IMAGE_END]
-    lost = [text for text in texts if tokenizer.decode(tokenizer.encode(text)) != text]
-    if lost:
-        yield error(
-            "tokenizer",
-            f"stage {name}: {lost[0]!r} comes back as {tokenizer.decode(tokenizer.encode(lost[0]))!r}",
-            "use a byte-level tokenizer, or another tiling.tags",
-        )
-        return
-    lengths = Counter(len(tokenizer.encode(tag)) for tag in texts[1:-1])
-    shown = f"{min(lengths)} to {max(lengths)} tokens each" if lengths else "none"
-    yield ok("tokenizer", f"stage {name}: tile tags ({tiling.tags}): {shown}, round trip exact")
 
 
 def check_shards(recipe: Recipe) -> Findings:
