@@ -1,4 +1,4 @@
-"""Shards, indexes and labels: what the first step would read."""
+"""Tokenizer, shards, indexes and labels: what the first step would read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,38 @@ from nvlm_train.data.manifests import list_shards
 from nvlm_train.data.shards import join_root
 from nvlm_train.data.sources import Source, unusable_kinds
 from nvlm_train.data.store import build_store
-from nvlm_train.doctor.finding import Finding, Findings, error, ok, warning
+from nvlm_train.doctor.finding import Finding, Findings, error, findings_of, ok, warning
 from nvlm_train.doctor.storage import gigabytes
 from nvlm_train.errors import ConfigError, NvlmError, ShardError
+from nvlm_train.foreign import check
+from nvlm_train.foreign.tokenizer import stage_tags, tag_problems
+from nvlm_train.tokens import Tokenizer
 
 SHARDS_READ = 4
 """Shards of a source whose labels are counted; more only where `--all-shards` asks for it."""
+
+
+def check_tokenizer(recipe: Recipe) -> Findings:
+    """Control tokens are one id each and cannot be forged, tags survive a round trip, ids fit the table."""
+    problems = list(check.tokenizer(recipe))
+    yield from findings_of("tokenizer", problems)
+    try:
+        tokenizer = Tokenizer(recipe.model.tokenizer)
+    except ConfigError:
+        return  # told above
+    rows = recipe.model.language.vocab_size
+    if tokenizer.vocab_size <= rows:
+        yield ok("tokenizer", f"{tokenizer.vocab_size} ids fit model.language.vocab_size={rows}")
+    for name in recipe.schedule:
+        stage = recipe.stages[name]
+        if any(tag_problems(name, stage, tokenizer)):
+            continue
+        lengths = [len(tokenizer.encode(tag)) for tag in stage_tags(stage, tokenizer)]
+        shown = f"{min(lengths)} to {max(lengths)} tokens each" if lengths else "none"
+        yield ok(
+            "tokenizer",
+            f"stage {name}: tile tags ({stage.tiling.tags}): {shown}, round trip exact",
+        )
 
 
 def check_shards(recipe: Recipe) -> Findings:

@@ -44,7 +44,7 @@ def examine(request: Request) -> int:
     if recipe is not None:
         report.take(storage.check_run_dir(recipe))
         report.take(storage.check_disk(recipe))
-        report.take(weights.check_tokenizer(recipe))
+        report.take(material.check_tokenizer(recipe))
         report.take(weights.check_weights(recipe))
         report.take(services.check_wandb(recipe))
     if "SLURM_JOB_ID" not in os.environ:

@@ -165,7 +165,7 @@ class TokenId:
         value, rows = config.get(self.key), config.get(self.rows_key, self.default_rows)
         if value is None or not isinstance(rows, int):
             return
-        if not isinstance(value, int) or not -rows <= value < rows:
+        if not isinstance(value, int) or isinstance(value, bool) or not -rows <= value < rows:
             yield error(
                 f"{place.config} has {self.key}={shown(value)}, which is no row of a table with "
                 f"{self.rows_key}={rows}",

@@ -10,8 +10,11 @@ from nvlm_train.config.model_schema import LanguageConfig
 from nvlm_train.foreign.keys import Config, Place, same, shown, stated
 from nvlm_train.foreign.problem import Problems, error, warning
 
+_TABLES = ("rope_scaling", "rope_parameters")
+"""Where parameters stand: transformers 4 writes the first, 5 the second, and the first one wins."""
 _TYPE_KEYS = ("rope_type", "type")
 """The second is how transformers named it at first; the first one wins."""
+_ONE = "leave the one that the weights were trained with"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,23 @@ PLAIN = {
     "dynamic": RopeType(frozenset({"factor"}), is_bounded=True),
 }
 """What megatron-core's plain rotary embedding computes."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The parameters that transformers reads, under the name that they have in config.json."""
+
+    name: str
+    content: Config
+
+    @property
+    def type(self) -> Any:
+        """The kind of scaling; `default` where none is stated."""
+        return next((self.content[key] for key in _TYPE_KEYS if key in self.content), "default")
+
+    def path(self, key: str) -> str:
+        """A parameter's place in config.json."""
+        return f"{self.name}.{key}"
 
 
 @dataclass(frozen=True)
@@ -62,73 +82,66 @@ class Rope:
             place: how messages name things.
             sequence_lengths: stage to its sequence length in tokens.
         """
-        scaling, parameters = config.get("rope_scaling"), config.get("rope_parameters")
-        for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        for key in _TABLES:
+            value = config.get(key)
             if value is not None and not isinstance(value, dict):
                 yield error(
                     f"{place.config} has {key}={shown(value)}, which is no table of parameters",
                     "give weights with a config.json that save_pretrained wrote",
                 )
                 return
-        if scaling and parameters and scaling != parameters:
+        stated_tables = [key for key in _TABLES if config.get(key)]
+        if len(stated_tables) == 2 and config[_TABLES[0]] != config[_TABLES[1]]:
+            both = " and ".join(f"{key}={shown(config[key])}" for key in _TABLES)
             yield error(
-                f"{place.config} has rope_scaling={shown(scaling)} and rope_parameters="
-                f"{shown(parameters)}, of which transformers 5 reads the first and 4 both",
-                "leave the one that the weights were trained with",
+                f"{place.config} has {both}, of which transformers 5 reads the first alone", _ONE
             )
-        chosen = scaling or parameters or {}
-        yield from self._theta(config, chosen, language, place)
-        yield from self._rotary_part(config, chosen, place)
-        yield from self._type(config, chosen, place, sequence_lengths)
-
-    def _theta(
-        self, config: Config, chosen: Config, language: LanguageConfig, place: Place
-    ) -> Problems:
-        found = [table["rope_theta"] for table in (chosen, config) if "rope_theta" in table]
-        theta = found[0] if found else self.theta
-        holder = chosen if "rope_theta" in chosen else config
-        if not same(theta, language.rope_theta):
-            yield error(
-                f"{place.group}.rope_theta={language.rope_theta} but {place.config} has "
-                f"{stated(holder, 'rope_theta', theta)}",
-                f"correct {place.group}, or give the weights that it describes",
-            )
-        if len(found) == 2 and not same(found[0], found[1]):
-            yield error(
-                f"{place.config} has rope_theta={shown(found[1])} and inside its RoPE parameters "
-                f"rope_theta={shown(found[0])}",
-                "leave the one that the weights were trained with",
-            )
-
-    def _rotary_part(self, config: Config, chosen: Config, place: Place) -> Problems:
-        for table in (chosen, config):
-            part = table.get("partial_rotary_factor")
-            if part is not None and not same(part, 1.0):
-                yield error(
-                    f"{place.config} has partial_rotary_factor={shown(part)}, {place.model} turns "
-                    "all channels of a head",
-                    "give weights of such a model",
-                )
-
-    def _type(
-        self, config: Config, chosen: Config, place: Place, sequence_lengths: Mapping[str, int]
-    ) -> Problems:
-        names = [chosen[key] for key in _TYPE_KEYS if key in chosen] or ["default"]
-        if len(names) == 2 and not same(names[0], names[1]):
-            yield error(
-                f"{place.config} has rope_type={shown(names[0])} and type={shown(names[1])}",
-                "leave the one that the weights were trained with",
-            )
-        kind = self.types.get(names[0]) if isinstance(names[0], str) else None
+        name = stated_tables[0] if stated_tables else ""
+        table = _Table(name, config.get(name) or {})
+        yield from self._theta(config, table, language, place)
+        yield from self._rotary_part(config, table, place)
+        kind = self.types.get(table.type) if isinstance(table.type, str) else None
         if kind is None:
             yield error(
-                f"{place.config} has RoPE of the type rope_type={shown(names[0])} "
-                f"({shown(dict(chosen))}), {place.model} needs {' or '.join(self.types)}",
+                f"{place.config} has RoPE of the type {shown(table.type)}: {name}="
+                f"{shown(table.content)}, {place.model} needs {' or '.join(self.types)}",
                 "give weights of such a model",
             )
             return
-        yield from _parameters(chosen, kind, names[0], place)
-        yield from self._lengths(config, kind, names[0], place, sequence_lengths)
+        yield from _parameters(table, kind, place)
+        yield from self._lengths(config, kind, table.type, place, sequence_lengths)
+
+    def _theta(
+        self, config: Config, table: _Table, language: LanguageConfig, place: Place
+    ) -> Problems:
+        inside, above = table.content.get("rope_theta"), config.get("rope_theta")
+        has_inside, has_above = "rope_theta" in table.content, "rope_theta" in config
+        theta = inside if has_inside else above if has_above else self.theta
+        if not same(theta, language.rope_theta):
+            where = table.path("rope_theta") if has_inside else "rope_theta"
+            has = f"{where}={shown(theta)}"
+            if not has_inside and not has_above:
+                has = f"no rope_theta, neither by itself nor in {' or '.join(_TABLES)}, which means {has}"
+            yield error(
+                f"{place.group}.rope_theta={language.rope_theta} but {place.config} has {has}",
+                f"correct {place.group}, or give the weights that it describes",
+            )
+        if has_inside and has_above and not same(inside, above):
+            yield error(
+                f"{place.config} has rope_theta={shown(above)} and "
+                f"{table.path('rope_theta')}={shown(inside)}",
+                _ONE,
+            )
+
+    def _rotary_part(self, config: Config, table: _Table, place: Place) -> Problems:
+        key = "partial_rotary_factor"
+        for where, part in ((key, config.get(key)), (table.path(key), table.content.get(key))):
+            if part is not None and not same(part, 1.0):
+                yield error(
+                    f"{place.config} has {where}={shown(part)}, {place.model} turns all channels of "
+                    "a head",
+                    "give weights of such a model",
+                )
 
     def _lengths(
         self,
@@ -159,21 +172,24 @@ class Rope:
                 yield warning(f"{text}: the weights have not seen such positions", remedy)
 
 
-def _parameters(chosen: Config, kind: RopeType, name: str, place: Place) -> Problems:
+def _parameters(table: _Table, kind: RopeType, place: Place) -> Problems:
+    content = table.content
+    names = [content[key] for key in _TYPE_KEYS if key in content]
+    if len(names) == 2 and not same(names[0], names[1]):
+        both = " and ".join(f"{table.path(key)}={shown(content[key])}" for key in _TYPE_KEYS)
+        yield error(f"{place.config} has {both}", _ONE)
     known = kind.parameters | {"rope_theta", "partial_rotary_factor", *_TYPE_KEYS}
-    for key in sorted(chosen.keys() - known):
+    for key in sorted(content.keys() - known):
         yield error(
-            f"{place.config} has {key}={shown(chosen[key])} among the parameters of RoPE of the "
-            f"type {name}, which has no such parameter",
+            f"{place.config} has {table.path(key)}={shown(content[key])}: RoPE of the type "
+            f"{table.type} has no such parameter",
             f"give weights of another model, or remove {key} where it changes nothing",
         )
     for key in sorted(kind.parameters):
-        if not _is_number(chosen.get(key)):
+        value = content.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
             yield error(
-                f"{place.config} has no number as {key} of RoPE of the type {name}",
+                f"{place.config} has {table.path(key)}={shown(value)}: RoPE of the type {table.type} "
+                "needs a number there",
                 "give weights with a config.json that save_pretrained wrote",
             )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

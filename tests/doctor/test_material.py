@@ -12,8 +12,7 @@ import pytest
 from nvlm_train.config.schema import Recipe
 from nvlm_train.data.prepare import prepare_shards
 from nvlm_train.doctor.finding import Finding
-from nvlm_train.doctor.material import check_labels, check_shards
-from nvlm_train.doctor.weights import check_tokenizer
+from nvlm_train.doctor.material import check_labels, check_shards, check_tokenizer
 
 Make = Callable[..., Recipe]
 
