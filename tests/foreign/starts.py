@@ -14,8 +14,16 @@ from nvlm_train.train import start
 from nvlm_train.train.loop import train
 
 
-def refusal(overrides: Sequence[str]) -> str:
-    """The message with which training ends on this rank; `{rank}` in overrides is the rank."""
+def refusals(*recipes: Sequence[str]) -> list[str]:
+    """Starts one run after the other, each of the overrides of a recipe.
+
+    Returns:
+        The messages with which they end on this rank. `{rank}` in overrides is the rank.
+    """
+    return [_refusal(overrides) for overrides in recipes]
+
+
+def _refusal(overrides: Sequence[str]) -> str:
     rank = dist.get_rank()
     recipe = load_recipe([each.replace("{rank}", str(rank)) for each in overrides])
     built = AssertionError("a model was built before the weights were refused")

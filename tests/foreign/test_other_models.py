@@ -129,18 +129,35 @@ def doctor_errors(recipe: Recipe) -> str:
     return "\n".join(each.text for each in check_weights(recipe) if each.level == "error")
 
 
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Overrides of a recipe on each of the other models."""
+    root, found = tmp_path_factory.mktemp("others"), {}
+    for number, (name, (make, changes, more, _)) in enumerate(OTHERS.items()):
+        directory = written(make(), changes, root / f"weights-{number}")
+        found[name] = arguments(directory, root / f"run-{number}", *more)
+    return found
+
+
+@pytest.fixture(scope="module")
+def refused(workers: WorkerPool, recipes: dict[str, list[str]]) -> list[dict[str, str]]:
+    """What training says to each, on each of two ranks."""
+    said = workers.run(2, starts.refusals, *recipes.values())
+    return [dict(zip(recipes, each, strict=True)) for each in said]
+
+
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_model_is_refused(workers: WorkerPool, tmp_path: Path, name: str) -> None:
-    make, changes, more, message = OTHERS[name]
-    directory = written(make(), changes, tmp_path / "weights")
-    recipe_arguments = arguments(directory, tmp_path / "run", *more)
-    recipe = load_recipe(recipe_arguments)
+def test_another_model_is_refused(
+    recipes: dict[str, list[str]], refused: list[dict[str, str]], name: str
+) -> None:
+    *_, message = OTHERS[name]
+    recipe = load_recipe(recipes[name])
     assert message in doctor_errors(recipe)
     with pytest.raises(CheckpointError) as caught:
         qwen2_source(recipe.model.language)
     assert message in str(caught.value)
-    for said in workers.run(2, starts.refusal, recipe_arguments):
-        assert said.startswith("ConfigError: ") and message in said
+    for said in refused:
+        assert said[name].startswith("ConfigError: ") and message in said[name]
 
 
 def test_nvlm_d_s_dynamic_scaling_is_accepted(tmp_path: Path) -> None:
@@ -159,8 +176,9 @@ def test_one_rank_s_files_end_all_ranks(workers: WorkerPool, tmp_path: Path) -> 
     """On nodes' own disks: rank 1 has other weights, and rank 0 must not wait for it."""
     written(qwen2(), {}, tmp_path / "weights-0")
     written(qwen2(), {"hidden_act": "gelu"}, tmp_path / "weights-1")
-    said = workers.run(2, starts.refusal, arguments(tmp_path / "weights-{rank}", tmp_path / "run"))
-    assert "hidden_act=gelu" in said[0] and said[0] == said[1]
+    own = arguments(tmp_path / "weights-{rank}", tmp_path / "run")
+    said = workers.run(2, starts.refusals, own)
+    assert "hidden_act=gelu" in said[0][0] and said[0] == said[1]
 
 
 def test_a_model_for_generation_is_refused_alike(workers: WorkerPool, tmp_path: Path) -> None:

@@ -65,25 +65,19 @@ def test_every_shipped_model_holds_its_tokenizer_s_ids(path: Path) -> None:
     assert Tokenizer(recipe.model.tokenizer).vocab_size == NUM_IDS
 
 
-LAYOUTS = {
-    "single": (1, "single"), "TP2": (2, "tp2"), "TP2 SP": (2, "tp2_sp"), "PP2": (2, "pp2"),
-    "TP2 PP2": (4, "tp2_pp2"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
 def test_ids_beyond_the_table_end_training_in_every_layout(
-    workers: WorkerPool, tmp_path: Path, name: str
+    workers: WorkerPool, tmp_path: Path
 ) -> None:
-    world, layout = LAYOUTS[name]
-    stages = [f"parallel@stages.{stage}.parallel={layout}" for stage in ("pretrain", "sft")]
-    arguments = [
-        "experiment=smoke", f"run_dir={tmp_path}", "model.language.vocab_size=512", *stages
-    ]  # fmt: skip
-    for said in workers.run(world, starts.refusal, arguments):
-        assert "the tokenizer has 640 ids, model.language.vocab_size=512" in said
-        assert "raise model.language.vocab_size to at least 640" in said
-    assert "the tokenizer has 640 ids" in found("error", *arguments)
+    recipes = [
+        ["experiment=smoke", f"run_dir={tmp_path}", "model.language.vocab_size=512"]
+        + [f"parallel@stages.{stage}.parallel={layout}" for stage in ("pretrain", "sft")]
+        for layout in ("single", "tp2", "tp2_sp", "pp2")
+    ]
+    for messages in workers.run(2, starts.refusals, *recipes):
+        for said in messages:
+            assert "the tokenizer has 640 ids, model.language.vocab_size=512" in said
+            assert "raise model.language.vocab_size to at least 640" in said
+    assert "the tokenizer has 640 ids" in found("error", *recipes[0])
 
 
 def test_ids_with_gaps_need_rows_up_to_the_largest(tmp_path: Path) -> None:
@@ -102,38 +96,35 @@ def test_an_added_token_needs_a_row(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("model.tokenizer.pad='<|im_end|>'", "pad and model.tokenizer.turn_end share an id"),
-        (
-            "model.tokenizer.turn_start='<|im_end|>'",
-            "turn_start and model.tokenizer.turn_end share",
-        ),
-        ("model.tokenizer.turn_end='<none>'", "turn_end=<none> is not in the vocabulary"),
-    ],
-)
-def test_control_tokens_are_rules_of_training(
-    workers: WorkerPool, tmp_path: Path, override: str, message: str
-) -> None:
-    arguments = ["experiment=smoke", f"run_dir={tmp_path}", override]
-    assert message in found("error", *arguments)
-    (said,) = workers.run(1, starts.refusal, arguments)
-    assert message in said
-
-
-def test_forgeable_tokens_and_lost_tags_are_rules_of_training(
-    workers: WorkerPool, tmp_path: Path
-) -> None:
-    def change(content: dict[str, Any]) -> None:
+def test_control_tokens_and_tags_are_rules_of_training(workers: WorkerPool, tmp_path: Path) -> None:
+    def forgeable(content: dict[str, Any]) -> None:
         for each in content["added_tokens"]:
             each["special"] = False
         content["normalizer"] = {"type": "Lowercase"}
 
-    path = changed_tokenizer(tmp_path, change)
-    (said,) = workers.run(1, starts.refusal, experiment("smoke", path, f"run_dir={tmp_path}/run"))
-    assert "'<|im_end|>' inside a sample becomes the control token" in said
-    assert "stage pretrain: '<Image>' comes back as '<image>'" in said
+    def swapped(content: dict[str, Any]) -> None:
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+    smoke, own = ["experiment=smoke", f"run_dir={tmp_path}/run"], [f"run_dir={tmp_path}/run"]
+    lowercase = changed_tokenizer(tmp_path / "lowercase", forgeable)
+    other = changed_tokenizer(tmp_path / "other", swapped)
+    one_rank = [f"parallel@stages.{stage}.parallel=single" for stage in ("pretrain", "sft")]
+    recipes = {
+        "pad and model.tokenizer.turn_end share an id": [*smoke, "model.tokenizer.pad='<|im_end|>'"],
+        "turn_start and model.tokenizer.turn_end share": [
+            *smoke, "model.tokenizer.turn_start='<|im_end|>'"
+        ],
+        "turn_end=<none> is not in the vocabulary": [*smoke, "model.tokenizer.turn_end='<none>'"],
+        "'<|im_end|>' inside a sample becomes the control token": experiment("smoke", lowercase, *own),
+        "stage pretrain: '<Image>' comes back as '<image>'": experiment("smoke", lowercase, *own),
+        # Of the weights that the demo starts from.
+        "2 tokens have other ids than in": experiment("demo", other, *own, *one_rank),
+    }  # fmt: skip
+    (messages,) = workers.run(1, starts.refusals, *recipes.values())
+    for (message, arguments), said in zip(recipes.items(), messages, strict=True):
+        assert message in said
+        assert message in found("error", *arguments)
 
 
 def test_every_tag_of_every_grid_is_tried(tmp_path: Path) -> None:
@@ -169,20 +160,6 @@ def test_a_row_of_zeros_is_no_token(tmp_path: Path) -> None:
         state[name] = torch.cat([state[name], torch.randn(64, state[name].shape[1])])
     save_file(state, taller / "model.safetensors")
     assert found("error", *arguments, f"model.language.weights={taller}") == ""
-
-
-def test_another_model_s_tokenizer_is_refused(workers: WorkerPool, tmp_path: Path) -> None:
-    def swap(content: dict[str, Any]) -> None:
-        vocabulary = content["model"]["vocab"]
-        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-
-    path = changed_tokenizer(tmp_path, swap)
-    message = "2 tokens have other ids than in"
-    single = [f"parallel@stages.{stage}.parallel=single" for stage in ("pretrain", "sft")]
-    arguments = experiment("demo", path, f"run_dir={tmp_path}/run", *single)
-    assert message in found("error", *arguments)
-    (said,) = workers.run(1, starts.refusal, arguments)
-    assert message in said
 
 
 def test_a_control_token_that_the_weights_do_not_know_is_a_warning(tmp_path: Path) -> None:
