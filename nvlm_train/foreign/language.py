@@ -15,7 +15,7 @@ from nvlm_train.foreign.family import (
 )
 from nvlm_train.foreign.headers import Headers, read_headers
 from nvlm_train.foreign.ignored import BOOKKEEPING, GENERATION
-from nvlm_train.foreign.keys import Config, Derived, Fixed, Place, Sized, TokenId, shown, stated
+from nvlm_train.foreign.keys import Config, Derived, Fixed, Place, Sized, TokenId, stated
 from nvlm_train.foreign.problem import Problem, Problems, error
 from nvlm_train.foreign.rope import PLAIN, Rope
 
@@ -153,6 +153,6 @@ def _table_problems(headers: Headers, config: Config, place: Place) -> Problems:
 
 def stored_rows(language: LanguageConfig) -> int | None:
     """Rows of the embedding table in `language.weights`; None where no such table can be read."""
-    headers = read_headers(Path(language.weights or ""), shown(language.weights or ""))
+    headers = read_headers(Path(language.weights or ""), "model.language.weights")
     table = headers.tensors.get(TABLES[0])
     return table.shape[0] if table and table.shape else None

@@ -28,5 +28,6 @@ def require_fitting(recipe: Recipe) -> None:
     errors = dict.fromkeys(text for texts in everyone for text in texts)
     if errors:
         raise ConfigError(tuple(errors))
-    for problem in problems:
-        logger.warning("%s", problem)
+    if dist.get_rank() == 0:
+        for problem in problems:
+            logger.warning("%s", problem)
