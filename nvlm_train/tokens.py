@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nvlm_train.config.model_schema import ChatTemplateName, TokenizerConfig
 from nvlm_train.config.schema import TileTags
 from nvlm_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as FastTokenizer
 
 IMAGE_START = "<Image>"
 IMAGE_END = "</Image>"
@@ -47,8 +52,6 @@ class Tokenizer:
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
-        from tokenizers import Tokenizer as FastTokenizer
-
         path = Path(config.path)
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
@@ -59,8 +62,9 @@ class Tokenizer:
                 ]
             )
         self.config = config
-        self._path = path
-        self._fast = FastTokenizer.from_file(str(path))
+        self.path = path
+        """The tokenizer.json."""
+        self._fast = _read(path, config)
         # Text such as "<|im_end|>" inside a sample is data, not a control token.
         self._fast.encode_special_tokens = True
         self._fast.no_truncation()
@@ -104,10 +108,24 @@ class Tokenizer:
             return -1
         return int(number)
 
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, added ones included, and its id."""
+        return dict(self._fast.get_vocab(with_added_tokens=True))
+
     @property
     def vocab_size(self) -> int:
-        """Ids the tokenizer can produce; the embedding table needs at least as many rows."""
-        return int(self._fast.get_vocab_size(with_added_tokens=True))
+        """Rows that an embedding table needs: the largest id and one. Ids may have gaps, so that it
+        is more than the number of tokens."""
+        return max(self.vocabulary.values()) + 1
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """Tokens that the chat template writes, by name, and their ids."""
+        names = (self.config.pad, self.config.turn_start, self.config.turn_end)
+        opening = () if self.template.bos is None else (self.template.bos,)
+        ids = (self.pad, self.turn_start, self.turn_end, *self.opening)
+        return dict(zip((*names, *opening), ids, strict=True))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; never a special token."""
@@ -121,11 +139,26 @@ class Tokenizer:
     @property
     def digest(self) -> str:
         """SHA-256 of the tokenizer file: equal digests make equal ids."""
-        return hashlib.sha256(self._path.read_bytes()).hexdigest()
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; special tokens are left out."""
         return str(self._fast.decode(ids, skip_special_tokens=True))
+
+
+def _read(path: Path, config: TokenizerConfig) -> FastTokenizer:
+    from tokenizers import Tokenizer as FastTokenizer
+
+    try:
+        return FastTokenizer.from_file(str(path))
+    # The library knows no narrower class for a file that is no tokenizer.
+    except Exception as problem:
+        raise ConfigError(
+            [
+                f"model.tokenizer.path={config.path} cannot be read ({problem}); "
+                "give a whole tokenizer.json"
+            ]
+        ) from problem
 
 
 def tile_tags(

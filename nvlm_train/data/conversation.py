@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from nvlm_train.config.schema import TileTags
-from nvlm_train.data.tiling import ImageLayout
 from nvlm_train.data.turns import Turn
 from nvlm_train.routes import Route, Routes
+from nvlm_train.tiling import ImageLayout
 from nvlm_train.tokens import IMAGE_END, IMAGE_MARKER, IMAGE_START, Tokenizer, tile_tags
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.tiling import Grid, ImageLayout
+from nvlm_train.tiling import Grid, ImageLayout
 
 
 @dataclass(frozen=True, slots=True)

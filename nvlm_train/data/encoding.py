@@ -16,9 +16,9 @@ from nvlm_train.data.encoded import CrossTiles, EncodedSample
 from nvlm_train.data.images import check_pixels
 from nvlm_train.data.prompts import PromptFamily, load_prompts
 from nvlm_train.data.records import read_turns
-from nvlm_train.data.tiling import ImageLayout, choose_grid, lay_out, tile_limits
 from nvlm_train.data.turns import Turn, place_images
 from nvlm_train.routes import Routes
+from nvlm_train.tiling import ImageLayout, choose_grid, lay_out, tile_limits
 from nvlm_train.tokens import Tokenizer
 
 ENCODING_VERSION = 4

@@ -27,7 +27,7 @@ from PIL import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nvlm_train.data.tiling import Grid
+    from nvlm_train.tiling import Grid
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 

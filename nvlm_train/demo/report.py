@@ -16,8 +16,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from nvlm_train.data.tiling import choose_grid
 from nvlm_train.demo.pages import render_page
+from nvlm_train.tiling import choose_grid
 from nvlm_train.train.metrics import read_metrics
 
 _TILE = 64

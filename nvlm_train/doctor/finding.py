@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from nvlm_train.config.schema import Recipe
+from nvlm_train.foreign.problem import Problem
 
 Level = Literal["ok", "warning", "error"]
 
@@ -38,3 +39,9 @@ def warning(check: str, text: str, remedy: str) -> Finding:
 def error(check: str, text: str, remedy: str) -> Finding:
     """The run would not start, or would not end."""
     return Finding(check, "error", text, remedy)
+
+
+def findings_of(check: str, problems: Iterable[Problem]) -> Findings:
+    """What training itself refuses or warns of, as lines of the report."""
+    for problem in problems:
+        yield Finding(check, problem.level, problem.text, problem.remedy)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nvlm_train.config.paths import data_recipes_dir
-from nvlm_train.config.schema import LoaderConfig, Recipe, StageConfig
+from nvlm_train.config.schema import LoaderConfig, Recipe
 from nvlm_train.data.assemble import build_encoder, open_sources
 from nvlm_train.data.data_recipe import Blend, SourceConfig, read_blend
 from nvlm_train.data.fields import FieldMapping
@@ -17,11 +17,12 @@ from nvlm_train.data.manifests import list_shards
 from nvlm_train.data.shards import join_root
 from nvlm_train.data.sources import Source, unusable_kinds
 from nvlm_train.data.store import build_store
-from nvlm_train.data.tiling import candidate_grids, lay_out
-from nvlm_train.doctor.finding import Finding, Findings, error, ok, warning
+from nvlm_train.doctor.finding import Finding, Findings, error, findings_of, ok, warning
 from nvlm_train.doctor.storage import gigabytes
 from nvlm_train.errors import ConfigError, NvlmError, ShardError
-from nvlm_train.tokens import IMAGE_END, IMAGE_START, Tokenizer, tile_tags
+from nvlm_train.foreign import check
+from nvlm_train.foreign.tokenizer import stage_tags, tag_problems
+from nvlm_train.tokens import Tokenizer
 
 SHARDS_READ = 4
 """Shards of a source whose labels are counted; more only where `--all-shards` asks for it."""
@@ -29,59 +30,25 @@ SHARDS_READ = 4
 
 def check_tokenizer(recipe: Recipe) -> Findings:
     """Control tokens are one id each and cannot be forged, tags survive a round trip, ids fit the table."""
-    settings = recipe.model.tokenizer
+    problems = list(check.tokenizer(recipe))
+    yield from findings_of("tokenizer", problems)
     try:
-        tokenizer = Tokenizer(settings)
-    except ConfigError as problems:
-        for problem in problems.problems:
-            yield error("tokenizer", problem, "correct model.tokenizer")
-        return
-    controls = {settings.pad: tokenizer.pad, settings.turn_start: tokenizer.turn_start,
-                settings.turn_end: tokenizer.turn_end}  # fmt: skip
-    if len(set(controls.values())) < len(controls):
-        yield error(
-            "tokenizer",
-            f"pad, turn_start and turn_end share an id: {controls}",
-            "name three different tokens in model.tokenizer",
-        )
-    for token, number in controls.items():
-        if number in tokenizer.encode(token):
-            yield error(
-                "tokenizer",
-                f"the text {token!r} inside a sample becomes the control token {number}",
-                f"mark {token} as special in {settings.path}",
-            )
+        tokenizer = Tokenizer(recipe.model.tokenizer)
+    except ConfigError:
+        return  # told above
     rows = recipe.model.language.vocab_size
-    if tokenizer.vocab_size > rows:
-        yield error(
-            "tokenizer",
-            f"{settings.path} has {tokenizer.vocab_size} ids, model.language.vocab_size={rows}",
-            "use the tokenizer that belongs to the model, or raise vocab_size",
-        )
-    else:
+    if tokenizer.vocab_size <= rows:
         yield ok("tokenizer", f"{tokenizer.vocab_size} ids fit model.language.vocab_size={rows}")
     for name in recipe.schedule:
-        yield from _tags(name, recipe.stages[name], tokenizer)
-
-
-def _tags(name: str, stage: StageConfig, tokenizer: Tokenizer) -> Findings:
-    tiling = stage.tiling
-    images = [lay_out(grid, int(tiling.thumbnail)) for grid in candidate_grids(tiling.max_tiles)]
-    tags = [
-        tag for each in images for tag in tile_tags(tiling.tags, *each, tokenizer.thumbnail_tag)
-    ]
-    texts = [IMAGE_START, *dict.fromkeys(tag for tag in tags if tag), IMAGE_END]
-    lost = [text for text in texts if tokenizer.decode(tokenizer.encode(text)) != text]
-    if lost:
-        yield error(
+        stage = recipe.stages[name]
+        if any(tag_problems(name, stage, tokenizer)):
+            continue
+        lengths = [len(tokenizer.encode(tag)) for tag in stage_tags(stage, tokenizer)]
+        shown = f"{min(lengths)} to {max(lengths)} tokens each" if lengths else "none"
+        yield ok(
             "tokenizer",
-            f"stage {name}: {lost[0]!r} comes back as {tokenizer.decode(tokenizer.encode(lost[0]))!r}",
-            "use a byte-level tokenizer, or another tiling.tags",
+            f"stage {name}: tile tags ({stage.tiling.tags}): {shown}, round trip exact",
         )
-        return
-    lengths = Counter(len(tokenizer.encode(tag)) for tag in texts[1:-1])
-    shown = f"{min(lengths)} to {max(lengths)} tokens each" if lengths else "none"
-    yield ok("tokenizer", f"stage {name}: tile tags ({tiling.tags}): {shown}, round trip exact")
 
 
 def check_shards(recipe: Recipe) -> Findings:

@@ -10,7 +10,7 @@ from nvlm_train.config.load import load_recipe
 from nvlm_train.config.paths import batch_script
 from nvlm_train.config.rules import check
 from nvlm_train.config.schema import Recipe
-from nvlm_train.doctor import material, services, storage
+from nvlm_train.doctor import material, services, storage, weights
 from nvlm_train.doctor.finding import Findings, error, ok
 from nvlm_train.doctor.machine import check_machine
 from nvlm_train.doctor.ranks import check_ranks
@@ -45,6 +45,7 @@ def examine(request: Request) -> int:
         report.take(storage.check_run_dir(recipe))
         report.take(storage.check_disk(recipe))
         report.take(material.check_tokenizer(recipe))
+        report.take(weights.check_weights(recipe))
         report.take(services.check_wandb(recipe))
     if "SLURM_JOB_ID" not in os.environ:
         report.take(services.check_slurm(request.script or str(batch_script()), request.sbatch))

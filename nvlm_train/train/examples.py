@@ -13,9 +13,9 @@ from torch import Tensor
 from nvlm_train.config.schema import Recipe
 from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.data.plan import DataPlan
-from nvlm_train.data.tiling import Grid
 from nvlm_train.evaluation.generate import Prompt, generate
 from nvlm_train.evaluation.prompts import encode_turns
+from nvlm_train.tiling import Grid
 from nvlm_train.tokens import IMAGE_MARKER
 from nvlm_train.train.engine import Engine
 

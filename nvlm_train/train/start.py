@@ -29,6 +29,7 @@ from nvlm_train.train import checkpoint, checkpoint_files
 from nvlm_train.train.damage import newest_undamaged
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.finite import not_finite, summary
+from nvlm_train.train.fitting import require_fitting
 from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.resume import TO_READ, TO_TRAIN, Rule, check_resumable
 from nvlm_train.train.schedule import Position, stages_to_run
@@ -85,9 +86,10 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
     """Builds a stage and gives it its weights: resumed, handed over, or initial.
 
     Raises:
-        NvlmError: shards, recipe or checkpoint do not fit.
+        NvlmError: shards, weights, tokenizer, recipe or checkpoint do not fit.
     """
     _check_hand_over(recipe, position, run)
+    require_fitting(recipe)
     stage = recipe.stages[position.stage]
     topology = build_topology(stage.parallel, recipe.seed)
     plan, encoder = _build_data_rank_0_first(recipe, position)
@@ -238,6 +240,7 @@ def untrained_replica(recipe: Recipe, stage_name: str) -> Replica:
 
 
 def _empty_replica(recipe: Recipe, stage_name: str) -> Replica:
+    require_fitting(recipe)
     stage = replace(recipe.stages[stage_name], trainable=())
     topology = build_topology(stage.parallel, recipe.seed)
     encoder = build_vision_encoder(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from nvlm_train.data.images import cut_tiles, decode_image, read_size
-from nvlm_train.data.tiling import choose_grid, num_tiles
+from nvlm_train.tiling import choose_grid, num_tiles
 from tests.data.conftest import encoded, resized
 
 EDGE = 56

@@ -19,12 +19,12 @@ from nvlm_train.data.index import load_index
 from nvlm_train.data.lengths import load_lengths
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.shards import LocalShard, write_shards
-from nvlm_train.data.tiling import candidate_grids, lay_out, tile_limits
 from nvlm_train.data.turns import Turn
 from nvlm_train.data.viewing.samples import view_sample
 from nvlm_train.data.viewing.token_runs import token_runs
 from nvlm_train.evaluation.prompts import encode_turns
 from nvlm_train.routes import ROUTES
+from nvlm_train.tiling import candidate_grids, lay_out, tile_limits
 from nvlm_train.tokens import tile_tags
 from tests.data.conftest import SLOTS, TILE, chat, encoded, picture
 

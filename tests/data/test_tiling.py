@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvlm_train.data.tiling import (
+from nvlm_train.tiling import (
     Grid,
     candidate_grids,
     choose_grid,

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.data.encoded import CrossTiles, EncodedSample
-from nvlm_train.data.tiling import lay_out
 from nvlm_train.errors import PromptError
 from nvlm_train.evaluation.generate import Prompt, generate, vocab_parallel_argmax
 from nvlm_train.geometry import tokens_per_tile
 from nvlm_train.parallel.topology import build_topology
+from nvlm_train.tiling import lay_out
 from tests.convert.qwen_runs import import_engine
 from tests.parity.recipes import VISION
 

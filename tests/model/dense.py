@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from nvlm_train.batch import Microbatch
 from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.data.conversation import Piece
-from nvlm_train.data.tiling import ImageLayout
+from nvlm_train.tiling import ImageLayout
 
 
 def allowed_tiles(

@@ -42,6 +42,7 @@ def overrides(root: Path, run_dir: Path, *more: str) -> list[str]:
         "experiment=smoke",
         f"run_dir={run_dir}",
         f"model.tokenizer.path={root}/tokenizer.json",
+        "model.language.vocab_size=512",  # rows for the tokenizer above, which has up to 500 ids
         f"stages.pretrain.blend={root}/blend.yaml",
         f"stages.sft.blend={root}/blend.yaml",
         *more,

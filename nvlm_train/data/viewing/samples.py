@@ -18,10 +18,10 @@ from nvlm_train.data.images import cut_tiles, decode_image
 from nvlm_train.data.plan import DataPlan
 from nvlm_train.data.reader import ShardReader
 from nvlm_train.data.sources import Source
-from nvlm_train.data.tiling import Grid
 from nvlm_train.data.viewing.token_runs import TokenRun, token_runs
 from nvlm_train.errors import SampleError
 from nvlm_train.routes import Route
+from nvlm_train.tiling import Grid
 
 
 @dataclass(frozen=True)

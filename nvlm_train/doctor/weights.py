@@ -1,0 +1,21 @@
+"""Weights of both backbones: what training would refuse at its start, found from headers and JSON only."""
+
+from __future__ import annotations
+
+from nvlm_train.config.schema import Recipe
+from nvlm_train.doctor.finding import Findings, findings_of, ok
+from nvlm_train.foreign import check
+
+
+def check_weights(recipe: Recipe) -> Findings:
+    """Every tensor and every key of config.json of both backbones is accounted for."""
+    for name, part, look in (
+        ("vision", recipe.model.vision, check.vision),
+        ("language", recipe.model.language, check.language),
+    ):
+        problems = list(look(recipe))
+        yield from findings_of("weights", problems)
+        if part.weights is None:
+            yield ok("weights", f"model.{name}: random weights, of seed={recipe.seed}")
+        elif not problems:
+            yield ok("weights", f"model.{name}.weights={part.weights}: config.json and tensors fit")
