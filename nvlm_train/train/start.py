@@ -28,6 +28,7 @@ from nvlm_train.pipeline.run import Replica
 from nvlm_train.train import checkpoint, checkpoint_files
 from nvlm_train.train.damage import newest_undamaged
 from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.train.outside import check_outside, digests_outside
 from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.schedule import Position, stages_to_run
 from nvlm_train.train.state import (
@@ -83,6 +84,8 @@ class StageWork:
     engine: Engine
     plan: DataPlan
     encoder: SampleEncoder
+    outside: dict[str, str]
+    """What checkpoints say of files that are not in them (outside.py)."""
 
 
 def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
@@ -94,6 +97,9 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
     _check_hand_over(recipe, position, run)
     stage = recipe.stages[position.stage]
     topology = build_topology(stage.parallel, recipe.seed)
+    outside = digests_outside(recipe)
+    if run.checkpoint is not None and run.state is not None:
+        check_outside(run.state.outside, outside, recipe, run.checkpoint)
     plan, encoder = _build_data_rank_0_first(recipe, position)
     engine = build_engine(recipe, stage, topology, kernels.detect())
     if run.checkpoint is None or run.state is None:
@@ -110,7 +116,7 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
         logger.info("stage %s starts from the weights of %s", position.stage, run.checkpoint)
     if run.state is not None:
         canonical.check_fingerprint(engine.model.module, run.state.weights_fingerprint)
-    return StageWork(engine, plan, encoder)
+    return StageWork(engine, plan, encoder, outside)
 
 
 def _check_hand_over(recipe: Recipe, position: Position, run: Run) -> None:
@@ -196,6 +202,7 @@ def run_state(
         weights_fingerprint=canonical.fingerprint(work.engine.model.module),
         wandb_run_id=wandb_run_id,
         versions=library_versions(),
+        outside=work.outside,
     )
 
 
@@ -212,6 +219,7 @@ def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
         raise CheckpointError(
             f"run_dir={recipe.run_dir} has no complete checkpoint; train it first: nvlm train"
         )
+    check_outside(run.state.outside, digests_outside(recipe), recipe, run.checkpoint)
     replica = _empty_replica(recipe, stage_name)
     checkpoint.load_weights(replica.model, run.checkpoint)
     canonical.check_fingerprint(replica.model, run.state.weights_fingerprint)
