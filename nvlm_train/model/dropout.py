@@ -1,9 +1,9 @@
-"""Which generator a dropout mask comes from: Megatron's rules, by how tensor-parallel ranks hold what is dropped.
+"""Which generator a dropout mask comes from, by how tensor-parallel ranks hold what is dropped.
 
-What every rank holds whole (residual stream without sequence parallelism, word embeddings, the context)
-is dropped by the default generator, which is in the same state on all tensor-parallel ranks: they need
-one mask. What is sharded (heads, parts of a sequence) is dropped by the one that megatron-core's tracker
-keeps, which is another on each. parallel/topology.py seeds both.
+Megatron's rules: what every rank holds whole (the residual stream without sequence parallelism, word
+embeddings, the context) is dropped by the default generator, which is in the same state on all
+tensor-parallel ranks: they need one mask. What is sharded (heads, parts of a sequence) is dropped by the
+one that megatron-core's tracker keeps, which is another on each. parallel/topology.py seeds both.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ def on_rank_0(action: Callable[[], T]) -> T:
     """Runs `action` on rank 0 and gives its result to every rank. Called by all ranks together.
 
     Raises:
-        CheckpointError: on every rank, when the file system, a checkpoint or the recipe's files failed rank 0.
+        CheckpointError: on every rank, when the file system, a checkpoint or a file of the recipe failed
+            rank 0.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:

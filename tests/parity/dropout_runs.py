@@ -108,7 +108,9 @@ def _difference(loss: Callable[[], float], own: list[tuple[Tensor, Tensor]]) -> 
     return (sides[0] - sides[1]) / (2 * step)
 
 
-def _loss_function(engine: Engine, batch: StepBatch, generators: _Generators) -> Callable[[], float]:
+def _loss_function(
+    engine: Engine, batch: StepBatch, generators: _Generators
+) -> Callable[[], float]:
     trained = count_trained_tokens(batch, engine.topology)
     (work,) = batch.rounds
     features = encode_round(engine.encoder, work, engine.topology) or [None]

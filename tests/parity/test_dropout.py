@@ -1,4 +1,4 @@
-"""Dropout: forward and backward use one mask, on every rank, in every layout, and each rank draws its own where it must."""
+"""Dropout: one mask for forward and backward in every layout, one for each rank where they must differ."""
 
 from __future__ import annotations
 
@@ -74,13 +74,16 @@ def test_wrong_gradients_are_caught(workers: WorkerPool, bug: str) -> None:
 SAME_MASKS = {
     "hidden dropout is replicated": (TP2, Rates(words=0.1, hidden=0.1)),
     "words are dropped before they are scattered": (TP2_SP, Rates(words=0.1)),
+    "the first pipeline stage has the generator of a single one": (PP2, Rates(words=0.1)),
 }
-"""What does not depend on tensor parallelism, by Megatron's rules."""
+"""What does not depend on the layout, by Megatron's rules."""
 
 
 @pytest.mark.parametrize("rule", SAME_MASKS)
-@pytest.mark.parametrize("name", ["d", "h", *(pytest.param(n, marks=slow) for n in ("x", *MODELS[3:]))])
-def test_tensor_parallel_ranks_have_one_mask(workers: WorkerPool, name: str, rule: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["d", "h", *(pytest.param(n, marks=slow) for n in ("x", *MODELS[3:]))]
+)
+def test_masks_that_do_not_depend_on_the_layout(workers: WorkerPool, name: str, rule: str) -> None:
     """The losses and gradients of one process, per parameter."""
     parallel, rates = SAME_MASKS[rule]
     expected = workers.run(1, dropout_runs.gradients_of, name, ParallelConfig(), rates)[0]

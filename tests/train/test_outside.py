@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvlm_train.train.signals import EXIT_REQUEUE
-from tests.train import outside, runs
+from tests.train import outside
 from tests.train.interrupted import stop
 from tests.train.smoke import read_metrics, smoke_recipe
 from tests.workers import WorkerPool
@@ -53,7 +53,13 @@ def own(files: Path, tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("step", [RESUME, HAND_OVER])
 @pytest.mark.parametrize("field", outside.CHANGES)
 def test_other_files_of_the_same_name_are_refused(
-    workers: WorkerPool, data: Path, files: Path, stopped: dict[int, Path], own: Path, field: str, step: int
+    workers: WorkerPool,
+    data: Path,
+    files: Path,
+    stopped: dict[int, Path],
+    own: Path,
+    field: str,
+    step: int,
 ) -> None:
     """On every rank, for training and for answers; with the old ones back it goes on."""
     run_dir = own / "run"

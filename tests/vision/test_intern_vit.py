@@ -195,7 +195,7 @@ CASTS = {
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_a_cast_leaves_the_pixels_as_they_are(cast: str) -> None:
-    """Of every encoder: fp32's, rounded once. As bf16 buffers, mean and std were wrong by up to 0.2 percent."""
+    """fp32's, rounded once. As bf16 buffers, mean and std were wrong by up to 0.2 percent."""
     every = tiles(3)
     mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
     expected = (every.float() / 255 - mean) / std
