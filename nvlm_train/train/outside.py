@@ -8,36 +8,71 @@ the hand-over to the next stage, and when the trained model is asked.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 from nvlm_train.config.schema import Recipe
-from nvlm_train.errors import CheckpointError
+from nvlm_train.errors import CheckpointError, NvlmError
 from nvlm_train.tokens import Tokenizer
-from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.vision.digest import encoder_digest
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """What one rank found."""
+
+    digests: dict[str, str]
+    failure: str | None = None
+
+
 def digests_outside(recipe: Recipe) -> dict[str, str]:
-    """Digest by the recipe's field. Called by all ranks, once a start of a stage; rank 0 reads the files.
+    """Digest by the recipe's field. Called by all ranks, once a start of a stage.
+
+    One rank of each node reads the files: copies on local disks have the same path and may differ.
 
     Raises:
-        CheckpointError: on every rank, when a file is missing or damaged.
+        CheckpointError: on every rank, when a file is missing or damaged, or is another on some node.
     """
-    return on_rank_0(partial(_read, recipe))
+    reads = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    found: list[_Reading | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _read(recipe) if reads else None)
+    readings = {rank: reading for rank, reading in enumerate(found) if reading is not None}
+    for rank, reading in readings.items():
+        if reading.failure is not None:
+            raise CheckpointError(f"rank {rank} could not read what counts:\n{reading.failure}")
+    first = next(iter(readings.values())).digests
+    wrong = [
+        f"{field} has digest {digest[:12]} on rank {rank}, {first[field][:12]} on the first node"
+        for rank, reading in readings.items()
+        for field, digest in reading.digests.items()
+        if digest != first[field]
+    ]
+    if wrong:
+        raise CheckpointError(
+            "nodes have other files under the same name:\n"
+            + "\n".join(f"  - {line}" for line in wrong)
+            + "\nevery rank must read the same; copy them anew, or to a file system that all share"
+        )
+    return first
 
 
-def _read(recipe: Recipe) -> dict[str, str]:
+def _read(recipe: Recipe) -> _Reading:
     model = recipe.model
-    return {
-        "model.vision.weights": encoder_digest(model.vision, recipe.seed),
-        "model.tokenizer.path": Tokenizer(model.tokenizer).digest,
-    }
+    try:
+        return _Reading(
+            {
+                "model.vision.weights": encoder_digest(model.vision, recipe.seed),
+                "model.tokenizer.path": Tokenizer(model.tokenizer).digest,
+            }
+        )
+    except (OSError, NvlmError) as error:
+        return _Reading({}, str(error))
 
 
 def check_outside(

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from nvlm_train.errors import CheckpointError, NvlmError
+from nvlm_train.errors import CheckpointError
 
 T = TypeVar("T")
 
@@ -16,14 +16,13 @@ def on_rank_0(action: Callable[[], T]) -> T:
     """Runs `action` on rank 0 and gives its result to every rank. Called by all ranks together.
 
     Raises:
-        CheckpointError: on every rank, when the file system, a checkpoint or a file of the recipe failed
-            rank 0.
+        CheckpointError: on every rank, when the file system or a checkpoint failed rank 0.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = action()
-        except (OSError, NvlmError) as error:
+        except (OSError, CheckpointError) as error:
             answer[1] = str(error)
     dist.broadcast_object_list(answer, src=0)
     result, failure = answer

@@ -27,6 +27,9 @@ from tests.parity import cross_gradients, cross_recipes, gradients, recipes
 STEP = 0.003
 """Of a parameter's norm: how far a finite difference goes to either side."""
 
+SMALL = 5.0
+"""Norm that a smaller parameter counts as, such as a gate's 0.5: fp32 would drown its step."""
+
 RANDOM = 0.5
 """Share of a direction that is not along the gradient; less than one, or a scalar's could be zero."""
 
@@ -96,7 +99,7 @@ def _difference(loss: Callable[[], float], own: list[tuple[Tensor, Tensor]]) -> 
     """Central difference along this rank's slices of a direction."""
     size = torch.tensor(sum((float(data.double().norm() ** 2) for data, _ in own), 0.0))
     dist.all_reduce(size, op=dist.ReduceOp.MAX)
-    step = STEP * float(size) ** 0.5
+    step = STEP * max(float(size) ** 0.5, SMALL)
     before = [data.clone() for data, _ in own]
     sides = []
     for sign in (1, -1):

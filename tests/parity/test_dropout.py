@@ -14,6 +14,8 @@ from tests.workers import WorkerPool
 
 SLOPE_TOLERANCE = 0.01
 """Of each slope. 0.004 is measured: what finite differences in fp32 leave."""
+NOISE = 1e-5
+"""1e-6 is measured at gates, whose slopes are 3e-4."""
 
 slow = pytest.mark.slow
 TP2, TP2_SP = ParallelConfig(tensor=2), ParallelConfig(tensor=2, sequence_parallel=True)
@@ -57,7 +59,7 @@ def test_gradients_are_finite_differences(workers: WorkerPool, name: str, layout
     slopes = workers.run(LAYOUTS[layout][0], dropout_runs.slopes, name, LAYOUTS[layout][1], ALL)[0]
     assert len(slopes) >= 35
     for key, (by_backward, by_differences) in slopes.items():
-        assert by_differences == pytest.approx(by_backward, rel=SLOPE_TOLERANCE), key
+        assert by_differences == pytest.approx(by_backward, rel=SLOPE_TOLERANCE, abs=NOISE), key
 
 
 @pytest.mark.parametrize("bug", dropout_bugs.SLOPES)

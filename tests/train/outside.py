@@ -10,12 +10,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.errors import CheckpointError
 from nvlm_train.train import outside
 from nvlm_train.train.manifest import Manifest, digest_file, read_manifest, write_manifest
+from nvlm_train.train.outside import digests_outside
 from nvlm_train.train.start import trained_replica
 from nvlm_train.train.state import FILE_NAME
 from tests.train import runs
@@ -106,3 +108,12 @@ def warnings_of_run(data: Path, run_dir: Path, files: Path) -> list[str]:
     with mock.patch.object(logging.getLogger(outside.__name__), "warning", keep):
         assert runs.run(data, run_dir, *overrides(files)) == 0
     return said
+
+
+def digests_of_nodes(data: Path, roots: list[Path]) -> dict[str, str] | str:
+    """Runs on the workers, a node each with files of its own: what they agree on, or why they do not."""
+    recipe = smoke_recipe(data, data, *overrides(roots[dist.get_rank()]))
+    try:
+        return digests_outside(recipe)
+    except CheckpointError as error:
+        return str(error)

@@ -103,3 +103,21 @@ def test_a_run_of_an_older_version_goes_on_with_a_warning(
     assert "could not be checked" in said[0]
     state = json.loads((checkpoints / "sft-00000004" / "state.json").read_text())
     assert set(state["outside"]) == set(outside.CHANGES)
+
+
+def test_nodes_with_other_files_are_refused(
+    workers: WorkerPool, data: Path, files: Path, tmp_path: Path
+) -> None:
+    """Copies on local disks have one path; what counts is what is in them. Every rank says so."""
+    shutil.copytree(files, tmp_path / "node")
+    roots = [files, tmp_path / "node"]
+    first, second = workers.run(2, outside.digests_of_nodes, data, roots)
+    assert first == second and set(first) == set(outside.CHANGES)
+    outside.turn_a_sign(tmp_path / "node")
+    for message in workers.run(2, outside.digests_of_nodes, data, roots):
+        assert message.count("  - ") == 1 and "  - model.vision.weights has digest" in message
+        assert "on rank 1" in message
+    (tmp_path / "node" / "tokenizer.json").unlink()
+    for message in workers.run(2, outside.digests_of_nodes, data, roots):
+        assert message.startswith("rank 1 could not read what counts:\n")
+        assert f"model.tokenizer.path={tmp_path}/node/tokenizer.json: no such file" in message
