@@ -27,7 +27,7 @@ from tests.parity import cross_gradients, cross_recipes, gradients, recipes
 STEP = 0.003
 """Of a parameter's norm: how far a finite difference goes to either side."""
 
-SMALL = 5.0
+SMALL = 3.0
 """Norm that a smaller parameter counts as, such as a gate's 0.5: fp32 would drown its step."""
 
 RANDOM = 0.5
