@@ -3,7 +3,7 @@
 Floors, lowest first; every import points downward (tests/test_floors.py keeps it so):
 
     0  config errors logs          the recipe's schema; no torch
-    1  batch tokens geometry routes       what data and model exchange; pure arithmetic
+    1  batch tokens geometry routes tiling       what data and model exchange; pure arithmetic
     2  data parallel foreign       shards to plans and pixels; topology and megatron-core; others' weights
     3  vision model                tile-parallel encoding; NVLM-D
     4  pipeline                    a round of microbatches through megatron-core's schedule

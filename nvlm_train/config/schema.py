@@ -90,7 +90,9 @@ class StageConfig:
     prompts: Literal["pretrain", "sft"] = "sft"
     """Prompt family for captions, VQA and OCR records."""
     hidden_dropout: float = 0.0
+    """On words and on every branch that is added to the residual stream; never on image features."""
     attention_dropout: float = 0.0
+    """On the weights of self- and cross-attention."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from nvlm_train.model.dropout import drawing_for_heads
 from nvlm_train.model.layers import RMSNorm, grouped_attention
 from nvlm_train.model.untouched import zeros_for
 
@@ -101,7 +102,8 @@ class GatedCrossAttention(MegatronModule):
         query_SGRD = query_SBH[:, 0].unflatten(-1, (-1, self._heads_per_group, self._channels))
         key_CGD, value_CGD = states_CBH[:, 0].unflatten(-1, (-1, 2, self._channels)).unbind(dim=2)
         dropout = self.config.attention_dropout if self.training else 0.0
-        attended = attend(query_SGRD, key_CGD, value_CGD, attention_mask.tolist(), dropout)
+        with drawing_for_heads(self.config, dropout):
+            attended = attend(query_SGRD, key_CGD, value_CGD, attention_mask.tolist(), dropout)
         output_SBH, _ = self.linear_proj(attended.flatten(1).unsqueeze(1))
         return self.gate(output_SBH), None
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 from nvlm_train.model.cross_attention import Gate
 from nvlm_train.model.layers import RMSNorm
@@ -38,7 +39,10 @@ class GatedFeedForwardLayer(TransformerLayer):
             *args, context=context, context_mask=context_mask, **kwargs
         )
         spans = None if context is None else context_mask.tolist()
-        return hidden_SBH + self.cross_feed_forward(hidden_SBH, spans), context
+        output_SBH = self.cross_feed_forward(hidden_SBH, spans)
+        # As behind every other branch: megatron-core's bias-dropout-add, without a bias.
+        output_SBH = F.dropout(output_SBH, self.hidden_dropout, self.training)
+        return hidden_SBH + output_SBH, context
 
 
 class GatedFeedForward(MegatronModule):

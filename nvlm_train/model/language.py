@@ -14,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import functional as F
 
 from nvlm_train.config.model_schema import CrossAttentionConfig, LanguageConfig
 from nvlm_train.model.block import decoder_block_spec
@@ -63,8 +64,16 @@ class LanguageModel(MegatronModule):
             self.output_layer = _output_layer(config, language)
 
     def embed(self, token_ids_S: Tensor) -> Tensor:
-        """Word embeddings, [S, 1, H], whole on every tensor-parallel rank."""
-        return self.embedding(token_ids_S[None], None)
+        """Word embeddings, [S, 1, H], whole and the same on every tensor-parallel rank.
+
+        Dropout comes before features are spliced in and before a sequence is scattered: it is for words,
+        in the sequence or in a context, and never for projected features (as in Megatron-LM's LLaVA).
+        Here all ranks hold all words, so the default generator's mask is one mask. That of megatron-core's
+        own embedding differs between them under sequence parallelism; the scatter would then keep, of each
+        rank's words, a part whose gradient the other ranks mask in another way.
+        """
+        words_SBH = self.embedding.word_embeddings(token_ids_S[None]).transpose(0, 1).contiguous()
+        return F.dropout(words_SBH, self.config.hidden_dropout, self.training)
 
     def scatter(self, hidden_SBH: Tensor) -> Tensor:
         """This rank's part of the sequence under sequence parallelism; all of it otherwise."""

@@ -148,7 +148,7 @@ class SdpaOfWanted(SdpaAttention):
                 value_GSD[None, :, :stop],
                 attn_mask=torch.arange(stop) <= rows[:, None],
                 scale=self.scale,
-                dropout_p=self.dropout if self.training else 0.0,
+                dropout_p=self.dropout_now,
             )
             outputs.append(output[0])
         return torch.cat(outputs, dim=1)

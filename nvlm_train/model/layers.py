@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nvlm_train.model.dropout import drawing_for_heads
 from nvlm_train.parallel import cpu_kernels
 from nvlm_train.parallel.kernels import Kernels
 
@@ -62,6 +63,7 @@ class SdpaAttention(nn.Module):
         **unused: Any,
     ) -> None:
         super().__init__()
+        self.config = config
         self.scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -83,8 +85,14 @@ class SdpaAttention(nn.Module):
         query_NSD, key_GSD, value_GSD = (
             state.transpose(0, 1) for state in (query_SND, key_SGD, value_SGD)
         )
-        attended = self.attend(query_NSD, key_GSD, value_GSD, packed_seq_params)
+        with drawing_for_heads(self.config, self.dropout_now):
+            attended = self.attend(query_NSD, key_GSD, value_GSD, packed_seq_params)
         return attended.transpose(0, 1).flatten(1)
+
+    @property
+    def dropout_now(self) -> float:
+        """Probability of dropout on attention weights: none outside training."""
+        return self.dropout if self.training else 0.0
 
     def attend(
         self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: PackedSeqParams
@@ -113,7 +121,7 @@ class SdpaAttention(nn.Module):
             value_GSD[None],
             is_causal=True,
             scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self.dropout_now,
         )[0]
 
 

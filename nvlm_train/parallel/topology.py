@@ -160,13 +160,12 @@ def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
 
     Args:
         parallel: the stage's layout.
-        seed: seeds dropout, differently on each tensor- and pipeline-parallel rank.
+        seed: seeds dropout, see `_seed_dropout`.
 
     Raises:
         ConfigError: the world size is not a multiple of tensor x pipeline.
     """
     from megatron.core import parallel_state as mpu
-    from megatron.core import tensor_parallel
 
     world, replica = dist.get_world_size(), parallel.tensor * parallel.pipeline
     if world % replica:
@@ -183,10 +182,7 @@ def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
         pipeline_model_parallel_size=parallel.pipeline,
         create_gloo_process_groups=False,
     )
-    # Tensor-parallel ranks get their own dropout masks from megatron-core's tracker, pipeline
-    # stages from here.
-    stage_seed = seed + 100 * mpu.get_pipeline_model_parallel_rank()
-    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+    _seed_dropout(seed)
     return Topology(
         world_size=world,
         rank=dist.get_rank(),
@@ -199,3 +195,20 @@ def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
         replica_group=mpu.get_model_parallel_group(),
         data_group=mpu.get_data_parallel_group(),
     )
+
+
+def _seed_dropout(seed: int) -> None:
+    """The default generator: the same on tensor-parallel ranks, another on each pipeline stage and replica.
+
+    The tracker's generator is another on every rank. As megatron-core's `model_parallel_cuda_manual_seed`
+    documents it; Megatron-LM gives data-parallel ranks seeds of their own only on request
+    (`--data-parallel-random-init`), because its initial weights come from the same generator. Ours do not
+    (model/canonical.py), and replicas that drop the same places would average less noise away.
+    """
+    from megatron.core import parallel_state as mpu
+    from megatron.core import tensor_parallel
+
+    stages = mpu.get_pipeline_model_parallel_world_size()
+    place = mpu.get_data_parallel_rank() * stages + mpu.get_pipeline_model_parallel_rank()
+    # The tracker's seed is 2718 + the tensor-parallel rank more: no two of them meet below TP 82.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * place, force_reset_rng=True)

@@ -13,6 +13,9 @@ from nvlm_train.parallel.topology import device
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.update import parts
 
+ENCODER = "vision_encoder"
+"""Before the names of the encoder's parameters, which are in no checkpoint."""
+
 
 def not_finite(engine: Engine) -> list[str]:
     """Names what holds NaN or infinity, the same list on every rank. Called by all ranks.
@@ -52,9 +55,11 @@ def summary(names: list[str]) -> str:
 
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint of this rank holds. The optimizer keeps its tensors without their names."""
+    """What the rank trains with. The optimizer keeps its tensors without their names."""
     for name, parameter in engine.model.module.named_parameters():
         yield name, parameter.data
+    for name, parameter in engine.encoder.named_parameters():
+        yield f"{ENCODER}.{name}", parameter.data
     for part in parts(engine.optimizer):
         for group in [] if part.is_stub_optimizer else part.optimizer.param_groups:
             for parameter in group["params"]:

@@ -28,8 +28,9 @@ from nvlm_train.pipeline.run import Replica
 from nvlm_train.train import checkpoint, checkpoint_files
 from nvlm_train.train.damage import newest_undamaged
 from nvlm_train.train.engine import Engine, build_engine
-from nvlm_train.train.finite import not_finite, summary
+from nvlm_train.train.finite import ENCODER, not_finite, summary
 from nvlm_train.train.fitting import require_fitting
+from nvlm_train.train.outside import check_outside, digests_outside
 from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.resume import TO_READ, TO_TRAIN, Rule, check_resumable
 from nvlm_train.train.schedule import Position, stages_to_run
@@ -61,6 +62,12 @@ def open_run(recipe: Recipe) -> Run:
     for each in damaged:
         aside = on_rank_0(partial(checkpoint_files.set_aside, each))
         logger.warning("set aside as %s; remove it when you have looked at it", aside)
+    if run.state is not None and run.state.format == 1 and dist.get_rank() == 0:
+        logger.warning(
+            "%s was written before weight decay left norms, biases and gates alone: from here on they "
+            "do not decay (CHANGELOG.md)",
+            run.checkpoint,
+        )
     return run
 
 
@@ -80,6 +87,8 @@ class StageWork:
     engine: Engine
     plan: DataPlan
     encoder: SampleEncoder
+    outside: dict[str, str]
+    """What checkpoints say of files that are not in them (outside.py)."""
 
 
 def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
@@ -92,6 +101,9 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
     require_fitting(recipe)
     stage = recipe.stages[position.stage]
     topology = build_topology(stage.parallel, recipe.seed)
+    outside = digests_outside(recipe)
+    if run.checkpoint is not None and run.state is not None:
+        check_outside(run.state.outside, outside, recipe, run.checkpoint)
     plan, encoder = _build_data_rank_0_first(recipe, position)
     engine = build_engine(recipe, stage, topology, kernels.detect())
     if run.checkpoint is None or run.state is None:
@@ -111,13 +123,15 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
     if broken := not_finite(engine):
         raise CheckpointError(
             f"stage {position.stage} cannot start at step {position.step}: {summary(broken)}; "
-            f"{_remedy(recipe, run)}"
+            f"{_remedy(recipe, run, broken)}"
         )
-    return StageWork(engine, plan, encoder)
+    return StageWork(engine, plan, encoder, outside)
 
 
-def _remedy(recipe: Recipe, run: Run) -> str:
+def _remedy(recipe: Recipe, run: Run, broken: Sequence[str]) -> str:
     """Where weights or moments that are not finite came from, and what to do about it."""
+    if broken[-1].startswith(ENCODER):  # they are sorted, and nothing comes behind the encoder's
+        return f"they lie in model.vision.weights={recipe.model.vision.weights}: fetch them again"
     if run.checkpoint is not None:
         return f"remove {run.checkpoint}, and the same command goes on from the one before"
     if recipe.model.language.weights is not None:
@@ -210,6 +224,7 @@ def run_state(
         weights_fingerprint=canonical.fingerprint(work.engine.model.module),
         wandb_run_id=wandb_run_id,
         versions=library_versions(),
+        outside=work.outside,
     )
 
 
@@ -226,6 +241,7 @@ def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
         raise CheckpointError(
             f"run_dir={recipe.run_dir} has no complete checkpoint; train it first: nvlm train"
         )
+    check_outside(run.state.outside, digests_outside(recipe), recipe, run.checkpoint)
     replica = _empty_replica(recipe, stage_name)
     checkpoint.load_weights(replica.model, run.checkpoint)
     canonical.check_fingerprint(replica.model, run.state.weights_fingerprint)

@@ -35,6 +35,8 @@ class RunState:
     wandb_run_id: str | None
     versions: dict[str, str]
     format: int = FORMAT
+    outside: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Digest of each file that counts and is in no checkpoint, by the recipe's field (outside.py)."""
 
     @property
     def position(self) -> Position:

@@ -111,9 +111,6 @@ class Layer(nn.Module):
 class InternViT(nn.Module):
     """uint8 tiles to pixel-shuffled features. No final norm; the class token is dropped."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
@@ -121,8 +118,6 @@ class InternViT(nn.Module):
         self.encoder = nn.ModuleDict(
             {"layer": nn.ModuleList([Layer(config) for _ in range(config.num_layers)])}
         )
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
     def hidden_states(self, pixels_TCEE: Tensor) -> Tensor:
         """Last layer's states, class token included.
@@ -148,9 +143,27 @@ class InternViT(nn.Module):
         Returns:
             [T, tokens per tile, hidden * 4], of the encoder's dtype.
         """
-        pixels = (tiles_TCEE.float() / 255 - self.mean.float()) / self.std.float()
-        states = self.hidden_states(pixels.to(self.embeddings.cls_token.dtype))
+        pixels = normalised(tiles_TCEE).to(self.embeddings.cls_token.dtype)
+        states = self.hidden_states(pixels)
         return pixel_shuffle(states[:, 1:])
+
+
+def normalised(tiles_TCEE: Tensor) -> Tensor:
+    """Pixels with ImageNet's mean and standard deviation taken out, in fp32.
+
+    The two are no buffers: a cast of the module to bf16 would round them, 0.225 by 0.2 percent.
+
+    Args:
+        tiles_TCEE: uint8 [T, 3, E, E], RGB.
+
+    Returns:
+        fp32 [T, 3, E, E], on the tiles' device.
+    """
+    mean_C11, std_C11 = (
+        torch.tensor(values, dtype=torch.float32, device=tiles_TCEE.device).view(3, 1, 1)
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return (tiles_TCEE.float() / 255 - mean_C11) / std_C11
 
 
 def pixel_shuffle(x_TPH: Tensor) -> Tensor:

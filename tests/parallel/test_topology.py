@@ -115,6 +115,45 @@ def test_megatrons_cache_of_angles_keeps_no_embedding(workers: WorkerPool) -> No
     assert workers.run(1, _rotary_lives_on) == [False]
 
 
+def _draws(parallel: ParallelConfig) -> tuple[list[float], list[float]]:
+    """On the workers: numbers of the default generator, and of the tracker's."""
+    import torch
+    from megatron.core import tensor_parallel
+
+    build_topology(parallel, seed=1)
+    # The two do not move each other.
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand(3)
+    default = torch.rand(6)
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.cat([tracked, torch.rand(3)])
+    return default.tolist(), tracked.tolist()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "places"),
+    [
+        (ParallelConfig(), [0, 1, 2, 3]),
+        (PP2, [0, 1, 2, 3]),
+        (ParallelConfig(tensor=2), [0, 0, 1, 1]),
+        (TP2_PP2, [0, 0, 1, 1]),
+    ],
+    ids=["DP4", "PP2 DP2", "TP2 DP2", "TP2 PP2"],
+)
+def test_generators_of_dropout(
+    workers: WorkerPool, parallel: ParallelConfig, places: list[int]
+) -> None:
+    """Tensor-parallel ranks share the default one, no others do; the tracker's is each rank's own."""
+    default, tracked = zip(*workers.run(4, _draws, parallel), strict=True)
+    for one in range(4):
+        for other in range(one):
+            assert (default[one] == default[other]) == (places[one] == places[other])
+            assert tracked[one] != tracked[other]
+        assert len(set(default[one]) | set(tracked[one])) == 12
+    alone = workers.run(1, _draws, ParallelConfig())[0]
+    assert (default[0], tracked[0]) == alone
+
+
 def _refusal() -> str:
     with pytest.raises(ConfigError) as caught:
         build_topology(TP2_PP2, seed=1)

@@ -42,6 +42,8 @@ def stage(
     parallel: ParallelConfig,
     trainable: tuple[str, ...] = ("projector", "language_model"),
     lr: float = 1e-3,
+    hidden_dropout: float = 0.0,
+    attention_dropout: float = 0.0,
 ) -> StageConfig:
     """A stage of the small model in some layout."""
     return StageConfig(
@@ -52,6 +54,8 @@ def stage(
         batch=BatchConfig(size=4, unit="packs"),
         optimizer=OptimizerConfig(lr=lr, min_lr=lr, warmup_steps=0, clip_grad=1.0),
         parallel=parallel,
+        hidden_dropout=hidden_dropout,
+        attention_dropout=attention_dropout,
     )
 
 

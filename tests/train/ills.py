@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -170,3 +171,18 @@ def published(root: Path, run_dir: Path, kind: str, at: int, *overrides: str) ->
 def attempt(root: Path, run_dir: Path, *overrides: str) -> int | str:
     """A run in which nothing is made to go wrong: its exit code, or the message that ended it."""
     return _run(root, run_dir, *overrides)
+
+
+def broken_encoder(root: Path, run_dir: Path, *overrides: str) -> int | str:
+    """A run whose vision encoder has a value that is not a number."""
+    from nvlm_train.train import engine as engine_module
+
+    original = engine_module.build_vision_encoder
+
+    def build(*args: Any) -> Any:
+        encoder = original(*args)
+        encoder.encoder["layer"][0].lambda_1.data[0] = float("nan")
+        return encoder
+
+    with mock.patch.object(engine_module, "build_vision_encoder", build):
+        return _run(root, run_dir, *overrides)

@@ -97,3 +97,12 @@ def test_a_save_comes_before_the_first_finite_step(
     before = read_metrics(run_dir)
     assert workers.run(1, runs.run, data, run_dir, *overrides) == [0]
     assert read_metrics(run_dir)[1:] == before[1:]
+
+
+def test_an_encoder_with_such_weights_is_named(
+    workers: WorkerPool, data: Path, tmp_path: Path
+) -> None:
+    message = workers.run(1, ills.broken_encoder, data, tmp_path / "run", *ONE_STAGE)[0]
+    assert (
+        "not finite: vision_encoder.encoder.layer.0.lambda_1; they lie in model.vision." in message
+    )

@@ -20,6 +20,7 @@ slow = pytest.mark.slow
     ("name", "stop_after"),
     [
         ("TP2 PP2", 4),
+        ("TP2", 1),
         pytest.param("single", 6, marks=slow),
         pytest.param("single", 1, marks=slow),
         pytest.param("single", 4, marks=slow),
@@ -28,6 +29,8 @@ slow = pytest.mark.slow
         pytest.param("PP2", 6, marks=slow),
         pytest.param("TP2 PP2", 1, marks=slow),
         pytest.param("TP2 PP2", 6, marks=slow),
+        pytest.param("DP2", 1, marks=slow),
+        pytest.param("PP2 DP2 overlapped", 1, marks=slow),
     ],
 )
 def test_stopped_run_continues_bit_for_bit(
