@@ -14,7 +14,7 @@ from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.errors import CheckpointError
 
 _THREADS = 8
-"""SHA-256 takes 0.5 to 2 GB/s of a core: 3 to 12 GB a second and machine, for the 11.1 GB of InternViT-6B in bf16."""
+"""SHA-256 takes 0.5 to 2 GB/s of a core: 3 to 12 GB a second, for the 11.1 GB of InternViT-6B in bf16."""
 
 
 def encoder_digest(config: VisionConfig, seed: int) -> str:
