@@ -39,6 +39,8 @@ class Family:
     """Tensors that may be there and are not used, because they are computed again."""
     padded: str | None = None
     """The size that may be smaller in the files: the recipe pads a table with rows of zeros."""
+    rows: int | None = None
+    """transformers' default of `vocab_size`; none for models without words."""
     rope: Rope | None = None
 
     def known(self) -> frozenset[str]:

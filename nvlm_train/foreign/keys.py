@@ -132,6 +132,26 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class Always:
+    """A field of the recipe that has one value for every model of a family, whatever a key says."""
+
+    key: str
+    """`model_type`, which decides it."""
+    field: str
+    value: Any
+
+    def problems(self, config: Config, group: Any, place: Place) -> Problems:
+        """The recipe has another value."""
+        ours = getattr(group, self.field)
+        if not same(ours, self.value):
+            yield error(
+                f"{place.group}.{self.field}={shown(ours)} but {place.config} has "
+                f"{self.key}={shown(config.get(self.key))}, for which it is {shown(self.value)}",
+                f"set {place.group}.{self.field}={shown(self.value)}, or give other weights",
+            )
+
+
+@dataclass(frozen=True)
 class Derived:
     """A key that repeats what follows from the recipe; transformers derives it where it is absent."""
 

@@ -15,14 +15,22 @@ from nvlm_train.foreign.family import (
 )
 from nvlm_train.foreign.headers import Headers, read_headers
 from nvlm_train.foreign.ignored import BOOKKEEPING, GENERATION
-from nvlm_train.foreign.keys import Config, Derived, Fixed, Place, Sized, TokenId, stated
+from nvlm_train.foreign.keys import (
+    Always,
+    Config,
+    Derived,
+    Fixed,
+    Place,
+    Rule,
+    Sized,
+    TokenId,
+    stated,
+)
 from nvlm_train.foreign.problem import Problem, Problems, error
 from nvlm_train.foreign.rope import PLAIN, Rope
 
 _LAYER = "model.layers.{n}."
 _BIASES = frozenset(f"{_LAYER}self_attn.{name}_proj.bias" for name in "qkv")
-_VOCAB_SIZE = 151_936
-"""Default of transformers' Qwen2Config, as are the others below (5.23; 4.x has the same ones)."""
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 """Tables with a row for each id."""
 
@@ -39,8 +47,55 @@ def _sizes(language: LanguageConfig) -> dict[str, int]:
     }
 
 
+_COMPUTED: tuple[Rule, ...] = (
+    Sized("rms_norm_eps", "norm_eps", 1e-6),
+    Fixed("hidden_act", ("silu", "swish"), "silu"),
+    # NVLM's language models have an output table of their own.
+    Fixed("tie_word_embeddings", (False,), False),
+    Fixed("mlp_bias", (False,), False),
+    Fixed("pretraining_tp", (1,), 1),
+    Fixed("quantization_config", (None,), None),
+    Fixed("pruned_heads", ({}, None), None),
+    Fixed("is_encoder_decoder", (False,), False),
+    Fixed("add_cross_attention", (False,), False),
+    # transformers then returns tuples without names: no model is saved like this.
+    Fixed("return_dict", (True,), True),
+)
+"""What both families compute alike. `mlp_bias` and `pretraining_tp` are Llama's, and NVLM-D has them too."""
+_IGNORED = BOOKKEEPING | GENERATION | {"vocab_size", "is_decoder"}
+"""The recipe may pad the table, so the rows of the files are compared (`_table_problems`)."""
+_TENSORS = {
+    "model.embed_tokens.weight": ("vocab", "hidden"),
+    f"{_LAYER}input_layernorm.weight": ("hidden",),
+    f"{_LAYER}self_attn.q_proj.weight": ("queries", "hidden"),
+    f"{_LAYER}self_attn.k_proj.weight": ("keys", "hidden"),
+    f"{_LAYER}self_attn.v_proj.weight": ("keys", "hidden"),
+    f"{_LAYER}self_attn.q_proj.bias": ("queries",),
+    f"{_LAYER}self_attn.k_proj.bias": ("keys",),
+    f"{_LAYER}self_attn.v_proj.bias": ("keys",),
+    f"{_LAYER}self_attn.o_proj.weight": ("hidden", "queries"),
+    f"{_LAYER}post_attention_layernorm.weight": ("hidden",),
+    f"{_LAYER}mlp.gate_proj.weight": ("ffn", "hidden"),
+    f"{_LAYER}mlp.up_proj.weight": ("ffn", "hidden"),
+    f"{_LAYER}mlp.down_proj.weight": ("hidden", "ffn"),
+    "model.norm.weight": ("hidden",),
+    "lm_head.weight": ("vocab", "hidden"),
+}
+_ANGLES = ("model.rotary_emb.inv_freq", f"{_LAYER}self_attn.rotary_emb.inv_freq")
+"""They are computed again from rope_theta; transformers before 4.32 stored them."""
+
+
+def _head(language: LanguageConfig) -> tuple[int]:
+    return (language.hidden_size // language.num_heads,)
+
+
+def _biases_left_out(language: LanguageConfig) -> frozenset[str]:
+    return frozenset() if language.qkv_bias else _BIASES
+
+
 QWEN2 = Family(
     model_type="qwen2",
+    # Defaults are those of transformers' Qwen2Config (5.23; 4.x has the same ones).
     keys=(
         Fixed("architectures", (["Qwen2ForCausalLM"], None), None),
         Sized("num_hidden_layers", "num_layers", 32),
@@ -48,57 +103,55 @@ QWEN2 = Family(
         Sized("num_attention_heads", "num_heads", 32),
         Sized("num_key_value_heads", "num_kv_heads", 32, null_means="num_attention_heads"),
         Sized("intermediate_size", "ffn_hidden_size", 22_016),
-        Sized("rms_norm_eps", "norm_eps", 1e-6),
-        Fixed("hidden_act", ("silu", "swish"), "silu"),
-        # NVLM's language models have an output table of their own.
-        Fixed("tie_word_embeddings", (False,), False),
+        *_COMPUTED,
         # No layer has a window; its width and the layers that would have it are ignored, then.
         Fixed("use_sliding_window", (False,), False),
         Derived("layer_types", lambda language: (None, ["full_attention"] * language.num_layers)),
-        Derived("head_dim", lambda language: (language.hidden_size // language.num_heads,)),
-        # Keys of Llama's config: transformers' Qwen2 does not read them, but NVLM-D's config.json has
-        # them. Qwen2 has biases on queries, keys and values and on nothing else.
+        Derived("head_dim", _head),
+        # A key of Llama's config that transformers' Qwen2 does not read, and NVLM-D's config.json has.
+        # Qwen2 has biases on queries, keys and values and on nothing else.
         Derived("attention_bias", lambda language: (language.qkv_bias,)),
-        Fixed("mlp_bias", (False,), False),
-        Fixed("pretraining_tp", (1,), 1),
-        Fixed("quantization_config", (None,), None),
-        Fixed("pruned_heads", ({}, None), None),
-        Fixed("is_encoder_decoder", (False,), False),
-        Fixed("add_cross_attention", (False,), False),
-        # transformers then returns tuples without names: no model is saved like this.
-        Fixed("return_dict", (True,), True),
-        # The recipe may pad the table, so the rows of the files are compared (`_table_problems`).
-        TokenId("pad_token_id", "vocab_size", _VOCAB_SIZE),
+        TokenId("pad_token_id", "vocab_size", 151_936),
     ),
-    ignored=BOOKKEEPING
-    | GENERATION
-    | {"vocab_size", "sliding_window", "max_window_layers", "is_decoder"},
-    tensors={
-        "model.embed_tokens.weight": ("vocab", "hidden"),
-        f"{_LAYER}input_layernorm.weight": ("hidden",),
-        f"{_LAYER}self_attn.q_proj.weight": ("queries", "hidden"),
-        f"{_LAYER}self_attn.k_proj.weight": ("keys", "hidden"),
-        f"{_LAYER}self_attn.v_proj.weight": ("keys", "hidden"),
-        f"{_LAYER}self_attn.q_proj.bias": ("queries",),
-        f"{_LAYER}self_attn.k_proj.bias": ("keys",),
-        f"{_LAYER}self_attn.v_proj.bias": ("keys",),
-        f"{_LAYER}self_attn.o_proj.weight": ("hidden", "queries"),
-        f"{_LAYER}post_attention_layernorm.weight": ("hidden",),
-        f"{_LAYER}mlp.gate_proj.weight": ("ffn", "hidden"),
-        f"{_LAYER}mlp.up_proj.weight": ("ffn", "hidden"),
-        f"{_LAYER}mlp.down_proj.weight": ("hidden", "ffn"),
-        "model.norm.weight": ("hidden",),
-        "lm_head.weight": ("vocab", "hidden"),
-    },
+    ignored=_IGNORED | {"sliding_window", "max_window_layers"},
+    tensors=_TENSORS,
     sizes=_sizes,
-    optional=lambda language: frozenset() if language.qkv_bias else _BIASES,
-    # Angles are computed again from rope_theta; transformers before 4.32 stored them.
-    harmless=("model.rotary_emb.inv_freq", f"{_LAYER}self_attn.rotary_emb.inv_freq"),
+    optional=_biases_left_out,
+    harmless=_ANGLES,
     padded="vocab",
+    rows=151_936,
     rope=Rope(PLAIN, theta=10_000.0, max_positions=32_768),
 )
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (QWEN2,)}
+LLAMA = Family(
+    model_type="llama",
+    # Defaults are those of transformers' LlamaConfig. Yi, of NVLM's 34B models, is a Llama.
+    keys=(
+        Fixed("architectures", (["LlamaForCausalLM"], None), None),
+        Sized("num_hidden_layers", "num_layers", 32),
+        Sized("hidden_size", "hidden_size", 4096),
+        Sized("num_attention_heads", "num_heads", 32),
+        Sized("num_key_value_heads", "num_kv_heads", None, null_means="num_attention_heads"),
+        Sized("intermediate_size", "ffn_hidden_size", 11_008),
+        *_COMPUTED,
+        # With attention_bias Llama has biases on queries, keys, values and on the output projection,
+        # without it on none.
+        Fixed("attention_bias", (False,), False),
+        Always("model_type", "qkv_bias", False),
+        Derived("head_dim", lambda language: (None, *_head(language))),
+        TokenId("pad_token_id", "vocab_size", 32_000),
+    ),
+    ignored=_IGNORED,
+    tensors=_TENSORS,
+    sizes=_sizes,
+    optional=lambda language: _BIASES,
+    harmless=_ANGLES,
+    padded="vocab",
+    rows=32_000,
+    rope=Rope(PLAIN, theta=10_000.0, max_positions=2048),
+)
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (QWEN2, LLAMA)}
 """By `model_type` of config.json."""
 
 
@@ -126,7 +179,7 @@ def language_problems(language: LanguageConfig, sequence_lengths: Mapping[str, i
         yield from family.rope.problems(config, language, place, sequence_lengths)
     if headers.tensors:
         yield from tensor_problems(family, headers, config, language, place)
-        yield from _table_problems(headers, config, place)
+        yield from _table_problems(family, headers, config, place)
 
 
 def _place(directory: Path) -> Place:
@@ -138,9 +191,9 @@ def _place(directory: Path) -> Place:
     )
 
 
-def _table_problems(headers: Headers, config: Config, place: Place) -> Problems:
+def _table_problems(family: Family, headers: Headers, config: Config, place: Place) -> Problems:
     """transformers does not load a table whose rows are not `vocab_size`."""
-    size = config.get("vocab_size", _VOCAB_SIZE)
+    size = config.get("vocab_size", family.rows)
     for name in TABLES:
         stored = headers.tensors.get(name)
         if stored and stored.shape and (isinstance(size, bool) or stored.shape[0] != size):

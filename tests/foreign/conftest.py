@@ -39,6 +39,28 @@ def qwen2_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model.safetensors and config.json of a Llama without scaled RoPE, as Yi is one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=LANGUAGE.vocab_size,
+        hidden_size=LANGUAGE.hidden_size,
+        num_hidden_layers=LANGUAGE.num_layers,
+        num_attention_heads=LANGUAGE.num_heads,
+        num_key_value_heads=LANGUAGE.num_kv_heads,
+        intermediate_size=LANGUAGE.ffn_hidden_size,
+        rms_norm_eps=LANGUAGE.norm_eps,
+        rope_theta=LANGUAGE.rope_theta,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    randomise(LlamaForCausalLM(config)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def encoder_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.safetensors and config.json."""
     from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
@@ -63,6 +85,12 @@ def encoder_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def qwen2(qwen2_files: Path, tmp_path: Path) -> Write:
     """`qwen2(config)`: a directory with the same weights and that config.json."""
     return lambda config: _linked(qwen2_files, tmp_path, config)
+
+
+@pytest.fixture
+def llama(llama_files: Path, tmp_path: Path) -> Write:
+    """`llama(config)`: a directory with the same weights and that config.json."""
+    return lambda config: _linked(llama_files, tmp_path, config)
 
 
 @pytest.fixture

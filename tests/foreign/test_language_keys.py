@@ -112,20 +112,43 @@ def test_the_config_as_it_was_written_is_accepted(
     assert torch.allclose(logits(directory), logits(qwen2_files), atol=1e-5)
 
 
+def passed_over(
+    original: dict[str, Any], write: Write, expected: torch.Tensor, **changes: Any
+) -> list[tuple[str, Any]]:
+    """Alterations that change transformers' logits, and that the check does not name."""
+    found, counted = [], 0
+    for key, config in alterations(original, keys_of_other_models()):
+        directory = write(config)
+        named = any(key in each for each in errors(directory, **changes))
+        if not named and changes_logits(directory, expected):
+            found.append((key, config.get(key, "removed")))
+        counted += named
+    assert counted > 60, "a check of nothing would pass"
+    return found
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_every_key_that_changes_logits_is_named(
     qwen2: Write, qwen2_files: Path, style: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
     original = style(json.loads((qwen2_files / "config.json").read_text()))
-    expected, passed_over, counted = logits(qwen2_files), [], 0
-    for key, config in alterations(original, keys_of_other_models()):
-        directory = qwen2(config)
-        named = any(key in each for each in errors(directory))
-        if not named and changes_logits(directory, expected):
-            passed_over.append((key, config.get(key, "removed")))
-        counted += named
-    assert passed_over == [], "\n".join(map(str, passed_over))
-    assert counted > 60, "a check of nothing would pass"
+    assert passed_over(original, qwen2, logits(qwen2_files)) == []
+
+
+@pytest.mark.parametrize("style", [stored_by_5, stored_by_4])
+def test_every_key_of_llama_that_changes_logits_is_named(
+    llama: Write, llama_files: Path, style: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    original = style(json.loads((llama_files / "config.json").read_text()))
+    if style is stored_by_4:
+        del original["sliding_window"]  # no key of Llama's
+    assert errors(llama(original), qkv_bias=False) == []
+    assert passed_over(original, llama, logits(llama_files), qkv_bias=False) == []
+
+
+def test_llama_has_no_biases(llama_files: Path) -> None:
+    (problem,) = errors(llama_files, qkv_bias=True)
+    assert "model.language.qkv_bias=true but" in problem and "model_type=llama" in problem
 
 
 def test_keys_that_change_nothing_are_accepted(qwen2: Write, qwen2_files: Path) -> None:

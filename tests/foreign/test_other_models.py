@@ -67,7 +67,7 @@ NO_BIAS = "model.language.qkv_bias=false"
 
 OTHERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[str], str]] = {
     "Llama 3.1": (
-        lambda: llama(rope_parameters=dict(LLAMA_3_1)), {}, [NO_BIAS], "model_type=llama"
+        lambda: llama(rope_parameters=dict(LLAMA_3_1)), {}, [NO_BIAS], "RoPE of the type llama3"
     ),
     "Llama 3.1 called Qwen2": (
         lambda: llama(rope_parameters=dict(LLAMA_3_1)), AS_QWEN2, [NO_BIAS], "RoPE of the type llama3"
@@ -84,6 +84,9 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[str], str]
     "a window called Qwen2": (
         lambda: qwen2(use_sliding_window=True, sliding_window=16, max_window_layers=1), {}, [],
         "use_sliding_window=true",
+    ),
+    "Llama with biases": (
+        lambda: llama(attention_bias=True), {}, [], "attention_bias=true"
     ),
     "a bias of o_proj": (
         lambda: llama(attention_bias=True), AS_QWEN2, [],
