@@ -1,4 +1,4 @@
-"""A small Qwen2 of transformers with random weights, and what save_pretrained made of it."""
+"""A small Qwen2 and Llama of transformers with random weights, and what save_pretrained made of them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def qwen2() -> torch.nn.Module:
             tie_word_embeddings=False,
         )
     ).eval()
+    return randomised(model)
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights of a size at which logits differ from zero, and from each other's."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -42,4 +47,31 @@ def qwen2_dir(qwen2: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) 
     directory = tmp_path_factory.mktemp("qwen2")
     qwen2.save_pretrained(directory, max_shard_size="200KB")
     assert len(list(directory.glob("*.safetensors"))) > 1
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llama() -> torch.nn.Module:
+    """Of the same sizes, without biases and with plain RoPE, as Yi is one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=LANGUAGE.vocab_size,
+        hidden_size=LANGUAGE.hidden_size,
+        num_hidden_layers=LANGUAGE.num_layers,
+        num_attention_heads=LANGUAGE.num_heads,
+        num_key_value_heads=LANGUAGE.num_kv_heads,
+        intermediate_size=LANGUAGE.ffn_hidden_size,
+        rms_norm_eps=LANGUAGE.norm_eps,
+        rope_theta=LANGUAGE.rope_theta,
+        tie_word_embeddings=False,
+    )
+    return randomised(LlamaForCausalLM(config).eval())
+
+
+@pytest.fixture(scope="session")
+def llama_dir(llama: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In one file."""
+    directory = tmp_path_factory.mktemp("llama")
+    llama.save_pretrained(directory)
     return directory

@@ -20,10 +20,10 @@ from tests.parity import recipes
 from tests.parity.gradients import gather
 
 
-def import_engine(parallel: ParallelConfig, weights: Path) -> Engine:
-    """The small model whose language part comes from `weights`."""
+def import_engine(parallel: ParallelConfig, weights: Path, qkv_bias: bool = True) -> Engine:
+    """The small model whose language part comes from `weights`; a Qwen2 has biases, a Llama none."""
     recipe = recipes.recipe(parallel)
-    language = replace(recipe.model.language, weights=str(weights))
+    language = replace(recipe.model.language, weights=str(weights), qkv_bias=qkv_bias)
     recipe = replace(recipe, model=replace(recipe.model, language=language))
     engine = build_engine(
         recipe, recipe.stages["sft"], build_topology(parallel, recipe.seed), kernels.detect()
@@ -33,9 +33,11 @@ def import_engine(parallel: ParallelConfig, weights: Path) -> Engine:
     return engine
 
 
-def logits_of(parallel: ParallelConfig, weights: Path, layouts: list) -> list[Tensor]:
+def logits_of(
+    parallel: ParallelConfig, weights: Path, layouts: list, qkv_bias: bool = True
+) -> list[Tensor]:
     """Logits [S, V] of text-only packs, on the ranks of the last pipeline stage."""
-    engine = import_engine(parallel, weights)
+    engine = import_engine(parallel, weights, qkv_bias)
     (work,) = recipes.step_batch(layouts, engine.topology.share, 0).rounds
 
     def everywhere(microbatch: Microbatch) -> Tensor:

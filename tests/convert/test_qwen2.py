@@ -34,16 +34,27 @@ FIRST_LAYER = "language_model.decoder.layers.0"
 
 @pytest.fixture(scope="module")
 def expected(qwen2: torch.nn.Module) -> list[list[Tensor]]:
+    return expected_of(qwen2)
+
+
+def expected_of(model: torch.nn.Module) -> list[list[Tensor]]:
     """transformers' logits of each sample of each pack, every sample run alone."""
     (work,) = recipes.step_batch(PACKS, RankShare(), 0).rounds
     with torch.no_grad():
         return [
             [
-                qwen2(sample[None]).logits[0]
+                model(sample[None]).logits[0]
                 for sample in pack.token_ids_S.split(pack.cu_seqlens.diff().tolist())
             ]
             for pack in work.microbatches
         ]
+
+
+def assert_close(found: list[Tensor], expected: list[list[Tensor]]) -> None:
+    for pack, samples in zip(found, expected, strict=True):
+        scale = torch.cat(samples).std()
+        assert scale > 0.5, "logits of about zero would prove nothing"
+        torch.testing.assert_close(pack, torch.cat(samples), rtol=0, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -52,10 +63,16 @@ def test_logits_are_those_of_transformers(
 ) -> None:
     world, parallel = LAYOUTS[layout]
     found = workers.run(world, qwen_runs.logits_of, parallel, qwen2_dir, PACKS)[-1]
-    for pack, samples in zip(found, expected, strict=True):
-        scale = torch.cat(samples).std()
-        assert scale > 0.5, "logits of about zero would prove nothing"
-        torch.testing.assert_close(pack, torch.cat(samples), rtol=0, atol=1e-4 * scale)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_of_a_llama_are_those_of_transformers(
+    workers: WorkerPool, llama: torch.nn.Module, llama_dir: Path, layout: str
+) -> None:
+    world, parallel = LAYOUTS[layout]
+    found = workers.run(world, qwen_runs.logits_of, parallel, llama_dir, PACKS, False)[-1]
+    assert_close(found, expected_of(llama))
 
 
 def test_import_and_export_round_trip(
