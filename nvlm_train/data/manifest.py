@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nvlm_train.errors import ShardError
 
+MANIFEST_FORMAT = 1
+"""Of the file; one without a format is of the first."""
 _CHUNK_BYTES = 1 << 20
 
 
@@ -48,6 +51,7 @@ class Manifest:
     bad: tuple[BadEntry, ...] = ()
     input: str = ""
     """Digest of the input's files and of everything that shapes the shards; may be unknown."""
+    format: int = MANIFEST_FORMAT
 
     @property
     def pattern(self) -> str:
@@ -65,6 +69,7 @@ def read_manifest(directory: str, name: str) -> Manifest | None:
     path = Path(directory) / f"{name}.manifest.json"
     try:
         fields: dict[str, Any] = json.loads(path.read_text())
+        check_format(fields, str(path))
         shards = tuple(ShardEntry(**shard) for shard in fields.pop("shards"))
         bad = tuple(BadEntry(**each) for each in fields.pop("bad", []))
         return Manifest(shards=shards, bad=bad, **fields)
@@ -72,6 +77,16 @@ def read_manifest(directory: str, name: str) -> Manifest | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"manifest={path} cannot be read: {error!r}; remove it") from error
+
+
+def check_format(fields: Mapping[str, Any], path: str) -> None:
+    """Raises ShardError: a manifest of another format, whose fields may mean something else."""
+    stated = fields.get("format", MANIFEST_FORMAT)
+    if stated != MANIFEST_FORMAT:
+        raise ShardError(
+            f"manifest={path}: format={stated}, this version reads {MANIFEST_FORMAT}; use the nvlm-train "
+            "that wrote it, or name the shards themselves in the data recipe"
+        )
 
 
 def describe_shard(path: str, num_samples: int) -> ShardEntry:

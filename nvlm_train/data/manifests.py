@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 
 from nvlm_train.data.data_recipe import Blend, SourceConfig
+from nvlm_train.data.manifest import check_format
 from nvlm_train.data.shards import join_root
 from nvlm_train.data.store import DIRECT
 from nvlm_train.errors import ShardError
@@ -54,6 +55,7 @@ def _listed(blend: str, source: SourceConfig, name: str, data_root: str) -> list
     try:
         with DIRECT.open(path).open() as stream:
             content = json.loads(stream.read())
+        check_format(content, path)
         files = [str(shard["file"]) for shard in content["shards"]]
     except FileNotFoundError as error:
         raise missing_shard(blend, source, name, data_root) from error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from nvlm_train.doctor.finding import Findings, error, ok
 from nvlm_train.doctor.rendezvous import World, first_line, silent_ranks
+from nvlm_train.parallel.topology import place_in_world
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -31,23 +32,25 @@ def _sum(store: Store, world: World, seconds: float) -> None:
     from torch import distributed as dist
 
     try:
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        place = place_in_world(os.environ, torch.cuda.is_available())
+        if place.device is not None:
+            torch.cuda.set_device(place.device)
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
+            place.backend,
             store=dist.PrefixStore("sum", store),
             rank=world.rank,
             world_size=world.size,
             timeout=timedelta(seconds=seconds),
+            device_id=place.device,
         )
-        message = torch.ones(_MESSAGE_BYTES // 4, device="cuda" if cuda else "cpu")
+        message = torch.ones(_MESSAGE_BYTES // 4, device=place.device or "cpu")
         dist.all_reduce(message)  # the first one connects
         start = time.perf_counter()
         dist.all_reduce(message)
         total = float(message[-1])  # waits for the device
         took = time.perf_counter() - start
         wrong = "" if total == world.size**2 else f"the sum is {total}, not {world.size**2}"
+        dist.destroy_process_group()
     except (RuntimeError, OSError) as problem:
         took, wrong = 0.0, first_line(problem)
     store.set(f"reduced/{world.rank}", json.dumps([took, wrong]))

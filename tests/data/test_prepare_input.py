@@ -16,8 +16,10 @@ import psutil
 import pytest
 
 from nvlm_train.cli import main
+from nvlm_train.data.data_recipe import Blend, SourceConfig
 from nvlm_train.data.inputs.entries import InputSpec
 from nvlm_train.data.manifest import read_manifest
+from nvlm_train.data.manifests import list_shards
 from nvlm_train.data.prepare_input import PrepareProgress, prepare_input
 from nvlm_train.data.staging import Target
 from nvlm_train.errors import ShardError
@@ -256,3 +258,21 @@ def test_fields_on_the_command_line(tmp_path: Path) -> None:
     assert (
         b'{"question": "what?", "answer": "that"}' in (tmp_path / "out/x-000000.tar").read_bytes()
     )
+
+
+def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
+    """By `prepare` and by a data recipe that names it; one without a format is of the first."""
+    spec = make_input(tmp_path, 6)
+    out = tmp_path / "out"
+    prepare_input(spec, Target(str(out), "x", 4))
+    path = out / "x.manifest.json"
+    stored = json.loads(path.read_text())
+    assert stored.pop("format") == 1
+    path.write_text(json.dumps(stored))
+    assert read_manifest(str(out), "x") is not None
+    blend = Blend("b", (SourceConfig("x", ("x.manifest.json",)),))
+    assert len(list_shards(blend, str(out)).sources[0].shards) == 2
+    path.write_text(json.dumps(stored | {"format": 2, "shards": "elsewhere"}))
+    for read in (lambda: read_manifest(str(out), "x"), lambda: list_shards(blend, str(out))):
+        with pytest.raises(ShardError, match="format=2, this version reads 1; use the nvlm-train"):
+            read()
