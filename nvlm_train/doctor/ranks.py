@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 CLOCK_SECONDS = 1.0
 """Difference of two hosts' clocks that is worth a warning."""
+_FAREWELL_SECONDS = 5.0
 _PREFIX = "nvlm_doctor"
 
 
@@ -72,6 +73,7 @@ def check_ranks(world: World, seconds: float) -> Findings:
             _answer_clock(store, world.rank, seconds)
             all_reduce(store, world, seconds)
             absent(store, ["bye"], seconds)
+            store.set(f"left/{world.rank}", "")
         return
     silent = silent_ranks(store, "here", everyone, seconds)
     store.set("go", "no" if silent else "yes")
@@ -90,6 +92,8 @@ def check_ranks(world: World, seconds: float) -> Findings:
     backend = "gloo" if found[0].device == "cpu" else "NCCL"
     yield from reduced(store, world, hosts, backend, seconds)
     store.set("bye", "")
+    # The store ends with this rank: who still asks it would find nobody.
+    silent_ranks(store, "left", everyone[1:], min(seconds, _FAREWELL_SECONDS))
 
 
 def _here() -> _Here:
