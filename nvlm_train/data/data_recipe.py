@@ -120,7 +120,7 @@ def _sources(content: object, path: str, problems: list[str]) -> tuple[SourceCon
     if not isinstance(content, dict) or not isinstance(content.get("sources"), list):
         problems.append(f"{path}: must have a list `sources:` of name, shards, weight")
         return ()
-    _check_keys(content, ["format", "sources", "weight_by", "note"], path, problems)
+    _check_keys(content, ["sources", "weight_by", "note", "format"], path, problems)
     _check_descriptions(content, ["note"], path, problems)
     found: list[SourceConfig] = []
     for number, item in enumerate(content["sources"]):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from nvlm_train.doctor.finding import Findings, error, ok
 from nvlm_train.doctor.rendezvous import World, first_line, silent_ranks
-from nvlm_train.parallel.topology import place_in_world
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -30,6 +29,8 @@ def all_reduce(store: Store, world: World, seconds: float) -> None:
 def _sum(store: Store, world: World, seconds: float) -> None:
     import torch
     from torch import distributed as dist
+
+    from nvlm_train.parallel.topology import place_in_world
 
     try:
         place = place_in_world(os.environ, torch.cuda.is_available())
