@@ -24,7 +24,12 @@ def checkpoints(run_dir: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("weights", "DP2"), ("exp_avg_sq", "DP2"), ("exp_avg", "PP2"), ("weights", "TP2")],
+    [
+        ("weights", "DP2"),
+        ("exp_avg_sq", "DP2"),
+        pytest.param("exp_avg", "PP2", marks=pytest.mark.slow),
+        pytest.param("weights", "TP2", marks=pytest.mark.slow),
+    ],
 )
 def test_no_such_checkpoint_is_published(
     workers: WorkerPool, data: Path, tmp_path: Path, whole_run: WholeRun, kind: str, name: str

@@ -16,10 +16,12 @@ from tests.workers import WorkerPool
 
 
 @pytest.mark.parametrize(
-    ("writer", "reader"), [("own", "other"), ("other", "own"), ("other", "other")]
-)
-@pytest.mark.parametrize(
-    ("world", "parallel"), [(1, ParallelConfig()), (2, ParallelConfig(pipeline=2))]
+    ("writer", "reader", "world", "parallel"),
+    [
+        ("other", "other", 1, ParallelConfig()),
+        ("own", "other", 2, ParallelConfig(pipeline=2)),
+        ("other", "own", 2, ParallelConfig(pipeline=2)),
+    ],
 )
 def test_checkpoints_do_not_depend_on_the_kernels(
     workers: WorkerPool,

@@ -20,7 +20,7 @@ slow = pytest.mark.slow
     ("name", "stop_after"),
     [
         ("TP2 PP2", 4),
-        ("TP2", 1),
+        pytest.param("TP2", 1, marks=slow),
         pytest.param("single", 6, marks=slow),
         pytest.param("single", 1, marks=slow),
         pytest.param("single", 4, marks=slow),
