@@ -33,12 +33,17 @@ LAYOUTS = {
 MODELS = ("d", "x", "h", "x with feed-forward", "flamingo")
 
 
+ALIKE = ("x", "flamingo")
+"""Models whose every kind of dropout others have too: tried in two layouts only."""
+
+
 def cases(fast: set[tuple[str, str]], layouts: tuple[str, ...]) -> list:
-    """Every model in every layout, slow but for some."""
+    """Models in layouts, slow but for some."""
     return [
         pytest.param(name, layout, marks=[] if (name, layout) in fast else [slow])
         for name in MODELS
         for layout in layouts
+        if name not in ALIKE or layout in ("TP2 SP", "TP2 SP PP2")
     ]
 
 
