@@ -20,6 +20,7 @@ from nvlm_train.config.model_schema import (
 )
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.geometry import StepWork
+from tests.hugging_face import encoder_sizes, sizes
 from tests.parity import cross_gradients, cross_recipes, recipes
 from tests.workers import WorkerPool
 
@@ -60,17 +61,8 @@ def test_language_parameters_are_those_of_transformers() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     language = QWEN2_72B
-    config = Qwen2Config(
-        vocab_size=language.vocab_size,
-        hidden_size=language.hidden_size,
-        num_hidden_layers=language.num_layers,
-        num_attention_heads=language.num_heads,
-        num_key_value_heads=language.num_kv_heads,
-        intermediate_size=language.ffn_hidden_size,
-        tie_word_embeddings=False,
-    )
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(config)
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes(language)))
     assert geometry.language_parameters(language) == _count(model)
 
 
@@ -80,14 +72,7 @@ def test_vision_parameters_are_those_of_transformers_and_ours() -> None:
 
     from nvlm_train.vision.intern_vit import InternViT
 
-    config = InternVLVisionConfig(
-        num_hidden_layers=VISION_6B.num_layers,
-        hidden_size=VISION_6B.hidden_size,
-        num_attention_heads=VISION_6B.num_heads,
-        intermediate_size=VISION_6B.ffn_hidden_size,
-        use_qk_norm=True,
-        norm_type="rms_norm",
-    )
+    config = InternVLVisionConfig(**encoder_sizes(VISION_6B))
     with torch.device("meta"):
         models = [InternVLVisionModel(config), InternViT(VISION_6B)]
     assert [_count(model) for model in models] == [geometry.vision_parameters(VISION_6B)] * 2

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.hugging_face import sizes
 from tests.parity.recipes import LANGUAGE
 
 
@@ -15,20 +16,7 @@ def qwen2() -> torch.nn.Module:
     """Of the sizes of the parity tests' language model; norms and biases away from one and zero."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=LANGUAGE.vocab_size,
-            hidden_size=LANGUAGE.hidden_size,
-            num_hidden_layers=LANGUAGE.num_layers,
-            num_attention_heads=LANGUAGE.num_heads,
-            num_key_value_heads=LANGUAGE.num_kv_heads,
-            intermediate_size=LANGUAGE.ffn_hidden_size,
-            rms_norm_eps=LANGUAGE.norm_eps,
-            rope_theta=LANGUAGE.rope_theta,
-            tie_word_embeddings=False,
-        )
-    ).eval()
-    return randomised(model)
+    return randomised(Qwen2ForCausalLM(Qwen2Config(**sizes(LANGUAGE))).eval())
 
 
 def randomised(model: torch.nn.Module) -> torch.nn.Module:
@@ -55,18 +43,7 @@ def llama() -> torch.nn.Module:
     """Of the same sizes, without biases and with plain RoPE, as Yi is one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=LANGUAGE.vocab_size,
-        hidden_size=LANGUAGE.hidden_size,
-        num_hidden_layers=LANGUAGE.num_layers,
-        num_attention_heads=LANGUAGE.num_heads,
-        num_key_value_heads=LANGUAGE.num_kv_heads,
-        intermediate_size=LANGUAGE.ffn_hidden_size,
-        rms_norm_eps=LANGUAGE.norm_eps,
-        rope_theta=LANGUAGE.rope_theta,
-        tie_word_embeddings=False,
-    )
-    return randomised(LlamaForCausalLM(config).eval())
+    return randomised(LlamaForCausalLM(LlamaConfig(**sizes(LANGUAGE))).eval())
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.foreign.models import LANGUAGE, VISION, randomise
+from tests.hugging_face import encoder_sizes, sizes
 
 Write = Callable[[dict[str, Any]], Path]
 
@@ -20,19 +21,7 @@ def qwen2_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.safetensors and config.json."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=LANGUAGE.vocab_size,
-        hidden_size=LANGUAGE.hidden_size,
-        num_hidden_layers=LANGUAGE.num_layers,
-        num_attention_heads=LANGUAGE.num_heads,
-        num_key_value_heads=LANGUAGE.num_kv_heads,
-        intermediate_size=LANGUAGE.ffn_hidden_size,
-        rms_norm_eps=LANGUAGE.norm_eps,
-        rope_theta=LANGUAGE.rope_theta,
-        max_position_embeddings=64,
-        max_window_layers=1,
-        tie_word_embeddings=False,
-    )
+    config = Qwen2Config(**sizes(LANGUAGE), max_position_embeddings=64, max_window_layers=1)
     directory = tmp_path_factory.mktemp("tiny-qwen2")
     randomise(Qwen2ForCausalLM(config)).save_pretrained(directory)
     return directory
@@ -43,18 +32,7 @@ def llama_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.safetensors and config.json of a Llama without scaled RoPE, as Yi is one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=LANGUAGE.vocab_size,
-        hidden_size=LANGUAGE.hidden_size,
-        num_hidden_layers=LANGUAGE.num_layers,
-        num_attention_heads=LANGUAGE.num_heads,
-        num_key_value_heads=LANGUAGE.num_kv_heads,
-        intermediate_size=LANGUAGE.ffn_hidden_size,
-        rms_norm_eps=LANGUAGE.norm_eps,
-        rope_theta=LANGUAGE.rope_theta,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
+    config = LlamaConfig(**sizes(LANGUAGE), max_position_embeddings=64)
     directory = tmp_path_factory.mktemp("tiny-llama")
     randomise(LlamaForCausalLM(config)).save_pretrained(directory)
     return directory
@@ -66,16 +44,7 @@ def encoder_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
     from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
-    config = InternVLVisionConfig(
-        num_hidden_layers=VISION.num_layers,
-        hidden_size=VISION.hidden_size,
-        num_attention_heads=VISION.num_heads,
-        intermediate_size=VISION.ffn_hidden_size,
-        image_size=VISION.tile_size,
-        patch_size=VISION.patch_size,
-        use_qk_norm=True,
-        norm_type="rms_norm",
-    )
+    config = InternVLVisionConfig(**encoder_sizes(VISION))
     directory = tmp_path_factory.mktemp("tiny-encoder")
     randomise(InternVLVisionModel(config)).save_pretrained(directory)
     return directory

@@ -20,6 +20,7 @@ from nvlm_train.train.manifest import Manifest, digest_file, read_manifest, writ
 from nvlm_train.train.outside import digests_outside
 from nvlm_train.train.start import trained_replica
 from nvlm_train.train.state import FILE_NAME
+from tests.hugging_face import encoder_sizes
 from tests.train import runs
 from tests.train.smoke import smoke_recipe
 
@@ -37,16 +38,7 @@ def make_files(files: Path, data: Path, vision: VisionConfig) -> None:
     from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
     from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
-    config = InternVLVisionConfig(
-        num_hidden_layers=vision.num_layers,
-        hidden_size=vision.hidden_size,
-        num_attention_heads=vision.num_heads,
-        intermediate_size=vision.ffn_hidden_size,
-        image_size=vision.tile_size,
-        patch_size=vision.patch_size,
-        use_qk_norm=True,
-        norm_type="rms_norm",
-    )
+    config = InternVLVisionConfig(**encoder_sizes(vision))
     InternVLVisionModel(config).save_pretrained(files / "encoder")
     shutil.copy(data / "tokenizer.json", files)
 

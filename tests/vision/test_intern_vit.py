@@ -16,6 +16,7 @@ from nvlm_train.errors import CheckpointError
 from nvlm_train.vision.build import build_vision_encoder
 from nvlm_train.vision.intern_vit import IMAGENET_MEAN, IMAGENET_STD, InternViT, pixel_shuffle
 from nvlm_train.vision.tile_parallel import encode_tiles
+from tests.hugging_face import encoder_sizes
 
 CONFIG = VisionConfig(
     num_layers=3, hidden_size=40, num_heads=5, ffn_hidden_size=72, tile_size=32, patch_size=4,
@@ -35,18 +36,7 @@ def reference() -> torch.nn.Module:
     from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
     from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
-    model = InternVLVisionModel(
-        InternVLVisionConfig(
-            num_hidden_layers=CONFIG.num_layers,
-            hidden_size=CONFIG.hidden_size,
-            num_attention_heads=CONFIG.num_heads,
-            intermediate_size=CONFIG.ffn_hidden_size,
-            image_size=CONFIG.tile_size,
-            patch_size=CONFIG.patch_size,
-            use_qk_norm=True,
-            norm_type="rms_norm",
-        )
-    ).eval()
+    model = InternVLVisionModel(InternVLVisionConfig(**encoder_sizes(CONFIG))).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

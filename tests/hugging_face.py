@@ -1,0 +1,36 @@
+"""transformers' names of the sizes of a language model and of a vision encoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nvlm_train.config.model_schema import LanguageConfig, VisionConfig
+
+
+def sizes(language: LanguageConfig) -> dict[str, Any]:
+    """For Qwen2Config and LlamaConfig; the tables are not tied."""
+    return {
+        "vocab_size": language.vocab_size,
+        "hidden_size": language.hidden_size,
+        "num_hidden_layers": language.num_layers,
+        "num_attention_heads": language.num_heads,
+        "num_key_value_heads": language.num_kv_heads,
+        "intermediate_size": language.ffn_hidden_size,
+        "rms_norm_eps": language.norm_eps,
+        "rope_theta": language.rope_theta,
+        "tie_word_embeddings": False,
+    }
+
+
+def encoder_sizes(vision: VisionConfig) -> dict[str, Any]:
+    """For InternVLVisionConfig, of InternViT-6B's kind."""
+    return {
+        "num_hidden_layers": vision.num_layers,
+        "hidden_size": vision.hidden_size,
+        "num_attention_heads": vision.num_heads,
+        "intermediate_size": vision.ffn_hidden_size,
+        "image_size": vision.tile_size,
+        "patch_size": vision.patch_size,
+        "use_qk_norm": True,
+        "norm_type": "rms_norm",
+    }
