@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,13 +28,24 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     command.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=60,
         metavar="SECONDS",
         help="for a silent rank (default: 60)",
     )
     command.add_argument("--json", metavar="FILE", help="write the findings there, too")
     command.set_defaults(run=doctor)
+
+
+def _seconds(text: str) -> float:
+    """A time that ends: NaN is neither over nor not, and a wait for it never would be."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait; give seconds above 0")
+    return value
 
 
 def doctor(options: argparse.Namespace) -> int:

@@ -84,3 +84,10 @@ def test_nothing_imports_torch_before_the_first_findings(recipe_arguments: list[
         "assert len(found) > 10; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, *recipe_arguments], check=True, timeout=100)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "0", "soon"])
+def test_a_wait_ends(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["doctor", "experiment=smoke", f"--timeout={seconds}"])
+    assert f"{seconds} is no time to wait; give seconds above 0" in capsys.readouterr().err
