@@ -67,7 +67,8 @@ class LanguageModel(MegatronModule):
         """Word embeddings, [S, 1, H], whole and the same on every tensor-parallel rank.
 
         Dropout comes before features are spliced in and before a sequence is scattered: it is for words,
-        in the sequence or in a context, and never for projected features (as in Megatron-LM's LLaVA).
+        in the sequence or in a context, and never for projected features (as in megatron-core's LLaVA,
+        models/multimodal/llava_model.py).
         Here all ranks hold all words, so the default generator's mask is one mask. That of megatron-core's
         own embedding differs between them under sequence parallelism; the scatter would then keep, of each
         rank's words, a part whose gradient the other ranks mask in another way.
