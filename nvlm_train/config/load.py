@@ -60,7 +60,7 @@ def _check_format(plain: Any, sources: Sources) -> None:
     if stated != RECIPE_FORMAT:
         raise ConfigError(
             [
-                f"format={stated} (stated in {sources.find('format')}): this nvlm-train reads recipes of "
+                f"format={stated!r} (stated in {sources.find('format')}): this nvlm-train reads recipes of "
                 f"format {RECIPE_FORMAT}; use the nvlm-train that they were written for, or rewrite them "
                 "as CHANGELOG.md says and state that number"
             ]

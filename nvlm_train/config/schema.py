@@ -14,7 +14,7 @@ from nvlm_train.config.health_schema import HealthConfig
 from nvlm_train.config.model_schema import ModelConfig
 
 RECIPE_FORMAT = 1
-"""Grows when a field changes its meaning or its name; `rules.py` says what is done with others."""
+"""Grows when a field changes its meaning or its name; `load.py` refuses others."""
 
 TrainablePart = Literal["projector", "cross_attention", "language_model"]
 TileTags = Literal["none", "1d", "2d_grid", "2d_bbox"]
@@ -167,4 +167,5 @@ class Recipe:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     format: int = RECIPE_FORMAT
-    """Of the recipe's files. State it in your own ones, so that a later version knows how to read them."""
+    """Of the recipe's files. State it in your own experiments, so that a later version knows how to read
+    them."""

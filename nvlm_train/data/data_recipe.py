@@ -168,7 +168,12 @@ def _source(item: object, where: str, problems: list[str]) -> SourceConfig | Non
 
 
 def _is_positive(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < float("inf")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    try:
+        return 0 < float(value) < float("inf")
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _check_descriptions(

@@ -59,7 +59,7 @@ def _listed(blend: str, source: SourceConfig, name: str, data_root: str) -> list
         files = [str(shard["file"]) for shard in content["shards"]]
     except FileNotFoundError as error:
         raise missing_shard(blend, source, name, data_root) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(
             f"manifest={path} cannot be read ({type(error).__name__}: {error}); blend={blend} "
             f"source={source.name} names it; {source.remedy}"

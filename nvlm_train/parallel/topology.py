@@ -72,8 +72,10 @@ def process_group() -> Iterator[None]:
     is_ours = start_process_group()
     yield
     if is_ours:
-        _leave_groups()
-        dist.destroy_process_group()
+        from megatron.core import parallel_state as mpu
+
+        mpu.destroy_model_parallel()
+        dist.destroy_process_group()  # all groups, those of the layout too
 
 
 def start_process_group() -> bool:

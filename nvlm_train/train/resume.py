@@ -51,8 +51,19 @@ def check_resumable(
 
 
 def _same_model(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
-    yield from _differences(then["model"], now["model"], "model")
-    yield from _differences(then["seed"], now["seed"], "seed")
+    for field in ("model", "seed", "precision"):
+        yield from _differences(then[field], now[field], field)
+
+
+def _same_tags(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
+    """Without thumbnails the last tile's tag was the thumbnail's until format 2."""
+    tiling = now["stages"][state.stage]["tiling"]
+    if state.format == 1 and not tiling["thumbnail"] and tiling["tags"] != "none":
+        yield (
+            f"stages.{state.stage}.tiling.thumbnail=false: the stage was trained with its last tile "
+            "tagged as a thumbnail, which this version does not do any more: use the nvlm-train that "
+            "wrote the checkpoint"
+        )
 
 
 def _same_data(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
@@ -61,12 +72,19 @@ def _same_data(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
     if state.step < after["steps"]:
         for field in _DATA_FIELDS:
             yield from _differences(before[field], after[field], f"stages.{state.stage}.{field}")
-        tiling = after["tiling"]
-        if state.format == 1 and not tiling["thumbnail"] and tiling["tags"] != "none":
-            yield (
-                f"stages.{state.stage}.tiling.thumbnail=false: the stage began with its last tile tagged "
-                "as a thumbnail, which this version does not do any more"
-            )
+
+
+def _same_rest(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
+    """What a half-done stage goes on with besides its data: its tags, and its optimizer's kind.
+
+    megatron-core reads what the distributed optimizer saved with that one alone, at any layout.
+    """
+    before, after = then["stages"][state.stage], now["stages"][state.stage]
+    if state.step < after["steps"]:
+        yield from _same_tags(state, then, now)
+        key = "distributed_optimizer"
+        path = f"stages.{state.stage}.parallel.{key}"
+        yield from _differences(before["parallel"][key], after["parallel"][key], path)
 
 
 def _same_past(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
@@ -91,9 +109,9 @@ def _same_past(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
         )
 
 
-TO_READ: tuple[Rule, ...] = (_same_model, _same_data)
+TO_READ: tuple[Rule, ...] = (_same_model, _same_data, _same_tags)
 """What the weights are used with, for generation."""
-TO_TRAIN: tuple[Rule, ...] = (*TO_READ, _same_past)
+TO_TRAIN: tuple[Rule, ...] = (_same_model, _same_data, _same_rest, _same_past)
 
 
 def with_defaults(hint: Any, stored: Any) -> Any:

@@ -64,8 +64,8 @@ def open_run(recipe: Recipe) -> Run:
         logger.warning("set aside as %s; remove it when you have looked at it", aside)
     if run.state is not None and run.state.format == 1 and dist.get_rank() == 0:
         logger.warning(
-            "%s was written before weight decay left norms, biases and gates alone: from here on they "
-            "do not decay (CHANGELOG.md)",
+            "%s was written before weight decay left norms, biases and gates alone, and before replicas "
+            "had dropout masks of their own: from here on they do (CHANGELOG.md)",
             run.checkpoint,
         )
     return run
@@ -111,9 +111,11 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
         engine.reload_optimizer_weights()
     elif run.state.stage == position.stage:
         plan.check_digests(run.state.shard_digests)
-        same_layout = run.state.layout == layout_of(topology)
-        checkpoint.load(engine, run.checkpoint, same_layout)
-        logger.info("resumed %s%s", run.checkpoint, "" if same_layout else " in another layout")
+        layout = layout_of(topology)
+        goes_on = run.state.has_generators_for(layout, device().type)
+        checkpoint.load(engine, run.checkpoint, goes_on)
+        is_other = run.state.layout != layout
+        logger.info("resumed %s%s", run.checkpoint, " in another layout" if is_other else "")
     else:
         checkpoint.load_weights(engine.model.module, run.checkpoint)
         engine.reload_optimizer_weights()
@@ -130,7 +132,7 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
 
 def _remedy(recipe: Recipe, run: Run, broken: Sequence[str]) -> str:
     """Where weights or moments that are not finite came from, and what to do about it."""
-    if broken[-1].startswith(ENCODER):  # they are sorted, and nothing comes behind the encoder's
+    if any(name.startswith(ENCODER) for name in broken):
         return f"they lie in model.vision.weights={recipe.model.vision.weights}: fetch them again"
     if run.checkpoint is not None:
         return f"remove {run.checkpoint}, and the same command goes on from the one before"
@@ -225,6 +227,7 @@ def run_state(
         wandb_run_id=wandb_run_id,
         versions=library_versions(),
         outside=work.outside,
+        device=device().type,
     )
 
 

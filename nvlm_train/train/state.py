@@ -35,12 +35,21 @@ class RunState:
     wandb_run_id: str | None
     versions: dict[str, str]
     format: int = FORMAT
+    device: str | None = None
+    """Kind of the device that the generators' states are of: `cpu` or `cuda`."""
     outside: dict[str, str] = dataclasses.field(default_factory=dict)
     """Digest of each file that counts and is in no checkpoint, by the recipe's field (outside.py)."""
 
     @property
     def position(self) -> Position:
         return Position(self.stage, self.step)
+
+    def has_generators_for(self, layout: tuple[int, int, int], device: str) -> bool:
+        """Whether dropout goes on with the stored generators: in the same layout, on such a device.
+
+        Those of format 1 were the same on all data-parallel ranks; dropout starts anew behind them.
+        """
+        return self.format > 1 and (self.layout, self.device) == (layout, device)
 
     @property
     def ends_stage(self) -> bool:

@@ -18,7 +18,7 @@ _THREADS = 8
 
 
 def encoder_digest(config: VisionConfig, seed: int) -> str:
-    """Another one for any other tensor, whatever the rank, layout, device or precision of the run.
+    """The digest is another one for any other tensor, and the same for every rank, layout and precision.
 
     Weights of files: SHA-256 over every tensor's name, dtype, shape and bytes as they are stored, in order
     of names, so that order, metadata and the split into files do not count. Random weights: `seed=N`. They

@@ -199,3 +199,12 @@ def test_a_data_recipe_of_another_format_is_refused(tmp_path: Path, stated: str)
         ConfigError, match="reads data recipes of format 1; use the nvlm-train that"
     ):
         read_blend(str(path), ".")
+
+
+@pytest.mark.parametrize("number", ["1" + 400 * "0", ".inf", ".nan", "-1", "true"])
+def test_weights_and_epochs_are_finite(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(f"sources: [{{name: a, shards: a.tar, weight: {number}, epochs: {number}}}]\n")
+    with pytest.raises(ConfigError) as caught:
+        read_blend(str(path), ".")
+    assert len(caught.value.problems) == 2

@@ -272,6 +272,10 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     assert read_manifest(str(out), "x") is not None
     blend = Blend("b", (SourceConfig("x", ("x.manifest.json",)),))
     assert len(list_shards(blend, str(out)).sources[0].shards) == 2
+    path.write_text("[]")
+    for read in (lambda: read_manifest(str(out), "x"), lambda: list_shards(blend, str(out))):
+        with pytest.raises(ShardError, match="cannot be read"):
+            read()
     path.write_text(json.dumps(stored | {"format": 2, "shards": "elsewhere"}))
     for read in (lambda: read_manifest(str(out), "x"), lambda: list_shards(blend, str(out))):
         with pytest.raises(ShardError, match="format=2, this version reads 1; use the nvlm-train"):

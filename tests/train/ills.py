@@ -151,7 +151,8 @@ def spoilt_optimizer(
         (part,) = (each for each in parts(engine.optimizer) if not each.is_stub_optimizer)
         parameter = next(p for group in part.optimizer.param_groups for p in group["params"])
         spoilt = parameter.data if kind == "weights" else part.optimizer.state[parameter][kind]
-        spoilt.flatten()[0] = float("inf")
+        # Of a moment, infinity changes no weight.
+        spoilt.flatten()[0] = float("nan" if kind == "weights" else "inf")
 
     with before_steps(ill):
         return _run(root, run_dir, *overrides)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nvlm_train.train.signals import EXIT_REQUEUE
+from tests.doctor.test_ranks import free_port
 from tests.train import ends, ills, runs
 from tests.train.layouts import layout
-from tests.train.smoke import read_metrics
+from tests.train.smoke import overrides, read_metrics
 from tests.workers import WorkerPool
 
 POSSIBLE = {"samples": 6, "packs": 4}
@@ -37,14 +41,14 @@ def test_limited_data_is_trained_to_its_end(
 ) -> None:
     """Also when the run is started again shortly before; one step more is refused at the start."""
     world, parallel = layout(name)
-    overrides = [*parallel, *limited(data, tmp_path, unit)]
+    settings = [*parallel, *limited(data, tmp_path, unit)]
     run_dir, steps = tmp_path / "run", POSSIBLE[unit]
-    last = (*overrides, f"stages.pretrain.steps={steps}")
+    last = (*settings, f"stages.pretrain.steps={steps}")
     codes = workers.run(world, stop_late, data, run_dir, steps - 1, last)
     assert codes == [EXIT_REQUEUE] * world
     assert workers.run(world, runs.run, data, run_dir, *last) == [0] * world
     assert [each["step"] for each in read_metrics(run_dir)] == list(range(1, steps + 1))
-    over = (*overrides, f"stages.pretrain.steps={steps + 1}")
+    over = (*settings, f"stages.pretrain.steps={steps + 1}")
     messages = workers.run(world, ills.attempt, data, tmp_path / "over", *over)
     assert f"steps={steps + 1} is more than the blend gives" in messages[0]
     assert read_metrics(tmp_path / "over") == []
@@ -74,3 +78,21 @@ def test_a_finished_run_says_so_and_how_to_go_on(
     assert code == 0 and "is finished" not in heard
     steps = [(each["stage"], each["step"], each["global_step"]) for each in read_metrics(run_dir)]
     assert steps[7:] == [("sft", 4, 8), ("sft", 5, 9), ("sft", 6, 10)]
+
+
+LEAVE = """
+import sys
+import torch.distributed as dist
+from nvlm_train.cli import main
+assert main(["train", *sys.argv[1:]]) == 0
+assert not dist.is_initialized()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_world(data: Path, tmp_path: Path) -> None:
+    """In a process of its own, as a user starts it."""
+    command = [sys.executable, "-c", LEAVE, *overrides(data, tmp_path / "run")]
+    environment = {**os.environ, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -179,6 +179,32 @@ def test_a_stage_has_no_fewer_steps_than_were_done(recipe: Recipe) -> None:
     check(end, change(recipe, "pretrain", steps=8))  # nothing came after it yet
 
 
+def test_what_the_weights_were_rounded_to_stays(recipe: Recipe) -> None:
+    """A load in another precision would find other sums than were saved, and call it damage."""
+    changed = replace(recipe, precision="bf16")
+    assert "precision=bf16, was fp32" in refusal(state_of(recipe), changed)
+    with pytest.raises(CheckpointError, match="precision=bf16, was fp32"):
+        check(state_of(recipe, step=4), changed, TO_READ)
+
+
+def test_a_half_done_stage_keeps_its_kind_of_optimizer(recipe: Recipe) -> None:
+    parallel = replace(recipe.stages["sft"].parallel, distributed_optimizer=False)
+    changed = change(recipe, "sft", parallel=parallel)
+    message = refusal(state_of(recipe), changed)
+    assert "stages.sft.parallel.distributed_optimizer=False, was True" in message
+    check(state_of(recipe), changed, TO_READ)
+    check(state_of(recipe, "pretrain", 4), changed)  # the next stage's optimizer is new
+
+
+def test_generators_go_on_where_they_are_whole(recipe: Recipe) -> None:
+    """In the same layout on the same kind of device; format 1 had one seed for all replicas."""
+    state = replace(state_of(recipe), device="cpu")
+    assert state.has_generators_for((2, 2, 1), "cpu")
+    assert not state.has_generators_for((2, 2, 1), "cuda")
+    assert not state.has_generators_for((2, 1, 2), "cpu")
+    assert not replace(state, format=1, device=None).has_generators_for((2, 2, 1), "cpu")
+
+
 def test_later_stages_may_be_added(recipe: Recipe) -> None:
     state = state_of(recipe)
     longer = replace(
@@ -196,11 +222,12 @@ def test_tags_of_a_half_done_stage_without_thumbnails_are_not_changed_under_it(
     tiling = replace(recipe.stages["sft"].tiling, thumbnail=False)
     without = change(recipe, "sft", tiling=tiling)
     old = replace(state_of(without), format=1)
-    assert (
-        "stages.sft.tiling.thumbnail=false: the stage began with its last tile tagged"
-        in refusal(old, without)
-    )
+    message = "stages.sft.tiling.thumbnail=false: the stage was trained with its last tile tagged"
+    assert message in refusal(old, without) and "wrote the checkpoint" in refusal(old, without)
     check(state_of(without), without)
-    check(replace(old, step=4), without)  # the stage is over
+    over = replace(old, step=4)
+    check(over, without)
+    with pytest.raises(CheckpointError, match="the stage was trained with its last tile tagged"):
+        check(over, without, TO_READ)  # a question would have other tags than the training
     untagged = change(recipe, "sft", tiling=replace(tiling, tags="none"))
     check(replace(state_of(untagged), format=1), untagged)

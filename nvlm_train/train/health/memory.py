@@ -55,7 +55,8 @@ def advice(recipe: Recipe, stage_name: str, error: BaseException) -> str:
     ]
     if not parallel.distributed_optimizer:
         lines.append(
-            f"  {path}.parallel.distributed_optimizer=false: with true, replicas share optimizer state"
+            f"  {path}.parallel.distributed_optimizer=false: with true, replicas share optimizer state "
+            "(in a new run, or from the next stage on)"
         )
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         lines.append(
