@@ -19,6 +19,8 @@ BROUGHT = frozenset({
     "typing-extensions",
 })  # fmt: skip
 """torch and what it requires: a build of torch, or an image, has its own versions of them."""
+BROUGHT_PREFIXES = ("nvidia-", "cuda-", "triton", "pytorch-triton")
+"""Of what a build of torch for CUDA requires besides."""
 ENGINE = {f"transformer-engine{part}": "2.11.0" for part in ("", "-cu12", "-cu13", "-torch")}
 """Transformer Engine and its parts, which only GPUs use."""
 HEAD = """\
@@ -30,6 +32,11 @@ HEAD = """\
 def normal(name: str) -> str:
     """A distribution's name as PEP 503 compares it."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def is_brought(name: str) -> bool:
+    """Whether a build of torch has a version of its own of a distribution, given its normal name."""
+    return name in BROUGHT or name.startswith(BROUGHT_PREFIXES)
 
 
 def read_pins(text: str) -> dict[str, str]:
@@ -50,7 +57,7 @@ def pins_beside(pins: Mapping[str, str], installed: Mapping[str, str]) -> dict[s
 
     Other distributions that are there have no line: pip keeps those that are new enough.
     """
-    kept = {name: installed[name] for name in BROUGHT | ENGINE.keys() if name in installed}
+    kept = {name: installed[name] for name in installed if is_brought(name) or name in ENGINE}
     missing = {name: number for name, number in pins.items() if name not in installed}
     return dict(sorted((missing | kept).items()))
 

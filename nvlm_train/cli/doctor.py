@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,6 +51,12 @@ def _seconds(text: str) -> float:
 
 def doctor(options: argparse.Namespace) -> int:
     """Prints findings as they are made. Returns 0, or 1 when one of them is an error."""
+    from nvlm_train.doctor import stack
+
+    if missing := list(stack.lacking()):
+        # Nothing else can be looked at: the other checks import what is missing.
+        sys.stdout.writelines(f"{each.level}: {each.text}; {each.remedy}\n" for each in missing)
+        return 1
     from nvlm_train.doctor.material import SHARDS_READ
     from nvlm_train.doctor.run import Request, examine
 

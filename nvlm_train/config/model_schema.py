@@ -71,7 +71,7 @@ class LanguageConfig:
     qkv_bias: bool = True
     init_std: float = 0.014
     weights: str | None = None
-    """Directory with config.json and *.safetensors (Qwen2 layout), or none for random ones."""
+    """Directory with config.json and *.safetensors (docs/weights.md), or none for random ones."""
 
 
 @dataclass(frozen=True)

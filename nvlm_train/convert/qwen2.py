@@ -1,4 +1,4 @@
-"""Reads a Qwen2 checkpoint of Hugging Face into any layout, one tensor at a time, from safetensors only."""
+"""Reads Hugging Face's Qwen2 or Llama into any layout, one tensor at a time, from safetensors only."""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ class Range:
 
 
 RANGES: tuple[Range, ...] = (
-    Range("python", ">=3.11,<3.13", "what it is tested on", "use Python 3.11 or 3.12"),
+    Range(
+        "python", ">=3.11,<3.13", "3.11 is tested, 3.12 has run on a GPU", "use Python 3.11 or 3.12"
+    ),
     Range(
         "torch",
         ">=2.10.0a0,<2.14",
@@ -117,11 +119,13 @@ SETUPS: tuple[Setup, ...] = (
 
 def setups_table() -> str:
     """`SETUPS` in Markdown, for docs/install.md."""
-    head = (
-        "setup", "Python", "torch", "CUDA", "megatron-core", "Transformer Engine", "apex",
-        "constraints", "tried",
-    )  # fmt: skip
-    rows = [head, ("---",) * len(head), *(tuple(vars(each).values()) for each in SETUPS)]
+    columns = {
+        "setup": "name", "Python": "python", "torch": "torch", "CUDA": "cuda",
+        "megatron-core": "megatron_core", "Transformer Engine": "transformer_engine", "apex": "apex",
+        "constraints": "constraints", "tried": "tried",
+    }  # fmt: skip
+    cells = [[getattr(each, field) for field in columns.values()] for each in SETUPS]
+    rows = [list(columns), ["---"] * len(columns), *cells]
     return "\n".join("|" + "|".join(f" {cell} " for cell in row) + "|" for row in rows)
 
 
@@ -202,21 +206,28 @@ def _engine(found: Installed) -> Findings:
         yield judge("stack", f"{text}: its parts have to be of one version", remedy)
     cores = [name for name in ENGINE_PARTS[1:] if name in parts]
     major = (found.torch_cuda or "").partition(".")[0]
-    if major and cores and f"transformer-engine-cu{major}" not in cores:
+    wrong = [name for name in cores if major and name != f"transformer-engine-cu{major}"]
+    if wrong:
         yield error(
             "stack",
-            f"torch is built for CUDA {found.torch_cuda}, {cores[0]} for another",
-            f"pip uninstall {cores[0]}, then {remedy}",
+            f"torch is built for CUDA {found.torch_cuda}, {wrong[0]} for another",
+            f"pip uninstall {wrong[0]}, then {remedy}",
         )
     if found.engine_problem is not None:
-        yield judge(
-            "stack",
-            f"Transformer Engine cannot be imported ({found.engine_problem}): it was built for another "
-            f"torch or CUDA than torch={found.versions.get('torch')}",
-            "build it again against this torch: pip install --force-reinstall --no-deps "
-            "--no-build-isolation --no-binary transformer-engine-torch "
-            f"'transformer-engine-torch=={_base(number)}'",
-        )
+        yield judge("stack", *_import_problem(found, _base(number)))
+
+
+def _import_problem(found: Installed, number: str) -> tuple[str, str]:
+    """Why Transformer Engine cannot be imported, and the remedy."""
+    text = f"Transformer Engine cannot be imported ({found.engine_problem})"
+    rebuild = (
+        "build it again against this torch: pip install --force-reinstall --no-deps "
+        f"--no-build-isolation --no-binary transformer-engine-torch 'transformer-engine-torch=={number}'"
+    )
+    if "undefined symbol" in (found.engine_problem or ""):
+        torch = found.versions.get("torch")
+        return f"{text}: it was built for another torch or CUDA than torch={torch}", rebuild
+    return text, f"mend what it names (libcuda.so.1 is the driver's), or {rebuild}"
 
 
 def _base(number: str) -> str:
@@ -238,12 +249,15 @@ def _apex(found: Installed) -> Findings:
         )
 
 
-def here() -> Installed:
-    """What this Python has. Imports torch, and Transformer Engine where it is installed."""
-    import torch
+def lacking() -> Findings:
+    """What has to be there and is not, by names of distributions alone: nothing is imported for it."""
+    found = _versions()
+    for each in RANGES:
+        if each.name not in found:
+            yield error("stack", f"{each.name} is not installed: {each.why}", each.remedy)
 
-    from nvlm_train.parallel import kernels
 
+def _versions() -> dict[str, str]:
     names = [each.name for each in (*RANGES[1:], TRANSFORMER_ENGINE)]
     versions = {"python": platform.python_version()}
     for name in (*names, *ENGINE_PARTS, "apex"):
@@ -251,8 +265,17 @@ def here() -> Installed:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
+    return versions
+
+
+def here() -> Installed:
+    """What this Python has. Imports torch, and Transformer Engine where it is installed."""
+    import torch
+
+    from nvlm_train.parallel import kernels
+
     return Installed(
-        versions=versions,
+        versions=_versions(),
         torch_cuda=torch.version.cuda,
         apex_is_nvidias=kernels.has_amp(),
         missing_parts=_missing_parts(),
@@ -277,7 +300,7 @@ def _line(each: Finding) -> str:
 
 def main() -> int:
     """Prints what does not fit; 1 where that is an error. The Dockerfile's last step."""
-    findings = list(check_stack(here()))
+    findings = list(lacking()) or list(check_stack(here()))
     sys.stdout.writelines(_line(each) for each in findings)
     return int(any(each.level == "error" for each in findings))
 

@@ -60,7 +60,7 @@ def read_config(path: Path, setting: str) -> Config | Problem:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         return error(f"{path} cannot be read: {problem}", "add the one that save_pretrained wrote")
     if not isinstance(config, dict):
         return error(f"{path} is no JSON object", "add the one that save_pretrained wrote")
@@ -91,6 +91,12 @@ def key_problems(family: Family, config: Config, group: Any, place: Place) -> Pr
                 f"{', '.join(FLOATS.values())}",
                 "give weights that are not quantised",
             )
+    new, old = (config.get(key) for key in _DTYPE_KEYS)
+    if new is not None and old is not None and new != old:
+        yield error(
+            f"{place.config} has dtype={shown(new)} and torch_dtype={shown(old)}",
+            "leave the one that the tensors have",
+        )
     for key in sorted(config.keys() - family.known()):
         yield error(
             f"{place.config} has {key}={shown(config[key])}, a key that is not known here, "

@@ -97,13 +97,13 @@ class Sized:
     field: str
     default: Any
     read: Callable[[Any], Any] = as_it_is
-    null_means: str | None = None
-    """The key whose value null stands for; none where null is no value."""
+    null_means: tuple[str, Any] | None = None
+    """The key whose value null stands for, and that key's default; none where null is no value."""
 
     def problems(self, config: Config, group: Any, place: Place) -> Problems:
         """The value in config.json is not the recipe's."""
         value, ours = config.get(self.key, self.default), getattr(group, self.field)
-        meant = config.get(self.null_means) if value is None and self.null_means else value
+        meant = config.get(*self.null_means) if value is None and self.null_means else value
         if not same(self.read(meant), ours):
             yield error(
                 f"{place.group}.{self.field}={ours} but {place.config} has "

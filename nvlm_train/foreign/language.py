@@ -24,6 +24,7 @@ from nvlm_train.foreign.keys import (
     Rule,
     Sized,
     TokenId,
+    same,
     stated,
 )
 from nvlm_train.foreign.problem import Problem, Problems, error
@@ -101,11 +102,13 @@ QWEN2 = Family(
         Sized("num_hidden_layers", "num_layers", 32),
         Sized("hidden_size", "hidden_size", 4096),
         Sized("num_attention_heads", "num_heads", 32),
-        Sized("num_key_value_heads", "num_kv_heads", 32, null_means="num_attention_heads"),
+        Sized("num_key_value_heads", "num_kv_heads", 32, null_means=("num_attention_heads", 32)),
         Sized("intermediate_size", "ffn_hidden_size", 22_016),
         *_COMPUTED,
         # No layer has a window; its width and the layers that would have it are ignored, then.
         Fixed("use_sliding_window", (False,), False),
+        # Published Qwen2.5 configs have it; positions of several axes are Qwen2-VL's.
+        Fixed("use_mrope", (False,), False),
         Derived("layer_types", lambda language: (None, ["full_attention"] * language.num_layers)),
         Derived("head_dim", _head),
         # A key of Llama's config that transformers' Qwen2 does not read, and NVLM-D's config.json has.
@@ -131,7 +134,7 @@ LLAMA = Family(
         Sized("num_hidden_layers", "num_layers", 32),
         Sized("hidden_size", "hidden_size", 4096),
         Sized("num_attention_heads", "num_heads", 32),
-        Sized("num_key_value_heads", "num_kv_heads", None, null_means="num_attention_heads"),
+        Sized("num_key_value_heads", "num_kv_heads", None, null_means=("num_attention_heads", 32)),
         Sized("intermediate_size", "ffn_hidden_size", 11_008),
         *_COMPUTED,
         # With attention_bias Llama has biases on queries, keys, values and on the output projection,
@@ -196,7 +199,7 @@ def _table_problems(family: Family, headers: Headers, config: Config, place: Pla
     size = config.get("vocab_size", family.rows)
     for name in TABLES:
         stored = headers.tensors.get(name)
-        if stored and stored.shape and (isinstance(size, bool) or stored.shape[0] != size):
+        if stored and stored.shape and not same(size, stored.shape[0]):
             yield error(
                 f"{place.config} has {stated(config, 'vocab_size', size)}, but {name} has "
                 f"{stored.shape[0]} rows",

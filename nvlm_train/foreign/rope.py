@@ -187,9 +187,16 @@ def _parameters(table: _Table, kind: RopeType, place: Place) -> Problems:
         )
     for key in sorted(kind.parameters):
         value = content.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not _is_factor(value):
             yield error(
                 f"{place.config} has {table.path(key)}={shown(value)}: RoPE of the type {table.type} "
-                "needs a number there",
+                "needs a finite number there, and no huge one",
                 "give weights with a config.json that save_pretrained wrote",
             )
+
+
+def _is_factor(value: Any) -> bool:
+    """Whether `factor - (factor - 1)` is 1, by which dynamic scaling multiplies the base up to the limit."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not -1e15 < value < 1e15:
+        return False
+    return abs(value - (value - 1) - 1) < 1e-6

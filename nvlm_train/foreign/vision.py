@@ -40,7 +40,8 @@ INTERNVL = Family(
     model_type="internvl_vision",
     # Defaults are those of transformers' InternVLVisionConfig.
     keys=(
-        Fixed("architectures", (["InternVLVisionModel"], None), None),
+        # The second is the name in OpenGVLab's own code, which converted files may keep.
+        Fixed("architectures", (["InternVLVisionModel"], ["InternVisionModel"], None), None),
         Sized("num_hidden_layers", "num_layers", 24),
         Sized("hidden_size", "hidden_size", 1024),
         Sized("num_attention_heads", "num_heads", 16),
@@ -70,6 +71,8 @@ INTERNVL = Family(
     | GENERATION
     # Dropout is off in a frozen encoder; a layer's scale is in its weights, this is their start.
     | {"hidden_dropout_prob", "projection_dropout", "layer_scale_init_value"}
+    # Keys of OpenGVLab's configs that transformers' own converter keeps and its model does not read.
+    | {"dropout", "drop_path_rate", "initializer_factor"}
     # An encoder has no words.
     | {"tie_word_embeddings", "pad_token_id", "is_decoder"},
     tensors={

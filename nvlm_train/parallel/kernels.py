@@ -75,7 +75,8 @@ def engine_problem() -> str | None:
         return None
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError) as error:
+    # It asserts that its parts are of one version.
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 

@@ -12,6 +12,7 @@ import torch
 
 from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.errors import CheckpointError
+from nvlm_train.foreign.vision import PREFIX
 
 _THREADS = 8
 """SHA-256 takes 0.5 to 2 GB/s of a core: 3 to 12 GB a second, for the 11.1 GB of InternViT-6B in bf16."""
@@ -68,7 +69,7 @@ def _digest_of(place: tuple[Path, str]) -> str:
     content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     what = [
         # As build.py reads it.
-        name.removeprefix("vision_tower."),
+        name.removeprefix(PREFIX),
         str(tensor.dtype),
         list(tensor.shape),
         hashlib.sha256(content).hexdigest(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import nvlm_train
 from nvlm_train.doctor import stack
 from nvlm_train.doctor.finding import Finding
 from nvlm_train.doctor.stack import Installed, check_stack
+from nvlm_train.parallel import kernels
 
 CPU = Installed(
     versions={
@@ -102,6 +105,15 @@ WRONG: dict[str, tuple[Installed, str, str]] = {
         replace(GPU_ENGINE, torch_cuda="12.8"), "built for CUDA 12.8, transformer-engine-cu13",
         "pip uninstall transformer-engine-cu13",
     ),
+    "no driver": (
+        replace(GPU_ENGINE, engine_problem="libcuda.so.1: cannot open shared object file"),
+        "cannot be imported (libcuda.so.1: cannot open shared object file)", "driver",
+    ),
+    "two core libraries": (
+        having(GPU_ENGINE, transformer_engine_cu12="2.11.0"),
+        "torch is built for CUDA 13.0, transformer-engine-cu12 for another",
+        "pip uninstall transformer-engine-cu12",
+    ),
     "built for another torch": (
         replace(GPU_ENGINE, engine_problem="undefined symbol: _ZN3c106"),
         "undefined symbol: _ZN3c106", "--no-build-isolation",
@@ -141,3 +153,50 @@ def test_parts_of_megatron_core_are_those_that_are_imported() -> None:
     used = {name for path in package.rglob("*.py") for name in imports.findall(path.read_text())}
     (core,) = (Path(place) / "core" for place in megatron.__path__)
     assert set(stack.MEGATRON_PARTS) == {name for name in used if (core / name).is_dir()}
+
+
+def test_parts_of_several_versions_are_named_though_the_import_asserts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Transformer Engine does; a package in its place asserts, since no GPU is needed for that."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "pytorch.py").write_text("assert False, 'package version mismatch'")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert kernels.engine_problem() == "package version mismatch"
+    finally:
+        sys.modules.pop("transformer_engine", None)
+
+
+WITHOUT = """
+import importlib.abc, importlib.metadata, sys
+class Gone(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] == sys.argv[1]:
+            raise ModuleNotFoundError(name)
+known = importlib.metadata.version
+def version(name):
+    if name == sys.argv[2]:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return known(name)
+sys.meta_path.insert(0, Gone())
+importlib.metadata.version = version
+from nvlm_train.cli import main
+sys.exit(main(["doctor", "experiment=smoke"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("psutil", "psutil"), ("hydra", "hydra-core"), ("omegaconf", "omegaconf"), ("torch", "torch"),
+        ("megatron", "megatron-core"),
+    ],
+)  # fmt: skip
+def test_the_command_names_what_is_not_installed(module: str, name: str) -> None:
+    command = [sys.executable, "-c", WITHOUT, module, name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith(f"error: {name} is not installed: "), done.stdout + done.stderr
