@@ -191,8 +191,11 @@ sys.exit(main(["doctor", "experiment=smoke"]))
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("psutil", "psutil"), ("hydra", "hydra-core"), ("omegaconf", "omegaconf"), ("torch", "torch"),
-        ("megatron", "megatron-core"),
+        ("psutil", "psutil"),
+        ("torch", "torch"),
+        pytest.param("hydra", "hydra-core", marks=pytest.mark.slow),
+        pytest.param("omegaconf", "omegaconf", marks=pytest.mark.slow),
+        pytest.param("megatron", "megatron-core", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_the_command_names_what_is_not_installed(module: str, name: str) -> None:

@@ -114,7 +114,7 @@ RECOMPUTED = ("single", "TP2", "TP2 SP", "TP2 SP PP2")
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-@pytest.mark.parametrize(("name", "layout"), cases({("h", "TP2"), ("h", "TP2 SP")}, RECOMPUTED))
+@pytest.mark.parametrize(("name", "layout"), cases({("h", "TP2 SP")}, RECOMPUTED))
 def test_recomputation_draws_the_same_masks(
     workers: WorkerPool, name: str, layout: str, recompute: str
 ) -> None:

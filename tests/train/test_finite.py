@@ -83,7 +83,7 @@ def test_a_run_does_not_begin_with_such_weights(
     assert "cannot start at step 0: not finite: " in message and "init_std" in message
 
 
-@pytest.mark.parametrize("optimizer", ["true", "false"])
+@pytest.mark.parametrize("optimizer", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_save_comes_before_the_first_finite_step(
     workers: WorkerPool, data: Path, tmp_path: Path, optimizer: str
 ) -> None:
