@@ -185,8 +185,8 @@ class Saver:
 
 def _newest(complete: list[Path]) -> str:
     if not complete:
-        return "there is no complete checkpoint"
-    return f"the newest complete checkpoint is {complete[-1].name}"
+        return "there is none"
+    return f"the newest complete one is {complete[-1].name}"
 
 
 def _raise_held_error(writing: Path) -> None:

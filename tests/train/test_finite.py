@@ -41,7 +41,7 @@ def test_no_such_checkpoint_is_published(
     messages = workers.run(world, ills.spoilt_optimizer, *arguments)
     assert len(set(messages)) == 1, "every rank ends alike"
     assert "stage=sft step=4: no checkpoint is saved: not finite: " in messages[0]
-    assert "the newest complete checkpoint is sft-00000002" in messages[0]
+    assert "the newest complete one is sft-00000002" in messages[0]
     assert "stages.sft.optimizer.lr=" in messages[0]
     assert checkpoints(run_dir) == ["sft-00000002"]
     assert workers.run(world, runs.run, data, run_dir, *overrides) == [0] * world
