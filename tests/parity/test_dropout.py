@@ -159,6 +159,7 @@ def test_heads_with_one_mask_are_caught(workers: WorkerPool) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*masks, strict=True))
 
 
+@slow
 def test_residual_streams_of_each_rank(workers: WorkerPool) -> None:
     """Whole ones have one mask; parts of a sequence, replicas and pipeline stages their own."""
     whole = workers.run(2, dropout_runs.hidden_masks, "h", TP2)

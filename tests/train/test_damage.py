@@ -60,6 +60,7 @@ def test_every_rank_finds_it(workers: WorkerPool, stopped: Path, tmp_path: Path,
         assert len(found) == 1 and name in found[0] and reason in found[0]
 
 
+@pytest.mark.slow
 def test_the_one_before_is_used(
     workers: WorkerPool, data: Path, stopped: Path, tmp_path: Path, whole_run: WholeRun
 ) -> None:

@@ -20,7 +20,7 @@ from tests.workers import WorkerPool
     [
         ("other", "other", 1, ParallelConfig()),
         ("own", "other", 2, ParallelConfig(pipeline=2)),
-        ("other", "own", 2, ParallelConfig(pipeline=2)),
+        pytest.param("other", "own", 2, ParallelConfig(pipeline=2), marks=pytest.mark.slow),
     ],
 )
 def test_checkpoints_do_not_depend_on_the_kernels(

@@ -90,6 +90,7 @@ def test_unchanged_files_go_on_without_a_word(
     assert len(read_metrics(tmp_path / "run")) == 8
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on_with_a_warning(
     workers: WorkerPool, data: Path, files: Path, stopped: dict[int, Path], tmp_path: Path
 ) -> None:

@@ -48,7 +48,7 @@ def test_stopped_run_continues_bit_for_bit(
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("DP2", "TP2"),
+        pytest.param("DP2", "TP2", marks=slow),
         pytest.param("single", "DP2", marks=slow),
         pytest.param("DP2", "single", marks=slow),
         pytest.param("TP2 PP2", "PP2 DP2 overlapped", marks=slow),

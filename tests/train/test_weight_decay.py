@@ -97,6 +97,7 @@ def test_decay_stays_away_after_a_resume(workers: WorkerPool, tmp_path: Path, la
     assert worst_error(training, adamw(training)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_decay_stays_away_after_a_hand_over(workers: WorkerPool, tmp_path: Path) -> None:
     world, parallel = LAYOUTS["TP2 PP2"]
     training = workers.run(world, decayed.train_and_hand_over, "h", parallel, tmp_path / "saved")[0]
