@@ -8,19 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.train import checkpoint
 from nvlm_train.train import engine as engine_module
 from nvlm_train.train.engine import Engine
-from nvlm_train.train.manifest import Manifest, write_manifest
-from nvlm_train.train.mcore_fixes import distributed_optimizers, keep_results_in_the_process
+from nvlm_train.train.mcore_fixes import distributed_optimizers
 from nvlm_train.train.step import run_step
 from tests.parity import recipes
 from tests.parity.gradients import start_engine
+from tests.train.direct_save import save_directly
 
 BUCKET = 2000
 """Elements of a gradient bucket: the small model then has many, each padded."""
@@ -31,14 +29,8 @@ def train_and_save(parallel: ParallelConfig, directory: Path, is_fixed: bool) ->
     """Three steps with several buckets, then a save. Returns the padding behind each bucket but the last."""
     with _small_buckets():
         engine = _trained(parallel)
-    if dist.get_rank() == 0:
-        directory.mkdir()
-    dist.barrier()
-    keep_results_in_the_process()
     with _fix(is_fixed):
-        dist_checkpointing.save(checkpoint.sharded_state(engine, is_loading=False), str(directory))
-    if dist.get_rank() == 0:
-        write_manifest(Manifest(1, {}), directory)
+        save_directly(engine, directory)
     buckets = [bucket for buffer in engine.model.buffers for bucket in buffer.buckets[:-1]]
     return [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buckets]
 

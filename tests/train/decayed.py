@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from nvlm_train.batch import StepBatch
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.train import checkpoint
 from nvlm_train.train.engine import Engine
-from nvlm_train.train.manifest import Manifest, write_manifest
-from nvlm_train.train.mcore_fixes import keep_results_in_the_process
 from nvlm_train.train.update import gradient_norm, update
 from tests.parity import cross_gradients, cross_recipes, gradients, recipes
+from tests.train.direct_save import save_directly
 
 RATES = (1e-2, 5e-3, 5e-3, 2e-3)
 """Of the steps: large, so that decay shows, and changing, so that each is seen to be used."""
@@ -51,7 +49,7 @@ def train_and_resume(
     for group in first.optimizer.param_groups:
         group["weight_decay"] = stored_decay
         group["betas"], group["eps"] = (0.5, 0.5), 1.0
-    _save(first, directory)
+    save_directly(first, directory)
     second = _engine(name, parallel)
     checkpoint.load(second, directory, same_layout=True)
     rest = _updates(second, name, range(2, len(RATES)))
@@ -62,7 +60,7 @@ def train_and_hand_over(name: str, parallel: ParallelConfig, directory: Path) ->
     """Two updates of a stage that starts from another's weights, its moments at zero."""
     first = _engine(name, parallel)
     _updates(first, name, range(2))
-    _save(first, directory)
+    save_directly(first, directory)
     second = _engine(name, parallel)
     checkpoint.load_weights(second.model.module, directory)
     second.reload_optimizer_weights()
@@ -96,14 +94,3 @@ def _updates(engine: Engine, name: str, steps: Sequence[int]) -> Training:
 def _weights(engine: Engine) -> dict[str, Tensor]:
     whole = gradients.gather(engine, lambda parameter: parameter.data)
     return whole if dist.get_rank() == 0 else {}
-
-
-def _save(engine: Engine, directory: Path) -> None:
-    if dist.get_rank() == 0:
-        directory.mkdir()
-    dist.barrier()
-    keep_results_in_the_process()
-    dist_checkpointing.save(checkpoint.sharded_state(engine, is_loading=False), str(directory))
-    if dist.get_rank() == 0:
-        write_manifest(Manifest(1, {}), directory)
-    dist.barrier()

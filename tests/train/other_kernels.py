@@ -15,8 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core import optimizer as factory
 from torch import Tensor
 
@@ -27,11 +25,10 @@ from nvlm_train.parallel.adam import GroupStepAdamW
 from nvlm_train.parallel.topology import process_group
 from nvlm_train.train import checkpoint
 from nvlm_train.train.engine import Engine
-from nvlm_train.train.manifest import Manifest, write_manifest
-from nvlm_train.train.mcore_fixes import keep_results_in_the_process
 from nvlm_train.train.step import run_step
 from tests.parity import recipes
 from tests.parity.gradients import gather, start_engine
+from tests.train.direct_save import save_directly
 
 
 class NormWithState(layers.RMSNorm):
@@ -91,7 +88,7 @@ def across(writer: str, reader: str, parallel: ParallelConfig, directory: Path) 
     with library(writer):
         first = start_engine(parallel)
         _step(first, 0)
-        _save(first, directory)
+        save_directly(first, directory)
     with library(reader):
         second = start_engine(parallel)
         checkpoint.load(second, directory, same_layout=True)
@@ -120,24 +117,13 @@ def _weights(engine: Engine) -> dict[str, Tensor]:
     return gather(engine, lambda parameter: parameter.data)
 
 
-def _save(engine: Engine, directory: Path) -> None:
-    if dist.get_rank() == 0:
-        directory.mkdir()
-    dist.barrier()
-    keep_results_in_the_process()
-    dist_checkpointing.save(checkpoint.sharded_state(engine, is_loading=False), str(directory))
-    if dist.get_rank() == 0:
-        write_manifest(Manifest(1, {}), directory)
-    dist.barrier()
-
-
 def load_without_a_shard(directory: Path) -> str:
     """A file goes after the digests were read, and torch's own exception comes."""
     from nvlm_train.errors import CheckpointError
 
     engine = start_engine(ParallelConfig())
     _step(engine, 0)
-    _save(engine, directory)
+    save_directly(engine, directory)
     for path in directory.glob("*.distcp"):
         path.write_bytes(b"")
     try:
