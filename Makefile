@@ -42,7 +42,7 @@ test-slow: $(STAMP) ## The tests that take minutes
 	$(PYTEST) -m 'slow and not gpu'
 
 chaos: $(STAMP) ## Kills a four-process run 50 times and compares what it ends with (long)
-	$(BIN)/python -m tests.train.chaos --kills 50
+	$(BIN)/python -m tests.train.resume.chaos --kills 50
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check

@@ -30,8 +30,8 @@ from nvlm_train.config.model_schema import (
     VisionConfig,
 )
 from nvlm_train.config.schema import BatchConfig, OptimizerConfig, Recipe, StageConfig
-from nvlm_train.data.assemble import build_encoder
-from nvlm_train.data.batches import pack_samples
+from nvlm_train.data.dataset import build_encoder
+from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology, start_process_group
 from nvlm_train.train.engine import Engine, build_engine

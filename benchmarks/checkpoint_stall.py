@@ -30,8 +30,9 @@ def train_and_time(root: Path, out: Path) -> None:
     import torch.distributed as dist
 
     from nvlm_train.config.load import load_recipe
-    from nvlm_train.train import checkpoint_writer, loop
-    from nvlm_train.train.saver import Saver
+    from nvlm_train.train import loop
+    from nvlm_train.train.checkpoint import writer_threads
+    from nvlm_train.train.checkpoint.saver import Saver
 
     torch.set_num_threads(1)
     stalls: list[tuple[str, float]] = []
@@ -68,7 +69,7 @@ def train_and_time(root: Path, out: Path) -> None:
 
     loop.start.run_state = timed_state  # type: ignore[assignment]
     loop.Saver = TimedSaver  # type: ignore[misc]
-    timed_digest = checkpoint_writer.digest_file
+    timed_digest = writer_threads.digest_file
 
     def digest(path: Path) -> Any:
         start = time.perf_counter()
@@ -77,7 +78,7 @@ def train_and_time(root: Path, out: Path) -> None:
             file.write(f"{found.bytes} {time.perf_counter() - start}\n")
         return found
 
-    checkpoint_writer.digest_file = digest
+    writer_threads.digest_file = digest
     recipe = load_recipe(
         ["experiment=demo", f"run_dir={root / 'run'}", f"loader.data_root={root}",
          "schedule=[pretrain]", f"stages.pretrain.steps={STEPS}", "stages.pretrain.batch.size=16",

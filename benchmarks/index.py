@@ -23,10 +23,10 @@ from PIL import Image
 
 from nvlm_train.config.model_schema import TokenizerConfig
 from nvlm_train.config.schema import TilingConfig
-from nvlm_train.data.encoding import EncodingSpec
-from nvlm_train.data.index_files import IndexFiles
-from nvlm_train.data.indexing import Encoding, IndexedShard, WantedShard, index_shards
-from nvlm_train.data.shards import Sample, write_shards
+from nvlm_train.data.index.build import Encoding, IndexedShard, WantedShard, index_shards
+from nvlm_train.data.index.files import IndexFiles
+from nvlm_train.data.samples.encoder import EncodingSpec
+from nvlm_train.data.shards.tar import Sample, write_shards
 from nvlm_train.routes import ROUTES
 
 WORDS = 4000

@@ -39,14 +39,14 @@ from nvlm_train.batch import RankShare
 from nvlm_train.config.model_schema import TokenizerConfig
 from nvlm_train.config.paths import PACKAGE
 from nvlm_train.config.schema import BatchConfig, LoaderConfig, TilingConfig
-from nvlm_train.data.assemble import open_sources
-from nvlm_train.data.data_recipe import Blend, SourceConfig
-from nvlm_train.data.encoded import EncodedSample
-from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
+from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.images import cut_tiles, decode_image, read_size
-from nvlm_train.data.loader import Loader
-from nvlm_train.data.plan import DataPlan
-from nvlm_train.data.shards import write_shards
+from nvlm_train.data.loading.loader import Loader
+from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
+from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.samples.encoded import EncodedSample
+from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder
+from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
 

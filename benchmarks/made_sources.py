@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.array_file import Texts, write_arrays
-from nvlm_train.data.index import INDEX_SUFFIX, INDEX_VERSION
-from nvlm_train.data.lengths import LENGTHS_VERSION, ShardLengths, summarise
+from nvlm_train.data.index.array_file import Texts, write_arrays
+from nvlm_train.data.index.lengths import LENGTHS_VERSION, ShardLengths, summarise
+from nvlm_train.data.index.shard_index import INDEX_SUFFIX, INDEX_VERSION
 
 TILE_TOKENS = 256
 """Of a tile of 448 pixels after the pixel shuffle (NVLM 1.0, section 3.1)."""

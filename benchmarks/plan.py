@@ -20,10 +20,10 @@ from typing import Any, cast
 
 from benchmarks.made_sources import NoEncoder, write_source
 from nvlm_train.config.schema import BatchConfig
-from nvlm_train.data.data_recipe import Blend, SourceConfig
-from nvlm_train.data.encoding import SampleEncoder
-from nvlm_train.data.opening import open_sources
-from nvlm_train.data.plan import DataPlan
+from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
+from nvlm_train.data.plan.open_sources import open_sources
+from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.samples.encoder import SampleEncoder
 
 WEIGHTS = {"captions": 0.45, "documents": 0.25, "chats": 0.3}
 SHARDS, ROWS = 24, 2000

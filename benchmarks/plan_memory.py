@@ -36,10 +36,10 @@ def look(root: Path, num_shards: int, unit: str, steps: int) -> dict[str, object
     from typing import cast
 
     from nvlm_train.config.schema import BatchConfig
-    from nvlm_train.data.data_recipe import Blend, SourceConfig
-    from nvlm_train.data.encoding import SampleEncoder
-    from nvlm_train.data.opening import open_sources
-    from nvlm_train.data.plan import DataPlan
+    from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
+    from nvlm_train.data.plan.open_sources import open_sources
+    from nvlm_train.data.plan.plan import DataPlan
+    from nvlm_train.data.samples.encoder import SampleEncoder
 
     imported = private_mib()
     sources = tuple(

@@ -39,7 +39,7 @@ from nvlm_train.config.model_schema import (
     VisionConfig,
 )
 from nvlm_train.config.schema import BatchConfig, OptimizerConfig, Recipe, StageConfig
-from nvlm_train.model import canonical
+from nvlm_train.model import global_weights
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology, start_process_group
 from nvlm_train.train.engine import Engine, build_engine
@@ -156,7 +156,7 @@ def own_step(model: InternVLForConditionalGeneration, directory: Path, precision
         "projector.mlp.linear_fc1.weight": "linear_1.weight",
         "projector.mlp.linear_fc2.weight": "linear_2.weight",
     }
-    canonical.fill(
+    global_weights.fill(
         engine.model.module, lambda name, shape: projector[names[name]] if name in names else None
     )
     engine.reload_optimizer_weights()

@@ -16,8 +16,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 ONLY_IN = {
     "hydra": "config/load.py",
     "omegaconf": "config/load.py",
-    "wandb": "train/wandb_run.py",
-    "wandb_workspaces": "train/dashboard.py",
+    "wandb": "train/tracking/wandb_run.py",
+    "wandb_workspaces": "train/tracking/dashboard.py",
     "transformer_engine": "parallel/kernels.py",
     "apex": "parallel/kernels.py",
 }

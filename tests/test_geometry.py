@@ -84,7 +84,7 @@ def _count(model: torch.nn.Module) -> int:
 
 def _counts_of_parts(name: str) -> dict[str, int]:
     """On a worker: parameters of the model that is really built."""
-    from nvlm_train.model.canonical import part_of
+    from nvlm_train.model.global_weights import part_of
     from tests.parity.cross_gradients import start_engine
 
     engine = start_engine(name, ParallelConfig())

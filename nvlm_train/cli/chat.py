@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from nvlm_train.config import rules
 from nvlm_train.config.schema import Recipe
-from nvlm_train.data.assemble import build_encoder
+from nvlm_train.data.dataset import build_encoder
 from nvlm_train.errors import SampleError
 from nvlm_train.evaluation.generate import generate
 from nvlm_train.evaluation.prompts import make_prompt

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nvlm_train.errors import NvlmError
-from nvlm_train.train.metrics import FILE_NAME, read_metrics
+from nvlm_train.train.tracking.metrics_log import FILE_NAME, read_metrics
 
 _JUDGED = {
     "vqa_accuracy": "easy-VQA accuracy",

@@ -24,7 +24,7 @@ def dashboard(options: argparse.Namespace) -> int:
     """
     from nvlm_train.config.load import load_recipe
     from nvlm_train.errors import ConfigError
-    from nvlm_train.train.dashboard import workspace
+    from nvlm_train.train.tracking.dashboard import workspace
 
     recipe = load_recipe(options.overrides, options.recipes)
     if recipe.tracking.entity is None:

@@ -57,8 +57,8 @@ def doctor(options: argparse.Namespace) -> int:
         # Nothing else can be looked at: the other checks import what is missing.
         sys.stdout.writelines(f"{each.level}: {each.text}; {each.remedy}\n" for each in missing)
         return 1
+    from nvlm_train.doctor.checkup import Request, examine
     from nvlm_train.doctor.material import SHARDS_READ
-    from nvlm_train.doctor.run import Request, examine
 
     return examine(
         Request(

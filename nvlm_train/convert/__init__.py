@@ -1,1 +1,19 @@
-"""Floor 5: Hugging Face weights in and out, from one table read in both directions."""
+"""What others made, against the recipe: weights, their config.json, and the tokenizer.
+
+A checkpoint of another model has the same file names and mostly the same tensors, and computes
+something else. So every tensor and every key that changes the computation is accounted for, from
+headers and JSON only, before memory is taken:
+
+    problem    what is found, with its remedy
+    keys       kinds of rules on one key of a config.json
+    family     a model as tables of data, and the check of a directory against it
+    headers    names, shapes and dtypes of safetensors files
+    rope       rotary position parameters as transformers 4 and 5 write them
+    ignored    keys that change nothing
+    language   the table of language models (a later family is one more row), and their check
+    vision     the table of vision encoders, and their check
+    names      Hugging Face's names of a language model's tensors against global ones
+    reader     weights into any layout, one tensor at a time
+    tokenizer  control tokens, tile tags, ids and the embedding table
+    check      all of it for a recipe: `nvlm doctor` reports it, training refuses it
+"""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nvlm_train.config.schema import Recipe
-from nvlm_train.data.assemble import build_data
-from nvlm_train.data.plan import DataPlan
+from nvlm_train.data.dataset import build_data
+from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.processes import processes
 
 _CHUNK = 32

@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import Recipe
-from nvlm_train.data.assemble import build_encoder
-from nvlm_train.data.encoding import SampleEncoder
+from nvlm_train.data.dataset import build_encoder
+from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.demo.captions import READ_PROMPT, Question, read_image_paths, read_questions
 from nvlm_train.demo.material import JPEG_QUALITY
 from nvlm_train.demo.pages import Page, render_page
@@ -34,7 +34,7 @@ from nvlm_train.evaluation.prompts import make_prompt
 from nvlm_train.evaluation.scorers import character_error_rate, exact_match
 from nvlm_train.logs import set_up_logging
 from nvlm_train.parallel.topology import process_group
-from nvlm_train.pipeline.run import Replica
+from nvlm_train.pipeline.round import Replica
 from nvlm_train.train.start import trained_replica, untrained_replica
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvlm_train.data.inputs.entries import InputSpec
-from nvlm_train.data.prepare_input import prepare_input
-from nvlm_train.data.staging import Target
+from nvlm_train.data.prepare.inputs.entries import InputSpec
+from nvlm_train.data.prepare.preparation import prepare_input
+from nvlm_train.data.prepare.staging import Target
 from nvlm_train.demo.captions import (
     CAPTION_PROMPT,
     READ_PROMPT,

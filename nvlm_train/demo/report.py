@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from nvlm_train.demo.pages import render_page
 from nvlm_train.tiling import choose_grid
-from nvlm_train.train.metrics import read_metrics
+from nvlm_train.train.tracking.metrics_log import read_metrics
 
 _TILE = 64
 _COLOURS = ("#1f6feb", "#d1590c", "#2d8a4e", "#8250df", "#b08800")

@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 from nvlm_train.batch import Round, SampleInfo
 from nvlm_train.config.schema import Recipe
-from nvlm_train.data.batches import pack_samples
-from nvlm_train.data.encoding import SampleEncoder
-from nvlm_train.data.packing import best_fit_decreasing
+from nvlm_train.data.loading.collate import pack_samples
+from nvlm_train.data.plan.packing import best_fit_decreasing
+from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.demo.chats import draw_chat
 from nvlm_train.parallel.topology import device
 from nvlm_train.pipeline.loss import loss_head
-from nvlm_train.pipeline.run import Replica, run_round
+from nvlm_train.pipeline.round import Replica, run_round
 
 NUM_CHATS = 400
 

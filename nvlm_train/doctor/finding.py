@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nvlm_train.config.schema import Recipe
-from nvlm_train.foreign.problem import Problem
+from nvlm_train.convert.problem import Problem
 
 Level = Literal["ok", "warning", "error"]
 

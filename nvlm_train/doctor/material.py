@@ -8,20 +8,20 @@ from dataclasses import replace
 
 from nvlm_train.config.paths import data_recipes_dir
 from nvlm_train.config.schema import LoaderConfig, Recipe
-from nvlm_train.data.assemble import build_encoder, open_sources
-from nvlm_train.data.data_recipe import Blend, SourceConfig, read_blend
-from nvlm_train.data.fields import FieldMapping
-from nvlm_train.data.index import index_state
-from nvlm_train.data.index_files import IndexFiles
-from nvlm_train.data.manifests import list_shards
-from nvlm_train.data.shards import join_root
-from nvlm_train.data.sources import Source, unusable_kinds
-from nvlm_train.data.store import build_store
+from nvlm_train.convert import check
+from nvlm_train.convert.tokenizer import stage_tags, tag_problems
+from nvlm_train.data.dataset import build_encoder, open_sources
+from nvlm_train.data.index.files import IndexFiles
+from nvlm_train.data.index.shard_index import index_state
+from nvlm_train.data.plan.data_recipe import Blend, SourceConfig, read_blend
+from nvlm_train.data.plan.shard_lists import list_shards
+from nvlm_train.data.plan.sources import Source, unusable_kinds
+from nvlm_train.data.shards.fields import FieldMapping
+from nvlm_train.data.shards.store import build_store
+from nvlm_train.data.shards.tar import join_root
 from nvlm_train.doctor.finding import Finding, Findings, error, findings_of, ok, warning
 from nvlm_train.doctor.storage import gigabytes
 from nvlm_train.errors import ConfigError, NvlmError, ShardError
-from nvlm_train.foreign import check
-from nvlm_train.foreign.tokenizer import stage_tags, tag_problems
 from nvlm_train.tokens import Tokenizer
 
 SHARDS_READ = 4

@@ -25,7 +25,7 @@ def check_wandb(recipe: Recipe) -> Findings:
     if mode == "offline":
         yield ok("wandb", f"offline; upload with `wandb sync {recipe.run_dir}/wandb/offline-run-*`")
         return
-    from nvlm_train.train.wandb_run import login, server
+    from nvlm_train.train.tracking.wandb_run import login, server
 
     if login() is None:
         yield error(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from nvlm_train.config.schema import Recipe
+from nvlm_train.convert import check
 from nvlm_train.doctor.finding import Findings, findings_of, ok
-from nvlm_train.foreign import check
 
 
 def check_weights(recipe: Recipe) -> Findings:

@@ -18,13 +18,13 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from nvlm_train.batch import Microbatch, Round, SampleInfo
-from nvlm_train.data.batches import pack_samples
-from nvlm_train.data.encoded import EncodedSample
-from nvlm_train.data.loader import split_tiles
-from nvlm_train.data.packing import best_fit_decreasing
+from nvlm_train.data.loading.collate import pack_samples
+from nvlm_train.data.loading.loader import split_tiles
+from nvlm_train.data.plan.packing import best_fit_decreasing
+from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.errors import PromptError
 from nvlm_train.parallel.topology import Topology, device
-from nvlm_train.pipeline.run import Head, Replica, run_features
+from nvlm_train.pipeline.round import Head, Replica, run_features
 from nvlm_train.vision.tile_parallel import encode_round
 
 

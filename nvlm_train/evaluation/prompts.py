@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.data.images import cut_tiles, decode_image, read_size
-from nvlm_train.data.turns import Turn
+from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.data.samples.messages import Turn
 from nvlm_train.evaluation.generate import Prompt
 
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from nvlm_train.config.schema import Recipe, StageConfig
-from nvlm_train.model.canonical import part_of
+from nvlm_train.model.global_weights import part_of
 from nvlm_train.model.nvlm import NVLM
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
@@ -43,7 +43,7 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
         pipeline_dtype=dtype,
         bf16=recipe.precision == "bf16",
         calculate_per_token_loss=True,
-        # The values are overwritten (model/canonical.py), but only initialisation marks weights as
+        # The values are overwritten (model/global_weights.py), but only initialisation marks weights as
         # tensor-parallel, and an unmarked one is left out of the gradient norm on all ranks but one.
         perform_initialization=True,
         gradient_accumulation_fusion=kernels.weight_gradient != "separate",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nvlm_train.model.dropout import drawing_for_heads
 from nvlm_train.model.layers import RMSNorm, grouped_attention
-from nvlm_train.model.untouched import zeros_for
+from nvlm_train.model.zero_grads import zeros_for
 
 
 @dataclass

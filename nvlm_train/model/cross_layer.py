@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nvlm_train.model.cross_attention import Gate
 from nvlm_train.model.layers import RMSNorm
-from nvlm_train.model.untouched import zeros_for
+from nvlm_train.model.zero_grads import zeros_for
 
 
 class GatedFeedForwardLayer(TransformerLayer):

@@ -14,7 +14,7 @@ from torch import Tensor
 from nvlm_train.batch import CrossContext
 from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.geometry import tile_feature_size
-from nvlm_train.model import relay
+from nvlm_train.model import context_p2p
 from nvlm_train.model.language import LanguageModel
 from nvlm_train.model.projector import Projector
 from nvlm_train.model.resampler import Resampler
@@ -79,14 +79,14 @@ class NVLM(MegatronModule):
             assert self._received is not None, "the schedule sets a later stage's input"
             hidden_SBH, self._received = self._received, None
             if context is not None:
-                hidden_SBH, states_CBH = relay.split(self.config, hidden_SBH, context.length)
+                hidden_SBH, states_CBH = context_p2p.split(self.config, hidden_SBH, context.length)
             self.language_model.set_input_tensor(hidden_SBH)
         hidden_SBH = self.language_model(embedded, cu_seqlens, logit_positions_L, states_CBH, spans)
         if self.post_process:
             return self.language_model.logits(hidden_SBH, len(logit_positions_L))
         if states_CBH is None:
             return hidden_SBH
-        return relay.join(self.config, hidden_SBH, states_CBH)
+        return context_p2p.join(self.config, hidden_SBH, states_CBH)
 
     def _enter(
         self,

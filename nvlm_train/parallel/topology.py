@@ -205,7 +205,7 @@ def _seed_dropout(seed: int) -> None:
     The tracker's generator is another on every rank. As megatron-core's `model_parallel_cuda_manual_seed`
     documents it; Megatron-LM gives data-parallel ranks seeds of their own only on request
     (`--data-parallel-random-init`), because its initial weights come from the same generator. Ours do not
-    (model/canonical.py), and replicas that drop the same places would average less noise away.
+    (model/global_weights.py), and replicas that drop the same places would average less noise away.
     """
     from megatron.core import parallel_state as mpu
     from megatron.core import tensor_parallel

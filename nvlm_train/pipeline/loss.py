@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nvlm_train.batch import Microbatch
 from nvlm_train.parallel.topology import device
-from nvlm_train.pipeline.run import Head
+from nvlm_train.pipeline.round import Head
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology, device
-from nvlm_train.pipeline.run import Replica
-from nvlm_train.train.update import set_groups
+from nvlm_train.pipeline.round import Replica
+from nvlm_train.train.optimizer import set_groups
 from nvlm_train.vision.build import build_vision_encoder
 from nvlm_train.vision.intern_vit import InternViT
 

@@ -7,8 +7,8 @@ import logging
 import torch.distributed as dist
 
 from nvlm_train.config.schema import Recipe
+from nvlm_train.convert import check
 from nvlm_train.errors import ConfigError
-from nvlm_train.foreign import check
 
 logger = logging.getLogger(__name__)
 

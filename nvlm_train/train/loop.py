@@ -11,18 +11,19 @@ import torch.distributed as dist
 from nvlm_train.config import rules
 from nvlm_train.config.schema import Recipe
 from nvlm_train.parallel.topology import process_group
-from nvlm_train.train import announce, run_lock, start
-from nvlm_train.train.examples import ExampleSet
+from nvlm_train.train import run_lock, start
+from nvlm_train.train.checkpoint.saver import Saver
 from nvlm_train.train.health import memory
 from nvlm_train.train.health.collectives import record_collectives
 from nvlm_train.train.health.health import Health
-from nvlm_train.train.record import StepTimer, step_record
-from nvlm_train.train.saver import Saver
 from nvlm_train.train.schedule import Position, global_step, learning_rate, stages_to_run
 from nvlm_train.train.signals import EXIT_REQUEUE, StopRequest
 from nvlm_train.train.skips import SkipBudget
 from nvlm_train.train.step import run_step
-from nvlm_train.train.tracking import Tracker
+from nvlm_train.train.tracking import announce
+from nvlm_train.train.tracking.examples import ExampleSet
+from nvlm_train.train.tracking.step_record import StepTimer, step_record
+from nvlm_train.train.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 

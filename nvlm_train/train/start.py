@@ -14,27 +14,32 @@ from megatron.core.transformer.module import MegatronModule
 
 from nvlm_train.config.paths import data_recipes_dir
 from nvlm_train.config.schema import Recipe
-from nvlm_train.convert.qwen2 import qwen2_source
-from nvlm_train.data.assemble import build_data
-from nvlm_train.data.encoding import SampleEncoder
-from nvlm_train.data.loader import Loader
-from nvlm_train.data.plan import DataPlan
+from nvlm_train.convert.reader import qwen2_source
+from nvlm_train.data.dataset import build_data
+from nvlm_train.data.loading.loader import Loader
+from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.errors import CheckpointError, NvlmError
-from nvlm_train.model import canonical
+from nvlm_train.model import global_weights
 from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import Topology, build_topology, device
-from nvlm_train.pipeline.run import Replica
-from nvlm_train.train import checkpoint, checkpoint_files
-from nvlm_train.train.damage import newest_undamaged
+from nvlm_train.pipeline.round import Replica
+from nvlm_train.train.checkpoint import directory, sharded_state
+from nvlm_train.train.checkpoint.finite import ENCODER, not_finite, summary
+from nvlm_train.train.checkpoint.outside import check_outside, digests_outside
+from nvlm_train.train.checkpoint.resume import TO_READ, TO_TRAIN, Rule, check_resumable
+from nvlm_train.train.checkpoint.run_state import (
+    RunState,
+    library_versions,
+    plain_recipe,
+    read_state,
+)
+from nvlm_train.train.checkpoint.verify import newest_undamaged
 from nvlm_train.train.engine import Engine, build_engine
-from nvlm_train.train.finite import ENCODER, not_finite, summary
 from nvlm_train.train.fitting import require_fitting
-from nvlm_train.train.outside import check_outside, digests_outside
 from nvlm_train.train.rank_zero import on_rank_0
-from nvlm_train.train.resume import TO_READ, TO_TRAIN, Rule, check_resumable
 from nvlm_train.train.schedule import Position, stages_to_run
-from nvlm_train.train.state import RunState, library_versions, plain_recipe, read_state
 from nvlm_train.vision.build import build_vision_encoder
 
 logger = logging.getLogger(__name__)
@@ -60,7 +65,7 @@ def open_run(recipe: Recipe) -> Run:
     """
     run, damaged = _find_run(recipe, TO_TRAIN)
     for each in damaged:
-        aside = on_rank_0(partial(checkpoint_files.set_aside, each))
+        aside = on_rank_0(partial(directory.set_aside, each))
         logger.warning("set aside as %s; remove it when you have looked at it", aside)
     if run.state is not None and run.state.format == 1 and dist.get_rank() == 0:
         logger.warning(
@@ -113,15 +118,15 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
         plan.check_digests(run.state.shard_digests)
         layout = layout_of(topology)
         goes_on = run.state.has_generators_for(layout, device().type)
-        checkpoint.load(engine, run.checkpoint, goes_on)
+        sharded_state.load(engine, run.checkpoint, goes_on)
         is_other = run.state.layout != layout
         logger.info("resumed %s%s", run.checkpoint, " in another layout" if is_other else "")
     else:
-        checkpoint.load_weights(engine.model.module, run.checkpoint)
+        sharded_state.load_weights(engine.model.module, run.checkpoint)
         engine.reload_optimizer_weights()
         logger.info("stage %s starts from the weights of %s", position.stage, run.checkpoint)
     if run.state is not None:
-        canonical.check_fingerprint(engine.model.module, run.state.weights_fingerprint)
+        global_weights.check_fingerprint(engine.model.module, run.state.weights_fingerprint)
     if broken := not_finite(engine):
         raise CheckpointError(
             f"stage {position.stage} cannot start at step {position.step}: {summary(broken)}; "
@@ -198,14 +203,14 @@ def initial_weights(recipe: Recipe, module: MegatronModule) -> None:
         CheckpointError: the weights do not fit the recipe.
     """
     language = recipe.model.language
-    seeded = canonical.seeded_source(language, recipe.seed)
+    seeded = global_weights.seeded_source(language, recipe.seed)
     imported = qwen2_source(language) if language.weights else None
 
     def source(name: str, shape: tuple[int, ...]) -> Any:
         found = imported(name, shape) if imported else None
         return seeded(name, shape) if found is None else found
 
-    canonical.fill(module, source)
+    global_weights.fill(module, source)
 
 
 def layout_of(topology: Topology) -> tuple[int, int, int]:
@@ -223,7 +228,7 @@ def run_state(
         recipe=plain_recipe(recipe),
         layout=layout_of(work.engine.topology),
         shard_digests=work.plan.digests,
-        weights_fingerprint=canonical.fingerprint(work.engine.model.module),
+        weights_fingerprint=global_weights.fingerprint(work.engine.model.module),
         wandb_run_id=wandb_run_id,
         versions=library_versions(),
         outside=work.outside,
@@ -246,8 +251,8 @@ def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
         )
     check_outside(run.state.outside, digests_outside(recipe), recipe, run.checkpoint)
     replica = _empty_replica(recipe, stage_name)
-    checkpoint.load_weights(replica.model, run.checkpoint)
-    canonical.check_fingerprint(replica.model, run.state.weights_fingerprint)
+    sharded_state.load_weights(replica.model, run.checkpoint)
+    global_weights.check_fingerprint(replica.model, run.state.weights_fingerprint)
     return replica
 
 

@@ -19,10 +19,10 @@ from nvlm_train.batch import StepBatch
 from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.parallel.waiting import waiting
 from nvlm_train.pipeline.loss import LabelLosses, loss_head
-from nvlm_train.pipeline.run import run_round
-from nvlm_train.train.accounting import StepResult, account, count_trained_tokens
+from nvlm_train.pipeline.round import run_round
 from nvlm_train.train.engine import Engine
-from nvlm_train.train.update import gradient_norm, update
+from nvlm_train.train.optimizer import gradient_norm, update
+from nvlm_train.train.reduce_metrics import StepResult, account, count_trained_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from nvlm_train.config.model_schema import VisionConfig
-from nvlm_train.foreign.problem import refuse
-from nvlm_train.foreign.vision import FILE, PREFIX, vision_problems
+from nvlm_train.convert.problem import refuse
+from nvlm_train.convert.vision import FILE, PREFIX, vision_problems
 from nvlm_train.vision.intern_vit import InternViT
 
 

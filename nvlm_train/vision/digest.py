@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from nvlm_train.config.model_schema import VisionConfig
+from nvlm_train.convert.vision import PREFIX
 from nvlm_train.errors import CheckpointError
-from nvlm_train.foreign.vision import PREFIX
 
 _THREADS = 8
 """SHA-256 takes 0.5 to 2 GB/s of a core: 3 to 12 GB a second, for the 11.1 GB of InternViT-6B in bf16."""

@@ -13,7 +13,7 @@ from nvlm_train.batch import Microbatch
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
-from nvlm_train.pipeline.run import Head, run_round
+from nvlm_train.pipeline.round import Head, run_round
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.start import initial_weights
 from tests.parity import recipes

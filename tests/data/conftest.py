@@ -13,11 +13,11 @@ from PIL import Image
 
 from nvlm_train.config.model_schema import TokenizerConfig
 from nvlm_train.config.schema import BatchConfig, TilingConfig
-from nvlm_train.data.assemble import open_sources
-from nvlm_train.data.data_recipe import Blend, SourceConfig
-from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
-from nvlm_train.data.plan import DataPlan
-from nvlm_train.data.shards import Sample, write_shards
+from nvlm_train.data.dataset import open_sources
+from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
+from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder
+from nvlm_train.data.shards.tar import Sample, write_shards
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
 

@@ -20,8 +20,8 @@ from nvlm_train.data.checking.findings import Findings
 from nvlm_train.data.checking.fingerprints import hash_parts, split_words, text_grams
 from nvlm_train.data.checking.shard import ShardPrints
 from nvlm_train.data.checking.spill import SpilledTable
-from nvlm_train.data.prepare import prepare_shards
-from nvlm_train.data.shards import Sample
+from nvlm_train.data.prepare.write import prepare_shards
+from nvlm_train.data.shards.tar import Sample
 from tests.data.conftest import chat, encoded
 from tests.train.smoke import make_smoke_data, overrides
 

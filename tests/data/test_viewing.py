@@ -16,10 +16,10 @@ from PIL import Image
 
 from nvlm_train.cli import main
 from nvlm_train.config.paths import data_recipes_dir
-from nvlm_train.data.assemble import build_data
-from nvlm_train.data.encoding import SampleEncoder
+from nvlm_train.data.dataset import build_data
 from nvlm_train.data.images import cut_tiles, decode_image
-from nvlm_train.data.prepare import prepare_shards
+from nvlm_train.data.prepare.write import prepare_shards
+from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.viewing.steps import view_step
 from nvlm_train.data.viewing.token_runs import read_tokens, token_runs
 from nvlm_train.routes import ROUTES

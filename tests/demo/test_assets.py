@@ -43,7 +43,7 @@ def test_special_tokens_come_first(tokenizer) -> None:  # type: ignore[no-untype
 def test_language_model_loads_and_knows_heldout_text(tokenizer) -> None:  # type: ignore[no-untyped-def]
     from transformers import Qwen2ForCausalLM
 
-    from nvlm_train.demo.backbone_language import SampleMaker, heldout_loss
+    from nvlm_train.demo.backbones.language import SampleMaker, heldout_loss
 
     model = Qwen2ForCausalLM.from_pretrained(ASSETS / "language_model")
     assert model.num_parameters() <= 6_000_000
@@ -54,7 +54,7 @@ def test_language_model_loads_and_knows_heldout_text(tokenizer) -> None:  # type
 def test_vision_encoder_loads_and_gives_sixteen_tokens_a_tile() -> None:
     from transformers import InternVLVisionModel
 
-    from nvlm_train.demo.backbone_vision import pixel_shuffle
+    from nvlm_train.demo.backbones.vision import pixel_shuffle
 
     model = InternVLVisionModel.from_pretrained(ASSETS / "vision_encoder")
     with torch.no_grad():

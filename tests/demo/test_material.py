@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("easy_vqa")
 pytest.importorskip("matplotlib")
 
+from nvlm_train.demo.backbones.twins import page_slots
 from nvlm_train.demo.captions import (
     Question,
     caption_of,
@@ -17,7 +18,6 @@ from nvlm_train.demo.captions import (
 from nvlm_train.demo.chats import draw_chat
 from nvlm_train.demo.corpus import clean_paragraph, read_paragraphs, sentences_of
 from nvlm_train.demo.pages import MAX_PAGE_CHARS, render_page, render_strip, to_capitals
-from nvlm_train.demo.twins import page_slots
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nvlm_train.config.schema import Recipe
-from nvlm_train.data.prepare import prepare_shards
+from nvlm_train.data.prepare.write import prepare_shards
 from nvlm_train.doctor.finding import Finding
 from nvlm_train.doctor.material import check_labels, check_shards, check_tokenizer
 

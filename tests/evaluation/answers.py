@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.data.encoded import CrossTiles, EncodedSample
+from nvlm_train.data.samples.encoded import CrossTiles, EncodedSample
 from nvlm_train.errors import PromptError
 from nvlm_train.evaluation.generate import Prompt, generate, vocab_parallel_argmax
 from nvlm_train.geometry import tokens_per_tile

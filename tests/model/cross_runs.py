@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from nvlm_train.batch import Microbatch
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.data.encoding import SampleEncoder
-from nvlm_train.pipeline.run import Head, run_features
+from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.pipeline.round import Head, run_features
 from nvlm_train.train.engine import Engine
 from nvlm_train.vision.tile_parallel import encode_tiles
 from tests.model import dense

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from nvlm_train.batch import Microbatch
 from nvlm_train.config.model_schema import ModelConfig
-from nvlm_train.data.conversation import Piece
+from nvlm_train.data.samples.chat_format import Piece
 from nvlm_train.tiling import ImageLayout
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.errors import CheckpointError
-from nvlm_train.model import canonical
+from nvlm_train.model import global_weights
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
 from nvlm_train.train.engine import Engine, build_engine
@@ -27,7 +27,7 @@ def weights_and_fingerprint(
     module = engine.model.module
     initial_weights(recipe, module)
     whole = gather(engine, lambda parameter: parameter.data)
-    saved = canonical.fingerprint(module)
+    saved = global_weights.fingerprint(module)
     messages = [_message(engine, saved)]
     last = dist.get_world_size() - 1
     if dist.get_rank() == last:
@@ -40,7 +40,7 @@ def weights_and_fingerprint(
 
 def _message(engine: Engine, saved: dict[str, float]) -> str:
     try:
-        canonical.check_fingerprint(engine.model.module, saved)
+        global_weights.check_fingerprint(engine.model.module, saved)
     except CheckpointError as error:
         return str(error)
     return ""

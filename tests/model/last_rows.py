@@ -12,7 +12,7 @@ from torch import Tensor
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.model.last_layer import Pack, SdpaOfWanted
 from nvlm_train.model.layers import SdpaAttention
-from nvlm_train.pipeline.run import Head, run_features
+from nvlm_train.pipeline.round import Head, run_features
 from nvlm_train.vision.tile_parallel import encode_tiles
 from tests.parity import cross_gradients, cross_recipes
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.model.canonical import own_slice, seeded_source
+from nvlm_train.model.global_weights import own_slice, seeded_source
 from tests.model import initial
 from tests.parity.recipes import LANGUAGE
 from tests.workers import WorkerPool

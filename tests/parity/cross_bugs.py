@@ -65,14 +65,14 @@ def _marked_context_norm():
 
 
 def _detached_context():
-    from nvlm_train.model import relay
+    from nvlm_train.model import context_p2p
 
-    original = relay.join
+    original = context_p2p.join
 
     def broken(config, hidden: Tensor, context: Tensor) -> Tensor:
         return original(config, hidden, context.detach())
 
-    return mock.patch.object(relay, "join", broken)
+    return mock.patch.object(context_p2p, "join", broken)
 
 
 def _summed_context():

@@ -21,9 +21,9 @@ from nvlm_train.config.model_schema import (
     TokenizerConfig,
 )
 from nvlm_train.config.schema import TilingConfig
-from nvlm_train.data.batches import pack_samples
-from nvlm_train.data.encoded import EncodedSample
-from nvlm_train.data.encoding import EncodingSpec, SampleEncoder
+from nvlm_train.data.loading.collate import pack_samples
+from nvlm_train.data.samples.encoded import EncodedSample
+from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder
 from nvlm_train.geometry import context_tokens_per_tile, tokens_per_tile
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from nvlm_train.batch import StepBatch
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.model import canonical, cross_attention
+from nvlm_train.model import cross_attention, global_weights
 from nvlm_train.model.last_layer import SdpaOfWanted
 from nvlm_train.model.layers import SdpaAttention
 from nvlm_train.pipeline.loss import loss_head
-from nvlm_train.pipeline.run import run_features
-from nvlm_train.train.accounting import count_trained_tokens
+from nvlm_train.pipeline.round import run_features
 from nvlm_train.train.engine import Engine
+from nvlm_train.train.reduce_metrics import count_trained_tokens
 from nvlm_train.vision.tile_parallel import encode_round
 from tests.parity import cross_gradients, cross_recipes, gradients, recipes
 
@@ -81,13 +81,13 @@ def slopes(name: str, parallel: ParallelConfig, rates: Rates) -> dict[str, tuple
     found = gradients.of_batch(engine, batch)[1]
     loss = _loss_function(engine, batch, generators)
     shards: dict[str, list[Any]] = {}
-    for shard in canonical.shards(engine.model.module, lambda parameter: parameter.data):
+    for shard in global_weights.shards(engine.model.module, lambda parameter: parameter.data):
         shards.setdefault(shard.key, []).append(shard)
     slopes: dict[str, tuple[float, float]] = {}
     for number, (key, gradient) in enumerate(sorted(found.items())):
         random = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(number))
         direction = gradient / gradient.norm() + RANDOM * random / random.norm()
-        own = [(s.data, canonical.own_slice(s, direction)) for s in shards.get(key, [])]
+        own = [(s.data, global_weights.own_slice(s, direction)) for s in shards.get(key, [])]
         slopes[key] = (
             float((gradient.double() * direction.double()).sum()),
             _difference(loss, own),

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from nvlm_train.batch import StepBatch
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.model import canonical
+from nvlm_train.model import global_weights
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
 from nvlm_train.train import step as step_module
-from nvlm_train.train.accounting import account, count_trained_tokens
 from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.train.reduce_metrics import account, count_trained_tokens
 from nvlm_train.vision.tile_parallel import encode_round
 from tests.parity import recipes
 
@@ -31,7 +31,7 @@ def start_engine(parallel: ParallelConfig, **changes: object) -> Engine:
     recipe = recipes.recipe(parallel, **changes)
     topology = build_topology(parallel, recipe.seed)
     engine = build_engine(recipe, recipe.stages["sft"], topology, kernels.detect())
-    seeded = canonical.seeded_source(recipe.model.language, recipe.seed)
+    seeded = global_weights.seeded_source(recipe.model.language, recipe.seed)
 
     def source(name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith("alpha"):
@@ -42,7 +42,7 @@ def start_engine(parallel: ParallelConfig, **changes: object) -> Engine:
             return offset + 0.2 * seeded(name.replace("norm", "n").replace("bias", "b"), shape)
         return seeded(name, shape)
 
-    canonical.fill(engine.model.module, source)
+    global_weights.fill(engine.model.module, source)
     engine.reload_optimizer_weights()
     return engine
 
@@ -51,7 +51,7 @@ def gather(engine: Engine, of: Callable[[torch.nn.Parameter], Tensor | None]) ->
     """Whole tensors by canonical name, put together from every rank's slices (rank 0 of DP only)."""
     own = [
         (shard.key, tuple(shard.global_shape), tuple(shard.global_offset), shard.data.clone())
-        for shard in canonical.shards(engine.model.module, of)
+        for shard in global_weights.shards(engine.model.module, of)
     ]
     everyone: list[list] = [None] * dist.get_world_size()  # type: ignore[list-item]
     dist.all_gather_object(everyone, own)

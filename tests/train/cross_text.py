@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nvlm_train.batch import Microbatch, SampleInfo
 from nvlm_train.config.schema import Recipe
-from nvlm_train.data.assemble import build_encoder
-from nvlm_train.data.batches import pack_samples
+from nvlm_train.data.dataset import build_encoder
+from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.geometry import tokens_per_tile
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nvlm_train.batch import StepBatch
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.train import checkpoint
+from nvlm_train.train.checkpoint import sharded_state
 from nvlm_train.train.engine import Engine
-from nvlm_train.train.update import gradient_norm, update
+from nvlm_train.train.optimizer import gradient_norm, update
 from tests.parity import cross_gradients, cross_recipes, gradients, recipes
-from tests.train.direct_save import save_directly
+from tests.train.checkpoint.direct_save import save_directly
 
 RATES = (1e-2, 5e-3, 5e-3, 2e-3)
 """Of the steps: large, so that decay shows, and changing, so that each is seen to be used."""
@@ -51,7 +51,7 @@ def train_and_resume(
         group["betas"], group["eps"] = (0.5, 0.5), 1.0
     save_directly(first, directory)
     second = _engine(name, parallel)
-    checkpoint.load(second, directory, same_layout=True)
+    sharded_state.load(second, directory, same_layout=True)
     rest = _updates(second, name, range(2, len(RATES)))
     return Training(half.before, half.gradients + rest.gradients, rest.after)
 
@@ -62,7 +62,7 @@ def train_and_hand_over(name: str, parallel: ParallelConfig, directory: Path) ->
     _updates(first, name, range(2))
     save_directly(first, directory)
     second = _engine(name, parallel)
-    checkpoint.load_weights(second.model.module, directory)
+    sharded_state.load_weights(second.model.module, directory)
     second.reload_optimizer_weights()
     return _updates(second, name, range(2))
 

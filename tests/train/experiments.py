@@ -14,7 +14,7 @@ from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import ParallelConfig, Recipe
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
-from nvlm_train.train import checkpoint
+from nvlm_train.train.checkpoint import sharded_state
 from nvlm_train.train.engine import build_engine
 from nvlm_train.train.loop import train
 from nvlm_train.train.start import initial_weights
@@ -55,6 +55,6 @@ def weights(experiment: str, data: Path, run_dir: Path, steps: int) -> list[dict
         initial_weights(recipe, engine.model.module)
         if name is not None:
             path = run_dir / "checkpoints" / f"{name}-{steps:08d}"
-            checkpoint.load_weights(engine.model.module, path)
+            sharded_state.load_weights(engine.model.module, path)
         found.append(gather(engine, lambda parameter: parameter.data.clone()))
     return found

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
-from nvlm_train.train import checkpoint, checkpoint_files
+from nvlm_train.train.checkpoint import directory, sharded_state
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.loop import train
-from nvlm_train.train.tracking import Tracker
+from nvlm_train.train.tracking.tracker import Tracker
 from tests.parity.gradients import gather
 from tests.train.smoke import smoke_recipe
 
@@ -39,11 +39,11 @@ def run(root: Path, run_dir: Path, *overrides: str, stop_after: int | None = Non
 def open_checkpoint(root: Path, run_dir: Path, *overrides: str) -> Engine:
     """The newest checkpoint of a run in the layout that the overrides describe."""
     recipe = smoke_recipe(root, run_dir, *overrides)
-    newest = checkpoint_files.complete_checkpoints(run_dir)[-1]
+    newest = directory.complete_checkpoints(run_dir)[-1]
     stage = recipe.stages[newest.name.split("-")[0]]
     topology = build_topology(stage.parallel, recipe.seed)
     engine = build_engine(recipe, stage, topology, kernels.detect())
-    checkpoint.load(engine, newest, same_layout=False)
+    sharded_state.load(engine, newest, same_layout=False)
     return engine
 
 

@@ -20,7 +20,7 @@ _WORDS = [
 
 def make_smoke_data(root: Path, samples: int = 24) -> None:
     """Writes tokenizer.json, shards and blend.yaml under `root`."""
-    from nvlm_train.data.prepare import prepare_shards
+    from nvlm_train.data.prepare.write import prepare_shards
 
     _write_tokenizer(root / "tokenizer.json")
     for name, records in (

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.train import runs
-from tests.train.interrupted import WholeRun, assert_continues_bit_for_bit, stop
 from tests.train.layouts import NO_DROPOUT, layout
+from tests.train.resume.interrupted import WholeRun, assert_continues_bit_for_bit, stop
 from tests.train.smoke import read_metrics
 from tests.workers import WorkerPool
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nvlm_train.config.paths import recipes_dir
-from nvlm_train.model.canonical import part_of
+from nvlm_train.model.global_weights import part_of
 from tests.train import experiments
 from tests.train.smoke import read_metrics
 from tests.workers import WorkerPool

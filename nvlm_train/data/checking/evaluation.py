@@ -22,9 +22,9 @@ from nvlm_train.data.checking.fingerprints import (
 from nvlm_train.data.checking.shard import ShardChecker, ShardJob, ShardPrints
 from nvlm_train.data.checking.spill import SpilledTable
 from nvlm_train.data.images import decode_image
-from nvlm_train.data.index import load_index
-from nvlm_train.data.records import read_turns
-from nvlm_train.data.store import DIRECT
+from nvlm_train.data.index.shard_index import load_index
+from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.shards.store import DIRECT
 from nvlm_train.errors import SampleError, ShardError
 
 SAME_IMAGE = "image of evaluation"
@@ -219,6 +219,6 @@ def _object(value: object) -> dict[str, Any]:
 
 def expand(patterns: Iterable[str]) -> list[str]:
     """Paths of brace patterns. Raises ValueError: unbalanced braces."""
-    from nvlm_train.data.shards import expand_pattern
+    from nvlm_train.data.shards.tar import expand_pattern
 
     return [path for pattern in patterns for path in expand_pattern(pattern)]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nvlm_train.data.turns import Turn
+from nvlm_train.data.samples.messages import Turn
 from nvlm_train.errors import NvlmError
 
 if TYPE_CHECKING:

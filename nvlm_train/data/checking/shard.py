@@ -16,15 +16,15 @@ from nvlm_train.data.checking.fingerprints import (
     split_words,
     text_grams,
 )
-from nvlm_train.data.encoding import SampleEncoder
-from nvlm_train.data.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.images import decode_image
-from nvlm_train.data.index import load_index
-from nvlm_train.data.index_files import IndexFiles
-from nvlm_train.data.reader import ShardReader
-from nvlm_train.data.records import read_turns
-from nvlm_train.data.store import DIRECT
-from nvlm_train.data.turns import Turn
+from nvlm_train.data.index.files import IndexFiles
+from nvlm_train.data.index.reader import ShardReader
+from nvlm_train.data.index.shard_index import load_index
+from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
+from nvlm_train.data.shards.store import DIRECT
 from nvlm_train.errors import ShardError
 
 TORN = "torn or refused shard"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Template
 
-from nvlm_train.data.statistics import imbalance, rank_load
+from nvlm_train.data.plan.statistics import imbalance, rank_load
 from nvlm_train.data.viewing.cards import card
 from nvlm_train.data.viewing.samples import SampleView
 from nvlm_train.data.viewing.steps import PlacedSample, StepView

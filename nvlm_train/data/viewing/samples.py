@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.batch import SampleRef
-from nvlm_train.data.encoded import EncodedSample
-from nvlm_train.data.encoding import SampleEncoder
 from nvlm_train.data.images import cut_tiles, decode_image
-from nvlm_train.data.plan import DataPlan
-from nvlm_train.data.reader import ShardReader
-from nvlm_train.data.sources import Source
+from nvlm_train.data.index.reader import ShardReader
+from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import Source
+from nvlm_train.data.samples.encoded import EncodedSample
+from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.viewing.token_runs import TokenRun, token_runs
 from nvlm_train.errors import SampleError
 from nvlm_train.routes import Route

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from nvlm_train.data.encoded import EncodedSample
+from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.tokens import Tokenizer
 
 Role = Literal["context", "trained", "image"]

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import TrainingError
-from nvlm_train.train.accounting import StepResult
 from nvlm_train.train.health.activity import Activity, Doing
 from nvlm_train.train.health.heartbeat import Heartbeat
 from nvlm_train.train.health.left_out import (
@@ -28,11 +27,12 @@ from nvlm_train.train.health.losses import LossWatch, Spike
 from nvlm_train.train.health.samples import write_samples
 from nvlm_train.train.health.stragglers import StragglerReport
 from nvlm_train.train.health.watchdog import Member, Watchdog
-from nvlm_train.train.metrics import FILE_NAME as METRICS
-from nvlm_train.train.metrics import read_metrics
 from nvlm_train.train.rank_zero import on_rank_0
+from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.schedule import Position
 from nvlm_train.train.start import StageWork
+from nvlm_train.train.tracking.metrics_log import FILE_NAME as METRICS
+from nvlm_train.train.tracking.metrics_log import read_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import TrainingError
-from nvlm_train.train.record import peak_memory_gib
+from nvlm_train.train.tracking.step_record import peak_memory_gib
 
 _SIGNS = (
     "not enough memory",

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nvlm_train.data.plan import DataPlan
-from nvlm_train.train.accounting import StepResult
+from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.schedule import Position
 
 

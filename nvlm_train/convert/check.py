@@ -1,0 +1,55 @@
+"""All of it for a recipe: what `nvlm doctor` reports, training refuses by the same functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nvlm_train.config.schema import Recipe
+from nvlm_train.convert.language import language_problems
+from nvlm_train.convert.problem import Problems, warning
+from nvlm_train.convert.tokenizer import tokenizer_and_weights, tokenizer_problems
+from nvlm_train.convert.vision import vision_problems
+
+
+def all_of(recipe: Recipe) -> Problems:
+    """The tokenizer, the encoder's weights, the language model's weights."""
+    yield from tokenizer(recipe)
+    yield from vision(recipe)
+    yield from language(recipe)
+
+
+def tokenizer(recipe: Recipe) -> Problems:
+    """The tokenizer against the recipe's model, and against the weights that training starts from."""
+    yield from tokenizer_problems(recipe)
+    directory = recipe.model.language.weights
+    if directory is not None and Path(directory).is_dir():
+        yield from tokenizer_and_weights(recipe)
+
+
+def vision(recipe: Recipe) -> Problems:
+    """The vision encoder's weights, where the recipe names some."""
+    if recipe.model.vision.weights is not None:
+        yield from vision_problems(recipe.model.vision)
+
+
+def language(recipe: Recipe) -> Problems:
+    """The language model's weights, where the recipe names some.
+
+    A run that has a checkpoint reads its weights from there, and may go on without the others.
+    """
+    directory = recipe.model.language.weights
+    if directory is None:
+        return
+    if not Path(directory).exists() and _has_checkpoint(recipe):
+        yield warning(
+            f"model.language.weights={directory} is not there; the run has a checkpoint to go on from",
+            "nothing, unless the run is to start anew",
+        )
+        return
+    lengths = {name: recipe.stages[name].sequence_length for name in recipe.schedule}
+    yield from language_problems(recipe.model.language, lengths)
+
+
+def _has_checkpoint(recipe: Recipe) -> bool:
+    """Whether the run has a complete checkpoint."""
+    return any(Path(recipe.run_dir).glob("checkpoints/*/manifest.json"))

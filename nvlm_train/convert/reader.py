@@ -1,0 +1,43 @@
+"""Reads Hugging Face's Qwen2 or Llama into any layout, one tensor at a time, from safetensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from nvlm_train.config.model_schema import LanguageConfig
+from nvlm_train.convert.headers import read_headers
+from nvlm_train.convert.language import language_problems
+from nvlm_train.convert.names import find_row
+from nvlm_train.convert.problem import refuse
+
+
+def qwen2_source(language: LanguageConfig) -> Callable[[str, tuple[int, ...]], Tensor | None]:
+    """A source for `model.canonical.fill`: language-model tensors of `language.weights`, None for others.
+
+    Raises:
+        CheckpointError: the directory is not whole, or holds another model than the recipe describes.
+    """
+    directory = Path(language.weights or "")
+    refuse(language_problems(language, {}))
+    stored = read_headers(directory, str(directory)).tensors
+
+    def source(name: str, shape: tuple[int, ...]) -> Tensor | None:
+        found = find_row(name)
+        if found is None:
+            return None
+        row, parts = found
+        tensor = row.join(language, [_read(stored[part].path, part) for part in parts])
+        assert tuple(tensor.shape) == shape, f"{name}: {parts} give {tuple(tensor.shape)}"
+        return tensor
+
+    return source
+
+
+def _read(path: Path, name: str) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as handle:
+        return handle.get_tensor(name)

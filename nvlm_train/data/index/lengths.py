@@ -1,0 +1,241 @@
+"""How many tokens, tiles and labels each sample of a shard has under one stage's encoding.
+
+Computed once per (shard, encoding) and stored beside the index, so that plans are pure arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvlm_train.data.index.array_file import ArrayFile, Texts
+from nvlm_train.data.index.files import IndexFiles
+from nvlm_train.data.index.reader import ShardReader
+from nvlm_train.data.index.shard_index import BESIDE
+from nvlm_train.data.samples.encoder import ImageSize, Layout, SampleEncoder
+from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
+from nvlm_train.data.shards.tar import Shard
+
+LENGTHS_VERSION = 2
+_CHUNK = 2048
+"""Samples tokenised together."""
+_EXAMPLES = 3
+"""Unusable samples of a kind that a summary names."""
+_FINGERPRINT_CHARS = 16
+
+
+@dataclass(frozen=True)
+class ShardLengths:
+    """Row i belongs to row i of the shard's index; arrays are views of a mapped file."""
+
+    num_tokens: NDArray[np.int32]
+    """[N], image tokens included; 0 for an unusable sample."""
+    num_tiles: NDArray[np.int32]
+    """[N], thumbnails included."""
+    num_trained: NDArray[np.int32]
+    """[N] labels; 0 exactly for unusable samples."""
+    is_truncated: NDArray[np.bool_]
+    """[N]: cut at sequence_length."""
+    reasons: dict[int, str]
+    """Row -> why the sample is unusable; the text before ":" is its kind."""
+
+    def usable_rows(self) -> NDArray[np.int64]:
+        """Rows that can be drawn, ascending: int64 [usable]."""
+        return np.flatnonzero(self.num_trained > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class LengthsSummary:
+    """A shard under one encoding in a few numbers: all that a plan keeps of it."""
+
+    digest: str
+    """Equal digests mean equal lengths of every sample."""
+    num_usable: int
+    num_truncated: int
+    num_tokens: int
+    num_trained: int
+    num_tiles: int
+    max_tiles: int
+    """Tiles of the sample that has most."""
+    unusable: dict[str, tuple[int, list[int]]]
+    """Kind -> (how many samples, the first few rows)."""
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A sample on its way: its record, and its pieces at the full tile limit."""
+
+    row: int
+    record: bytes
+    sizes: list[ImageSize]
+    turns: tuple[Turn, ...]
+    layout: Layout
+
+
+def lengths_suffix(encoder: SampleEncoder, fields: FieldMapping) -> str:
+    """Name of a shard's lengths file after the shard's own name."""
+    mapped = f"-{fields.digest}" if fields.digest else ""
+    return f".lengths-{encoder.fingerprint[:_FINGERPRINT_CHARS]}{mapped}"
+
+
+def load_lengths(
+    reader: ShardReader, encoder: SampleEncoder, files: IndexFiles = BESIDE
+) -> ShardLengths:
+    """Stored lengths of a shard, else computed and stored."""
+    suffix = lengths_suffix(encoder, reader.fields)
+    stored = files.open(reader.shard, suffix)
+    if stored is not None and _is_of(stored.facts, reader.index.digest):
+        return _from_file(stored)
+    lengths = compute_lengths(reader, encoder)
+    facts = asdict(summarise(lengths)) | {
+        "version": LENGTHS_VERSION,
+        "index_digest": reader.index.digest,
+    }
+    files.write(reader.shard, suffix, facts, _arrays(lengths))
+    return lengths
+
+
+def read_lengths_summary(
+    shard: Shard,
+    index_digest: str,
+    encoder: SampleEncoder,
+    files: IndexFiles = BESIDE,
+    fields: FieldMapping = OWN_FIELDS,
+) -> LengthsSummary | None:
+    """What the stored lengths say about the whole shard; None when they have to be made anew."""
+    facts = files.facts(shard, lengths_suffix(encoder, fields))
+    if facts is None or not _is_of(facts, index_digest):
+        return None
+    numbers = {name: facts[name] for name in LengthsSummary.__dataclass_fields__}
+    return LengthsSummary(**numbers)
+
+
+def summarise(lengths: ShardLengths) -> LengthsSummary:
+    """The few numbers of a shard."""
+    digest = hashlib.sha256()
+    unusable: dict[str, tuple[int, list[int]]] = {}
+    for row, reason in lengths.reasons.items():
+        count, rows = unusable.get(kind_of(reason), (0, []))
+        unusable[kind_of(reason)] = (count + 1, [*rows, row][:_EXAMPLES])
+    for values in (lengths.num_tokens, lengths.num_tiles, lengths.num_trained):
+        digest.update(values.astype("<i4").tobytes())
+    return LengthsSummary(
+        digest=digest.hexdigest(),
+        num_usable=int((lengths.num_trained > 0).sum()),
+        num_truncated=int(lengths.is_truncated.sum()),
+        num_tokens=int(lengths.num_tokens.sum(dtype=np.int64)),
+        num_trained=int(lengths.num_trained.sum(dtype=np.int64)),
+        num_tiles=int(lengths.num_tiles.sum(dtype=np.int64)),
+        max_tiles=int(lengths.num_tiles.max(initial=0)),
+        unusable=unusable,
+    )
+
+
+def kind_of(reason: str) -> str:
+    """What a reason has in common with others: the text before its first colon."""
+    return reason.partition(":")[0]
+
+
+def _is_of(facts: dict[str, Any], index_digest: str) -> bool:
+    return facts.get("version") == LENGTHS_VERSION and facts["index_digest"] == index_digest
+
+
+def _arrays(lengths: ShardLengths) -> dict[str, NDArray[Any]]:
+    return {
+        "num_tokens": lengths.num_tokens,
+        "num_tiles": lengths.num_tiles,
+        "num_trained": lengths.num_trained,
+        "is_truncated": lengths.is_truncated,
+        "reason_rows": np.array(list(lengths.reasons), dtype=np.int64),
+        **Texts.pack(list(lengths.reasons.values())).arrays("reason_texts"),
+    }
+
+
+def _from_file(stored: ArrayFile) -> ShardLengths:
+    arrays = stored.arrays
+    texts = Texts.of(arrays, "reason_texts").tolist()
+    return ShardLengths(
+        num_tokens=arrays["num_tokens"],
+        num_tiles=arrays["num_tiles"],
+        num_trained=arrays["num_trained"],
+        is_truncated=arrays["is_truncated"],
+        reasons=dict(zip(arrays["reason_rows"].tolist(), texts, strict=True)),
+    )
+
+
+def compute_lengths(reader: ShardReader, encoder: SampleEncoder) -> ShardLengths:
+    """Reads every record of the shard once; images only count through their indexed sizes."""
+    count = len(reader.index)
+    lengths = ShardLengths(
+        num_tokens=np.zeros(count, dtype=np.int32),
+        num_tiles=np.zeros(count, dtype=np.int32),
+        num_trained=np.zeros(count, dtype=np.int32),
+        is_truncated=np.zeros(count, dtype=np.bool_),
+        reasons={},
+    )
+    for start in range(0, count, _CHUNK):
+        drafts = list(_drafts(reader, encoder, range(start, min(start + _CHUNK, count)), lengths))
+        known = _tokenise(drafts, encoder)
+        for draft in drafts:
+            _measure(reader, encoder, draft, known, lengths)
+    return lengths
+
+
+def _drafts(
+    reader: ShardReader, encoder: SampleEncoder, rows: Sequence[int], lengths: ShardLengths
+) -> Iterator[_Draft]:
+    for row in rows:
+        try:
+            record, sizes = reader.record(row), reader.index.image_sizes(row)
+            turns = encoder.turns(reader.key(row), record, sizes)
+        except ValueError as error:
+            lengths.reasons[row] = str(error)
+            continue
+        layout = encoder.layout(turns, sizes, encoder.spec.tiling.max_tiles)
+        yield _Draft(row, record, sizes, turns, layout)
+
+
+def _tokenise(drafts: Sequence[_Draft], encoder: SampleEncoder) -> dict[str, list[int]]:
+    """Ids of every different text of these samples."""
+    texts = list(
+        {
+            piece.text: None
+            for draft in drafts
+            for piece in draft.layout.pieces
+            if piece.text and not piece.after
+        }
+    )
+    return dict(zip(texts, encoder.tokenizer.encode_batch(texts), strict=True))
+
+
+def _measure(
+    reader: ShardReader,
+    encoder: SampleEncoder,
+    draft: _Draft,
+    known: dict[str, list[int]],
+    lengths: ShardLengths,
+) -> None:
+    """Counts a sample's tokens; only one that does not fit is encoded in full, with fewer tiles."""
+    row = draft.row
+    counts = [(len(encoder.ids(piece, known)), piece.role) for piece in draft.layout.pieces]
+    num_tokens = sum(count for count, _ in counts)
+    num_trained = sum(count for count, role in counts if role == "trained")
+    num_tiles = sum(image.num_tiles for image in draft.layout.images)
+    if num_tokens > encoder.spec.sequence_length or num_trained == 0:
+        try:
+            encoded = encoder.encode(reader.key(row), draft.record, draft.sizes)
+        except ValueError as error:
+            lengths.reasons[row] = str(error)
+            return
+        num_tokens, num_trained = len(encoded.token_ids), len(encoded.label_ids)
+        num_tiles = encoded.num_tiles
+        lengths.is_truncated[row] = encoded.is_truncated
+    lengths.num_tokens[row] = num_tokens
+    lengths.num_tiles[row] = num_tiles
+    lengths.num_trained[row] = num_trained

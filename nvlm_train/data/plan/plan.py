@@ -1,0 +1,267 @@
+"""The plan: which samples make step n, packed how, on which data-parallel rank.
+
+A pure function of (blend, index, encoding, seed, step): every rank computes the same without
+talking, and no state but the step number has to be saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvlm_train.batch import PackPlan, SampleInfo, SampleRef, StepPlan
+from nvlm_train.config.schema import BatchConfig
+from nvlm_train.data.index.reader import ShardReader
+from nvlm_train.data.ordering import hashed_permutation, stable_hash
+from nvlm_train.data.plan.blend import BlendOrder, SourceOrder
+from nvlm_train.data.plan.pack_table import PackTable
+from nvlm_train.data.plan.packing import best_fit_decreasing, deal
+from nvlm_train.data.plan.plan_checks import PLAN_DIGEST, check_digests, check_skipped, check_tiles
+from nvlm_train.data.plan.sources import Source, unusable_kinds
+from nvlm_train.errors import TrainingError
+
+_TABLE_CHARS = 16
+
+
+class DataPlan:
+    """Steps of one stage.
+
+    Args:
+        table_stem: path before `.packs-FINGERPRINT`, the file that finds a step when packs are the
+            unit; None to count in memory.
+
+    Raises:
+        TrainingError: a source without usable samples, more unusable ones than
+            `max_skipped_fraction` of what would be drawn, or a sample of more tiles than a pack.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        batch: BatchConfig,
+        sequence_length: int,
+        seed: int,
+        max_skipped_fraction: float,
+        table_stem: Path | None = None,
+    ) -> None:
+        self.sources = tuple(sources)
+        self.batch = batch
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.unusable = unusable_kinds(self.sources)
+        check_skipped(self.sources, self.unusable, max_skipped_fraction)
+        check_tiles(self.sources, batch.max_tiles_per_pack)
+        self._blend = BlendOrder(
+            [source.weight for source in self.sources],
+            seed,
+            [source.max_draws for source in self.sources],
+        )
+        self._orders = [_order(source, seed) for source in self.sources]
+        self._table_stem = table_stem
+        self._groups_of = lru_cache(maxsize=4)(self._make_groups)
+        self._window = lru_cache(maxsize=4)(self._make_window)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return tuple(source.name for source in self.sources)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Shard (as the data recipe names it) -> digest of its contents, and the plan's own.
+
+        Stored in checkpoints; `check_digests` compares.
+        """
+        contents = {
+            name: source.table.digest(shard)
+            for source in self.sources
+            for shard, name in enumerate(source.table.names)
+        }
+        return contents | {PLAN_DIGEST: self.fingerprint}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal fingerprints make equal steps: hash of blend, contents, encoding, seed and batch."""
+        encodings = [source.table.encoding for source in self.sources]
+        return self._hash_with(encodings)
+
+    @property
+    def first_fingerprint(self) -> str:
+        """As checkpoints of format 1 have it, which know an encoding by its lengths only."""
+        return self._hash_with([])
+
+    def _hash_with(self, encodings: list[str]) -> str:
+        digest = hashlib.sha256()
+        parts: list[object] = [self.seed, asdict(self.batch), self.sequence_length]
+        for source in self.sources:
+            parts.append([source.name, source.weight, source.max_draws])
+            parts.append([len(source.table.names), source.table.lengths_digest])
+            digest.update(source.table.digests.tobytes())
+        digest.update(json.dumps([*parts, *encodings], sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def check_digests(self, recorded: Mapping[str, str]) -> None:
+        """Compares with the digests of the run that is continued.
+
+        Raises:
+            ShardError: other contents, a shard more or less, or another order of the samples.
+        """
+        check_digests(recorded, self.digests, self.first_fingerprint)
+
+    def reader(self, sample: SampleRef) -> ShardReader:
+        """Where the sample is read."""
+        return self.sources[sample.source].readers[sample.shard]
+
+    def info(self, sample: SampleRef) -> SampleInfo:
+        """Provenance of the sample."""
+        reader = self.reader(sample)
+        return SampleInfo(sample.source, reader.name, reader.key(sample.row))
+
+    def step(self, step: int, dp_size: int) -> StepPlan:
+        """Everything of optimizer step `step` (from 0); its samples do not depend on `dp_size`.
+
+        Raises:
+            TrainingError: the sources have left the blend before the step is full.
+        """
+        size = self.batch.size
+        if self.batch.unit == "samples":
+            table = self._draw(step * size, (step + 1) * size)
+            packs = self._to_packs(table, self._groups(table)) if len(table) == size else []
+        else:
+            packs = self._packs(step * size, (step + 1) * size)
+        if not packs:
+            raise self._too_short(f"step={step}")
+        return StepPlan(step, deal(packs, dp_size))
+
+    def draws(self, start: int, stop: int) -> list[SampleRef]:
+        """Samples [start, stop) of the stage in the order in which they are drawn.
+
+        Fewer where the sources have limits and all of them have left the blend.
+        """
+        return self._refs(self._draw(start, stop))
+
+    def check_steps(self, steps: int) -> None:
+        """Refuses a stage of more steps than the sources' limits allow.
+
+        Where packs are the unit, those of a limited blend are counted, once.
+
+        Raises:
+            TrainingError: too few samples, or too few packs.
+        """
+        total, wanted = self._blend.num_draws, steps * self.batch.size
+        if total is None:
+            return
+        if self.batch.unit == "samples":
+            is_enough = wanted <= total
+        else:
+            # A pack holds a sample or more, which decides the plain cases without counting.
+            is_enough = wanted <= total and (
+                self.packs_before.find(wanted - 1, self.num_windows) is not None
+            )
+        if not is_enough:
+            raise self._too_short(f"steps={steps}")
+
+    @cached_property
+    def packs_before(self) -> PackTable:
+        """Where the packs of each window begin, when packs are the unit."""
+        stem = self._table_stem
+        name = f"{stem and stem.name}.packs-{self.fingerprint[:_TABLE_CHARS]}"
+        path = None if stem is None else stem.with_name(name)
+        return PackTable(self.count_packs, path, self.fingerprint)
+
+    @property
+    def num_windows(self) -> int | None:
+        """Windows of `batch.window` draws until all sources have left; None without an end."""
+        total = self._blend.num_draws
+        return None if total is None else math.ceil(total / self.batch.window)
+
+    def count_packs(self, window: int) -> int:
+        """Packs that the window's draws make."""
+        return len(self._groups_of(window)[1])
+
+    def _draw(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The fields of `SampleRef` as columns: int64 [stop - start, 5]."""
+        sources, numbers = self._blend.draws(start, stop)
+        table = np.empty((len(sources), 5), dtype=np.int64)
+        for number, order in enumerate(self._orders):
+            places = np.flatnonzero(sources == number)
+            if len(places) == 0:
+                continue
+            # A source's draws inside a range of the blend follow each other.
+            first = int(numbers[places[0]])
+            shards, rows = order.locate(first, first + len(places))
+            table[places, 0] = number
+            table[places, 1] = shards
+            table[places, 2] = rows
+            for shard in np.unique(shards).tolist():
+                lengths, own = self.sources[number].lengths[shard], shards == shard
+                table[places[own], 3] = lengths.num_tokens[rows[own]]
+                table[places[own], 4] = lengths.num_tiles[rows[own]]
+        return table
+
+    def _refs(self, table: NDArray[np.int64]) -> list[SampleRef]:
+        return [SampleRef(*fields) for fields in table.tolist()]
+
+    def _groups(self, table: NDArray[np.int64]) -> list[list[int]]:
+        lengths, tiles = table[:, 3].tolist(), table[:, 4].tolist()
+        return best_fit_decreasing(
+            lengths, self.sequence_length, tiles, self.batch.max_tiles_per_pack
+        )
+
+    def _to_packs(
+        self, table: NDArray[np.int64], groups: Sequence[Sequence[int]]
+    ) -> list[PackPlan]:
+        samples = self._refs(table)
+        return [PackPlan(tuple(samples[i] for i in group)) for group in groups]
+
+    def _packs(self, start: int, stop: int) -> list[PackPlan]:
+        """Packs [start, stop) of the stage when packs are the unit; none when they are too few."""
+        table = self.packs_before
+        if table.find(stop - 1, self.num_windows) is None:
+            return []
+        found: list[PackPlan] = []
+        while len(found) < stop - start:
+            window = table.find(start + len(found), self.num_windows)
+            assert window is not None
+            skip = start + len(found) - table.before(window)
+            found += self._window(window)[skip : skip + stop - start - len(found)]
+        return found
+
+    def _make_groups(self, window: int) -> tuple[NDArray[np.int64], list[list[int]]]:
+        """The draws of a window, and which of them share a pack."""
+        size = self.batch.window
+        table = self._draw(window * size, (window + 1) * size)
+        return table, self._groups(table)
+
+    def _make_window(self, window: int) -> list[PackPlan]:
+        """Packs of one window of draws, shuffled: packing makes them from long to short samples."""
+        packs = self._to_packs(*self._groups_of(window))
+        order = hashed_permutation(len(packs), stable_hash("packs", self.seed, window))
+        return [packs[index] for index in order.tolist()]
+
+    def _too_short(self, wanted: str) -> TrainingError:
+        limits = ", ".join(
+            f"{source.name} {source.max_draws:,}"
+            for source in self.sources
+            if source.max_draws is not None
+        )
+        return TrainingError(
+            f"{wanted} is more than the blend gives with batch.size={self.batch.size} "
+            f"{self.batch.unit}: its sources leave after {self._blend.num_draws:,} samples "
+            f"({limits}; epochs and max_samples of the data recipe); make fewer steps, or raise "
+            "the limits"
+        )
+
+
+def _order(source: Source, seed: int) -> SourceOrder:
+    lengths = source.lengths
+    return SourceOrder(
+        source.table.num_usable, lambda shard: lengths[shard].usable_rows(), seed, source.name
+    )

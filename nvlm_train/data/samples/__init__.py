@@ -1,0 +1,1 @@
+"""A record to tokens: messages, chat format, image slots, labels, and what crosses."""

@@ -1,0 +1,1 @@
+"""The demo's small pretrained backbones, and how they were trained."""

@@ -1,0 +1,143 @@
+"""What the model answers to a few samples of the stage, now and then: pictures as the model sees them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nvlm_train.config.schema import Recipe
+from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.evaluation.generate import Prompt, generate
+from nvlm_train.evaluation.prompts import encode_turns
+from nvlm_train.tiling import Grid
+from nvlm_train.tokens import IMAGE_MARKER
+from nvlm_train.train.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 64
+"""Draws of the stage among which examples are looked for."""
+_GAP = 4
+"""Pixels between tiles in a picture."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of the table."""
+
+    source: str
+    key: str
+    question: str
+    reference: str
+    answer: str
+    tags: str
+    tiles_HWC: NDArray[np.uint8]
+    """All tiles side by side, each image on its own rows; empty for text."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    prompt: Prompt
+    row: Example
+
+
+class ExampleSet:
+    """The first samples of a stage that have pictures. Made and used by all ranks alike.
+
+    It draws nothing from the random number generators and leaves the model as it was, so a run with
+    examples has the losses of one without.
+    """
+
+    def __init__(self, recipe: Recipe, stage: str, plan: DataPlan, encoder: SampleEncoder) -> None:
+        self._settings, self._stage = recipe.tracking, stage
+        self._num_steps = recipe.stages[stage].steps
+        self._encoder = encoder
+        wanted = self._settings.num_examples if self._settings.wandb != "off" else 0
+        found = _questions(plan, encoder, self._settings.example_tokens) if wanted else iter(())
+        self._questions = [question for question, _ in zip(found, range(wanted), strict=False)]
+
+    def is_due(self, step: int) -> bool:
+        """Whether to answer after `step` steps of the stage: at its end, and at the recipe's interval."""
+        every = self._settings.examples_every
+        due = step == self._num_steps or (every is not None and step % every == 0)
+        return due and bool(self._questions)
+
+    def answer(self, engine: Engine) -> list[Example]:
+        """The model's answers now, on every rank. Called by all ranks."""
+        tokenizer = self._encoder.tokenizer
+        prompts = [question.prompt for question in self._questions]
+        engine.model.eval()
+        try:
+            ids = generate(
+                engine.replica, prompts, self._settings.example_tokens, tokenizer.turn_end
+            )
+        finally:
+            engine.model.train()
+        answers = [tokenizer.decode(each).strip() for each in ids]
+        rows = [question.row for question in self._questions]
+        return [replace(row, answer=text) for row, text in zip(rows, answers, strict=True)]
+
+
+def _questions(plan: DataPlan, encoder: SampleEncoder, room: int) -> Iterator[_Question]:
+    """Of the stage's first draws each sample once that has pictures and fits; text-only ones are last."""
+    draws = dict.fromkeys(plan.draws(0, _LOOKED_AT))
+    for sample in sorted(draws, key=lambda draw: draw.num_tiles == 0):
+        reader = plan.reader(sample)
+        sizes = reader.index.image_sizes(sample.row)
+        turns = encoder.turns(reader.key(sample.row), reader.record(sample.row), sizes)
+        first = [turn.role for turn in turns].index("assistant")
+        asked = turns[:first]
+        num_images = sum(turn.text.count(IMAGE_MARKER) for turn in asked)
+        images = [reader.image(sample.row, number) for number in range(num_images)]
+        try:
+            prompt = encode_turns(encoder, asked, images, room)
+        except ValueError as error:
+            logger.info("sample=%s is no example: %s", reader.key(sample.row), error)
+            continue
+        encoded = prompt.encoded
+        row = Example(
+            source=plan.sources[sample.source].name,
+            key=reader.key(sample.row),
+            question="\n".join(turn.text for turn in asked),
+            reference=turns[first].text,
+            answer="",
+            tags=" ".join(tag for image in encoded.images for tag in encoder.format.tags(image)),
+            tiles_HWC=picture(prompt.tiles_TCEE, encoded.grids, encoded.tiles_per_image),
+        )
+        yield _Question(prompt, row)
+
+
+def picture(tiles_TCEE: Tensor, grids: Sequence[Grid], counts: Sequence[int]) -> NDArray[np.uint8]:
+    """Tiles as the model gets them, laid out as they lie in their images: uint8 [H, W, 3].
+
+    Images are below each other, a thumbnail stands right of its image's tiles; white gaps.
+
+    Args:
+        tiles_TCEE: uint8 [T, 3, E, E], image after image.
+        grids: (columns, rows) of each image.
+        counts: tiles of each image, thumbnail included.
+    """
+    edge = tiles_TCEE.shape[-1] + _GAP
+    columns = [
+        grid[0] + (count > grid[0] * grid[1]) for grid, count in zip(grids, counts, strict=True)
+    ]
+    rows = [grid[1] for grid in grids]
+    if not columns:
+        return np.zeros((0, 0, 3), dtype=np.uint8)
+    canvas = np.full((sum(rows) * edge - _GAP, max(columns) * edge - _GAP, 3), 255, dtype=np.uint8)
+    tiles = iter(tiles_TCEE.permute(0, 2, 3, 1).numpy())
+    top = 0
+    for grid, count in zip(grids, counts, strict=True):
+        for number in range(count):
+            is_regular = number < grid[0] * grid[1]
+            row, column = divmod(number, grid[0]) if is_regular else (0, grid[0])
+            y, x = (top + row) * edge, column * edge
+            canvas[y : y + edge - _GAP, x : x + edge - _GAP] = next(tiles)
+        top += grid[1]
+    return canvas

@@ -1,0 +1,86 @@
+"""What a person sees of a step: a live line on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from nvlm_train.train.tracking.metrics_log import Record
+
+logger = logging.getLogger(__name__)
+
+
+class StepView(Protocol):
+    """Shows steps as they come."""
+
+    def show(self, record: Record) -> None:
+        """Shows one step."""
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+
+
+def open_view(total_steps: int, steps_done: int, every: int) -> StepView:
+    """A live line when stderr is a terminal, plain log lines otherwise.
+
+    Args:
+        total_steps: of the whole schedule.
+        steps_done: where the run continues.
+        every: plain lines come every so many steps.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        return _LiveLine(console, total_steps, steps_done)
+    return _PlainLines(total_steps, every)
+
+
+def summary(record: Record) -> str:
+    """The numbers of a step that one looks at, in one short line.
+
+    >>> summary({"stage": "sft", "step": 3, "loss": 2.5, "lr": 1e-4})
+    'sft step 3 loss 2.5000 lr 1.00e-04'
+    """
+    shapes = {
+        "loss": "loss {:.4f}",
+        "grad_norm": "grad {:.3f}",
+        "lr": "lr {:.2e}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "tflops_per_rank": "{:.3g} TFLOP/s",
+    }
+    words = [shape.format(float(record[key])) for key, shape in shapes.items() if key in record]
+    if record.get("skipped_samples"):
+        words.append(f"skipped {record['skipped_samples']}")
+    return " ".join([f"{record.get('stage', '')} step {record.get('step', '')}", *words])
+
+
+class _PlainLines:
+    def __init__(self, total_steps: int, every: int) -> None:
+        self._total, self._every = total_steps, every
+
+    def show(self, record: Record) -> None:
+        done = int(record["global_step"])
+        if done % self._every == 0 or done == self._total:
+            logger.info("%s (%d/%d)", summary(record), done, self._total)
+
+    def close(self) -> None:
+        return
+
+
+class _LiveLine:
+    def __init__(self, console: Console, total_steps: int, steps_done: int) -> None:
+        columns = (BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"))
+        self._progress = Progress(
+            *columns, TextColumn("{task.description}"), TimeRemainingColumn(), console=console
+        )
+        self._task: TaskID = self._progress.add_task("", total=total_steps, completed=steps_done)
+        self._progress.start()
+
+    def show(self, record: Record) -> None:
+        done = int(record["global_step"])
+        self._progress.update(self._task, completed=done, description=summary(record))
+
+    def close(self) -> None:
+        self._progress.stop()

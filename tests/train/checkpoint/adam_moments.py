@@ -1,0 +1,89 @@
+"""Runs on the workers: optimizer states of the small model, saved and loaded in other layouts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+from torch import Tensor
+
+from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.train import engine as engine_module
+from nvlm_train.train.checkpoint import sharded_state
+from nvlm_train.train.checkpoint.mcore_fixes import distributed_optimizers
+from nvlm_train.train.engine import Engine
+from nvlm_train.train.step import run_step
+from tests.parity import recipes
+from tests.parity.gradients import start_engine
+from tests.train.checkpoint.direct_save import save_directly
+
+BUCKET = 2000
+"""Elements of a gradient bucket: the small model then has many, each padded."""
+Moments = dict[str, dict[str, Tensor]]
+
+
+def train_and_save(parallel: ParallelConfig, directory: Path, is_fixed: bool) -> list[int]:
+    """Three steps with several buckets, then a save. Returns the padding behind each bucket but the last."""
+    with _small_buckets():
+        engine = _trained(parallel)
+    with _fix(is_fixed):
+        save_directly(engine, directory)
+    buckets = [bucket for buffer in engine.model.buffers for bucket in buffer.buckets[:-1]]
+    return [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buckets]
+
+
+def load(directory: Path) -> Moments:
+    """Moments after a load into a single process."""
+    engine = start_engine(ParallelConfig())
+    sharded_state.load(engine, directory, same_layout=False)
+    return _moments(engine)
+
+
+def trained_moments() -> Moments:
+    """Moments of the same training in a single process, never saved."""
+    return _moments(_trained(ParallelConfig()))
+
+
+def _trained(parallel: ParallelConfig) -> Engine:
+    # The bias of keys has next to no gradient (softmax does not see it), and Adam makes whole steps of
+    # its rounding errors: with a small rate they stay rounding errors of the bias.
+    engine = start_engine(parallel, lr=1e-4)
+    for step in range(3):
+        batch = recipes.step_batch(recipes.MIXED, engine.topology.share, step)
+        run_step(engine, batch, num_sources=2)
+    return engine
+
+
+def _moments(engine: Engine) -> Moments:
+    """By the module's own parameter names; in a single process every parameter is whole."""
+    (optimizer,) = distributed_optimizers(engine.optimizer)
+    found: Moments = {}
+    for name, parameter in engine.model.module.named_parameters():
+        state = optimizer._get_main_param_and_optimizer_states(parameter)
+        found[name] = {
+            kind: state[kind].detach().clone() for kind in ("exp_avg", "exp_avg_sq", "param")
+        }
+    return found
+
+
+@contextlib.contextmanager
+def _small_buckets() -> Iterator[None]:
+    original = engine_module.ddp_config
+
+    def small(stage):
+        return dataclasses.replace(original(stage), overlap_grad_reduce=True, bucket_size=BUCKET)
+
+    with mock.patch.object(engine_module, "ddp_config", small):
+        yield
+
+
+@contextlib.contextmanager
+def _fix(is_fixed: bool) -> Iterator[None]:
+    if is_fixed:
+        yield
+        return
+    with mock.patch.object(sharded_state, "keep_bucket_padding", lambda optimizer: None):
+        yield

@@ -1,0 +1,145 @@
+"""Runs on the workers: checkpoints between kernel libraries.
+
+Transformer Engine needs a GPU. What it does to a checkpoint does not: its modules have an extra state
+(`_extra_state`, empty without FP8), and its Adam keeps fields of its own in each group. Stand-ins do
+the same two things here; `tests/train/checkpoint/test_other_kernels.py -m gpu` uses the library itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core import optimizer as factory
+from torch import Tensor
+
+from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.model import layers
+from nvlm_train.parallel import kernels
+from nvlm_train.parallel.adam import GroupStepAdamW
+from nvlm_train.parallel.topology import process_group
+from nvlm_train.train.checkpoint import sharded_state
+from nvlm_train.train.engine import Engine
+from nvlm_train.train.step import run_step
+from tests.parity import recipes
+from tests.parity.gradients import gather, start_engine
+from tests.train.checkpoint.direct_save import save_directly
+
+
+class NormWithState(layers.RMSNorm):
+    """A norm with an extra state, as Transformer Engine's modules have without FP8: an empty tensor."""
+
+    def get_extra_state(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        assert state is None or state.numel() == 0
+
+
+class AdamWithCorrection(GroupStepAdamW):
+    """An Adam that reads a field which only its own groups have, as fused ones read this."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for group in self.param_groups:
+            group["bias_correction"] = True
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert all(group["bias_correction"] for group in self.param_groups)
+        super().step(closure)
+
+
+@contextlib.contextmanager
+def library(name: str) -> Iterator[None]:
+    """`own` or `other`, the stand-in; on a GPU `torch` or `transformer_engine`, the real ones."""
+    if name in ("torch", "transformer_engine"):
+        chosen = kernels.choose(
+            kernels.Available(
+                cuda=True,
+                transformer_engine=name == "transformer_engine",
+                apex=False,
+                apex_weight_gradient=False,
+            )
+        )
+        with mock.patch.object(kernels, "detect", lambda: chosen):
+            yield
+        return
+    if name == "own":
+        yield
+        return
+    with (
+        mock.patch.object(layers, "RMSNorm", NormWithState),
+        mock.patch.object(factory, "Adam", AdamWithCorrection),
+    ):
+        yield
+
+
+def across(writer: str, reader: str, parallel: ParallelConfig, directory: Path) -> tuple[Any, Any]:
+    """One step, a save with one library's modules, a load with another's, one more step.
+
+    Returns:
+        Weights at the end, and those of an engine that was never saved; on rank 0.
+    """
+    with library(writer):
+        first = start_engine(parallel)
+        _step(first, 0)
+        save_directly(first, directory)
+    with library(reader):
+        second = start_engine(parallel)
+        sharded_state.load(second, directory, same_layout=True)
+        _step(second, 1)
+        third = start_engine(parallel)
+        sharded_state.load_weights(third.model.module, directory)
+    with_weights = _weights(third)
+    assert all(torch.equal(with_weights[name], value) for name, value in _weights(first).items())
+    _step(first, 1)
+    return _weights(second), _weights(first)
+
+
+def number_of_states(name: str) -> int:
+    """Modules with an extra state in an engine: the stand-in stands where norms do."""
+    with library(name):
+        engine = start_engine(ParallelConfig())
+    modules = engine.model.module.modules()
+    return sum(isinstance(module, NormWithState) for module in modules)
+
+
+def _step(engine: Engine, number: int) -> None:
+    run_step(engine, recipes.step_batch(recipes.MIXED, engine.topology.share, number), 2)
+
+
+def _weights(engine: Engine) -> dict[str, Tensor]:
+    return gather(engine, lambda parameter: parameter.data)
+
+
+def load_without_a_shard(directory: Path) -> str:
+    """A file goes after the digests were read, and torch's own exception comes."""
+    from nvlm_train.errors import CheckpointError
+
+    engine = start_engine(ParallelConfig())
+    _step(engine, 0)
+    save_directly(engine, directory)
+    for path in directory.glob("*.distcp"):
+        path.write_bytes(b"")
+    try:
+        sharded_state.load(engine, directory, same_layout=True)
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+def main(directory: Path) -> None:
+    """On a GPU: both ways between torch's kernels and Transformer Engine's."""
+    pairs = [("torch", "transformer_engine"), ("transformer_engine", "torch")]
+    with process_group():
+        for writer, reader in pairs:
+            across(writer, reader, ParallelConfig(), directory / writer)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
