@@ -34,7 +34,7 @@ def microseconds(function: Callable[[], object]) -> float:
 
 def watching() -> dict[str, float]:
     """A step's calls into the health package, with a full window."""
-    from nvlm_train.config.health_schema import HealthConfig
+    from nvlm_train.config.schema import HealthConfig
     from nvlm_train.train.health.activity import Activity
     from nvlm_train.train.health.losses import LossWatch
     from nvlm_train.train.health.watchdog import Member, Watchdog

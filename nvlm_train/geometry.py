@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nvlm_train.config.model_schema import (
+from nvlm_train.config.schema import (
     LanguageConfig,
     ModelConfig,
     ProjectorConfig,
+    StageConfig,
     VisionConfig,
 )
-from nvlm_train.config.schema import StageConfig
 
 PIXEL_SHUFFLE = 2
 """Pixel shuffle joins 2 x 2 neighbouring patches into one token (NVLM 1.0, section 4.1)."""

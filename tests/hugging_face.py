@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nvlm_train.config.model_schema import LanguageConfig, VisionConfig
+from nvlm_train.config.schema import LanguageConfig, VisionConfig
 
 
 def sizes(language: LanguageConfig) -> dict[str, Any]:

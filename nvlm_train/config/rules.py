@@ -1,22 +1,16 @@
-"""Rules that span several fields of a recipe: small functions that yield problems; all of them run."""
+"""The rules that span several fields of a recipe: small functions that yield problems; all of them run."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from nvlm_train.config.cross_rules import (
-    architecture_has_its_parts,
-    gates_open_at_some_time,
-    thumbnail_is_there,
-)
-from nvlm_train.config.health_rules import health_is_usable
-from nvlm_train.config.model_schema import ModelConfig
-from nvlm_train.config.ranges import Problems, below_one, divisors, in_range, use
-from nvlm_train.config.run_rules import counters_are_positive, run_dir_is_a_directory
-from nvlm_train.config.schema import Recipe, StageConfig
+from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
 from nvlm_train.errors import ConfigError
+
+Problems = Iterator[str]
+"""What a rule yields: `name=value`, the rule, the remedy."""
 
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -127,6 +121,104 @@ def language_shapes_fit(recipe: Recipe) -> Problems:
         yield f"{name}.num_kv_heads={groups} does not divide {name}.num_heads={heads}; {remedy}"
 
 
+def counters_are_positive(recipe: Recipe) -> Problems:
+    """Reading, saving and tracking: nothing negative, nothing that would never happen."""
+    loader, checkpoint = recipe.loader, recipe.checkpoint
+    yield from in_range("seed", recipe.seed, 0)
+    yield from in_range("loader.workers", loader.workers, 0)
+    yield from in_range("loader.prefetch_steps", loader.prefetch_steps, 1)
+    yield from in_range("loader.read_attempts", loader.read_attempts, 1)
+    yield from in_range("loader.max_skipped_fraction", loader.max_skipped_fraction, 0, 1)
+    yield from in_range("loader.max_image_pixels", loader.max_image_pixels, 1)
+    for key in ("prefetch_gib", "cache_gib"):
+        if getattr(loader, key) <= 0:
+            yield f"loader.{key}={getattr(loader, key)} is out of range; use more than 0"
+    yield from in_range("checkpoint.interval_steps", checkpoint.interval_steps, 1)
+    yield from in_range("checkpoint.keep_last", checkpoint.keep_last, 1)
+    yield from in_range("checkpoint.max_failed_saves", checkpoint.max_failed_saves, 0)
+    tracking = recipe.tracking
+    yield from in_range("tracking.log_every", tracking.log_every, 1)
+    yield from in_range("tracking.num_examples", tracking.num_examples, 0)
+    yield from in_range("tracking.example_tokens", tracking.example_tokens, 1)
+    if tracking.examples_every is not None:
+        yield from in_range("tracking.examples_every", tracking.examples_every, 1)
+
+
+def health_is_usable(recipe: Recipe) -> Problems:
+    """No count below zero, no limit that healthy steps would break, none that could never be reached."""
+    health = recipe.health
+    least = {
+        "max_non_finite_steps": 0,
+        "spike_window": 8,
+        "spike_threshold": 1.0,
+        "spike_skip_steps": 0,
+        "max_rollbacks": 0,
+        "hang_factor": 2.0,
+        "hang_floor_seconds": 1.0,
+        "straggler_interval_steps": 1,
+        "straggler_threshold": 1.01,
+        "straggler_patience": 1,
+        "heartbeat_seconds": 0.1,
+    }
+    for name, low in least.items():
+        yield from in_range(f"health.{name}", getattr(health, name), low)
+    if health.hang_grace_seconds < health.hang_floor_seconds:
+        yield (
+            f"health.hang_grace_seconds={health.hang_grace_seconds} is below "
+            f"health.hang_floor_seconds={health.hang_floor_seconds}; first steps and saves take longer "
+            "than steps do: use at least as much"
+        )
+
+
+def run_dir_is_a_directory(recipe: Recipe) -> Problems:
+    """A checkpoint becomes visible by one atomic rename, which object stores do not have."""
+    if "://" in recipe.run_dir:
+        yield (
+            f"run_dir={recipe.run_dir} is a URL; checkpoints need a file system that renames directories: "
+            "use a local or shared directory, and copy checkpoints/STAGE-STEP from there when its "
+            "manifest.json exists"
+        )
+
+
+def architecture_has_its_parts(recipe: Recipe) -> Problems:
+    """X and H read tiles through cross-attention; D has none."""
+    model = recipe.model
+    name, cross = f"model.architecture={model.architecture}", model.cross_attention
+    if model.architecture == "d" and cross is not None:
+        yield f"{name} sends every tile to the decoder; remove model.cross_attention, or use x or h"
+    if model.architecture != "d" and cross is None:
+        yield f"{name} needs model.cross_attention; state model.cross_attention.every, or use d"
+    if model.resampler is not None:
+        yield from in_range("model.resampler.num_latents", model.resampler.num_latents, 1)
+        yield from in_range("model.resampler.num_layers", model.resampler.num_layers, 1)
+        if model.architecture != "x":
+            yield (
+                f"{name} splices tokens into the decoder, which model.resampler would replace; "
+                "use x, or remove model.resampler"
+            )
+    if cross is None:
+        return
+    yield from in_range("model.cross_attention.every", cross.every, 1)
+    if cross.every > model.language.num_layers:
+        yield (
+            f"model.cross_attention.every={cross.every} is more than model.language.num_layers="
+            f"{model.language.num_layers}: no layer would have cross-attention; use at most that"
+        )
+
+
+def gates_open_at_some_time(recipe: Recipe) -> Problems:
+    """Gates start at zero: cross-attention that never trains would keep the tiles out for good."""
+    stages = [recipe.stages[name] for name in recipe.schedule if name in recipe.stages]
+    if recipe.model.cross_attention is None or not stages:
+        return
+    if not any("cross_attention" in stage.trainable for stage in stages):
+        yield (
+            f"model.architecture={recipe.model.architecture}: no stage of the schedule trains "
+            "cross_attention, whose gates start at 0, so that cross-routed tiles would never be seen; "
+            "add cross_attention to a stage's trainable"
+        )
+
+
 # ---- one stage ----
 
 
@@ -217,6 +309,50 @@ def layout_fits_world(path: str, stage: StageConfig, world_size: int) -> Problem
             f"{path}.parallel: tensor={layout.tensor} x pipeline={layout.pipeline} = {replica} ranks do not "
             f"divide the world of {world_size}; start a multiple of {replica} processes or change the layout"
         )
+
+
+def thumbnail_is_there(path: str, stage: StageConfig, model: ModelConfig) -> Problems:
+    """H's decoder sees an image through its thumbnail only."""
+    if model.architecture == "h" and not stage.tiling.thumbnail:
+        yield (
+            f"{path}.tiling.thumbnail=false leaves nothing of a tiled image in the decoder of "
+            "model.architecture=h; set it to true, or use x"
+        )
+
+
+# ---- what rules are made of ----
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending.
+
+    >>> divisors(6)
+    [1, 2, 3, 6]
+    """
+    return [value for value in range(1, number + 1) if number % value == 0]
+
+
+def use(values: list[int]) -> str:
+    """The remedy that lists them.
+
+    >>> use([1, 2, 4])
+    'use 1, 2 or 4'
+    """
+    words = [str(value) for value in values]
+    return "use " + (f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0])
+
+
+def in_range(name: str, value: float, low: float, high: float = math.inf) -> Problems:
+    """A problem when `value` lies outside the range, which is closed at both ends."""
+    if not low <= value <= high:
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        yield f"{name}={value} is out of range; use {limits}"
+
+
+def below_one(name: str, value: float) -> Problems:
+    """A problem when `value` is no rate: 0 or more and less than 1."""
+    if not 0.0 <= value < 1.0:
+        yield f"{name}={value} is out of range; use 0 or more and less than 1"
 
 
 _RECIPE_RULES: tuple[Callable[[Recipe], Problems], ...] = (

@@ -1,4 +1,4 @@
-"""The recipe: one frozen dataclass per recipe group. No torch, no megatron, no file access.
+"""The recipe: one frozen dataclass per recipe group, the whole of it on this page. No torch, no megatron.
 
 A field without a default must be stated by a recipe file. `docs/recipes.md` explains how the YAML
 groups map onto these classes; `rules.py` holds the rules that span several fields.
@@ -10,14 +10,115 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from nvlm_train.config.health_schema import HealthConfig
-from nvlm_train.config.model_schema import ModelConfig
-
 RECIPE_FORMAT = 1
 """Grows when a field changes its meaning or its name; `load.py` refuses others."""
 
 TrainablePart = Literal["projector", "cross_attention", "language_model"]
 TileTags = Literal["none", "1d", "2d_grid", "2d_bbox"]
+
+Architecture = Literal["d", "x", "h"]
+ChatTemplateName = Literal["qwen2", "yi"]
+
+
+# ---- model ----
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """InternViT-style vision encoder: always frozen, never sharded (NVLM 1.0, section 4.1)."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    ffn_hidden_size: int
+    tile_size: int
+    """Edge of a square tile in pixels (448 in the paper)."""
+    patch_size: int
+    norm_eps: float = 1e-6
+    weights: str | None = None
+    """Directory with config.json and model.safetensors (InternVL vision layout), or none for random ones."""
+    batch_tiles: int = 8
+    """Tiles of one encoder forward. Fixed, so that features do not depend on who computes them."""
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """LayerNorm, Linear, GELU, Linear; no biases on the linears, as released for NVLM-D."""
+
+    ffn_hidden_size: int | None
+    """Width between the two linears; none for LayerNorm and one linear (NVLM-X, section 4.5)."""
+    norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Perceiver resampler behind the projector: for a Flamingo-style baseline; NVLM has none."""
+
+    num_latents: int
+    """Tokens that remain of a tile."""
+    num_layers: int = 2
+
+
+@dataclass(frozen=True)
+class CrossAttentionConfig:
+    """Gated cross-attention in some layers of the language model (NVLM 1.0, sections 4.3 to 4.5)."""
+
+    every: int
+    """In layers `every`, 2 `every`, ...: 8 of 80 layers at 72B, 6 of 60 at 34B, so 10 of them."""
+    feed_forward: Literal["none", "gated"] = "none"
+    """`gated` adds a feed-forward with a gate of its own, as Flamingo has; Figure 3 of NVLM shows none."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Qwen2-shaped decoder: GQA, RMSNorm, SwiGLU, RoPE, untied embeddings."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_hidden_size: int
+    vocab_size: int
+    """Rows of the embedding table, padding rows included."""
+    norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    qkv_bias: bool = True
+    init_std: float = 0.014
+    weights: str | None = None
+    """Directory with config.json and *.safetensors (docs/weights.md), or none for random ones."""
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A Hugging Face fast tokenizer, the chat template, and the special tokens that it needs."""
+
+    path: str
+    """A tokenizer.json, or a directory that holds one."""
+    pad: str = "<|endoftext|>"
+    turn_start: str = "<|im_start|>"
+    turn_end: str = "<|im_end|>"
+    template: ChatTemplateName = "qwen2"
+    """`yi` for NVLM's 34B models; see `nvlm_train.tokens.TEMPLATES`."""
+    thumbnail_tag: str | None = None
+    """None for the template's own."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained. The architecture is a table of routes: see `nvlm_train.routes`."""
+
+    architecture: Architecture
+    vision: VisionConfig
+    projector: ProjectorConfig
+    language: LanguageConfig
+    tokenizer: TokenizerConfig
+    cross_attention: CrossAttentionConfig | None = None
+    """Needed by `x` and `h`, absent from `d`."""
+    resampler: ResamplerConfig | None = None
+    """For `x` only: cross-attention then reads latents instead of a tile's tokens."""
+
+
+# ---- stages ----
 
 
 @dataclass(frozen=True)
@@ -95,6 +196,9 @@ class StageConfig:
     """On the weights of self- and cross-attention."""
 
 
+# ---- the run ----
+
+
 @dataclass(frozen=True)
 class LoaderConfig:
     """Reading: background threads and what is done with samples that cannot be read."""
@@ -148,6 +252,39 @@ class TrackingConfig:
     """Steps between two such tables; none for one at the end of each stage."""
     example_tokens: int = 32
     """Longest answer of an example; each token is a forward pass."""
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """What is done when a run falls ill while nobody looks. `docs/health.md` explains each part."""
+
+    max_non_finite_steps: int = 3
+    """Steps in a row whose loss or gradient norm is not finite that are left out; one more stops the
+    run, and 0 stops it at the first."""
+    spike: Literal["off", "warn", "rollback"] = "warn"
+    """`rollback` goes back to the newest checkpoint and leaves out the steps around the spike."""
+    spike_window: int = 128
+    """Steps whose losses say what is usual; a quarter of them must be there before anything is a spike."""
+    spike_threshold: float = 10.0
+    """A spike lies so many scaled MADs (robust standard deviations) above the window's median."""
+    spike_skip_steps: int = 10
+    """Steps left out on either side of the spike after a rollback."""
+    max_rollbacks: int = 3
+    """In a run; one more spike stops it."""
+    hang_factor: float = 10.0
+    """A step that takes so many times the median step is a hang,"""
+    hang_floor_seconds: float = 300.0
+    """but not before so many seconds,"""
+    hang_grace_seconds: float = 1800.0
+    """and so many where long waits are usual: a stage's first steps, saving, evaluation."""
+    straggler_interval_steps: int = 50
+    """Steps over which the ranks' own times are summed before they are compared."""
+    straggler_threshold: float = 1.2
+    """A rank is slow when its own time is so many times the median of all ranks',"""
+    straggler_patience: int = 3
+    """and a straggler when it is the slowest and slow so many comparisons in a row."""
+    heartbeat_seconds: float = 10.0
+    """Between two writes of RUN_DIR/heartbeat.json."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from nvlm_train.config.model_schema import LanguageConfig
+from nvlm_train.config.schema import LanguageConfig
 from nvlm_train.convert.family import Family, family_of, key_problems, read_config, tensor_problems
 from nvlm_train.convert.headers import Headers, read_headers
 from nvlm_train.convert.ignored import BOOKKEEPING, GENERATION

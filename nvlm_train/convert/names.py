@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nvlm_train.config.model_schema import LanguageConfig
+from nvlm_train.config.schema import LanguageConfig
 
 Join = Callable[[LanguageConfig, Sequence[Tensor]], Tensor]
 Split = Callable[[LanguageConfig, Tensor], Sequence[Tensor]]

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from nvlm_train.config.model_schema import CrossAttentionConfig, LanguageConfig
+from nvlm_train.config.schema import CrossAttentionConfig, LanguageConfig
 from nvlm_train.model.block import decoder_block_spec
 from nvlm_train.model.last_layer import Pack, wanted_positions
 from nvlm_train.parallel.kernels import Kernels

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nvlm_train.batch import CrossContext
-from nvlm_train.config.model_schema import ModelConfig
+from nvlm_train.config.schema import ModelConfig
 from nvlm_train.geometry import tile_feature_size
 from nvlm_train.model import context_p2p
 from nvlm_train.model.language import LanguageModel

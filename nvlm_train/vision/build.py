@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nvlm_train.config.model_schema import VisionConfig
+from nvlm_train.config.schema import VisionConfig
 from nvlm_train.convert.problem import refuse
 from nvlm_train.convert.vision import FILE, PREFIX, vision_problems
 from nvlm_train.vision.intern_vit import InternViT

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nvlm_train.config.model_schema import VisionConfig
+from nvlm_train.config.schema import VisionConfig
 from nvlm_train.convert.vision import PREFIX
 from nvlm_train.errors import CheckpointError
 

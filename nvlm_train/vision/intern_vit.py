@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nvlm_train.config.model_schema import VisionConfig
+from nvlm_train.config.schema import VisionConfig
 from nvlm_train.geometry import PIXEL_SHUFFLE, patches_per_side
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from nvlm_train.batch import RankShare
-from nvlm_train.config.model_schema import LanguageConfig
-from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.config.schema import LanguageConfig, ParallelConfig
 from nvlm_train.convert.names import to_hugging_face
 from nvlm_train.convert.reader import qwen2_source
 from nvlm_train.errors import CheckpointError

@@ -8,19 +8,17 @@ from typing import Literal
 import torch
 
 from nvlm_train.batch import Microbatch, RankShare, Round, SampleInfo, StepBatch
-from nvlm_train.config.model_schema import (
-    LanguageConfig,
-    ModelConfig,
-    ProjectorConfig,
-    TokenizerConfig,
-    VisionConfig,
-)
 from nvlm_train.config.schema import (
     BatchConfig,
+    LanguageConfig,
+    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProjectorConfig,
     Recipe,
     StageConfig,
+    TokenizerConfig,
+    VisionConfig,
 )
 from nvlm_train.geometry import tokens_per_tile
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
-from nvlm_train.config.health_schema import HealthConfig
+from nvlm_train.config.schema import HealthConfig
 
 Doing = Literal["starting", "training", "saving", "evaluating", "ended", "failed"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
-from nvlm_train.config.health_schema import HealthConfig
+from nvlm_train.config.schema import HealthConfig
 
 _MAD_TO_DEVIATION = 1.4826
 """A normal distribution's standard deviation in units of its median absolute deviation."""

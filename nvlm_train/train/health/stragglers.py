@@ -14,7 +14,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from nvlm_train.config.health_schema import HealthConfig
+from nvlm_train.config.schema import HealthConfig
 from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.parallel.waiting import waited
 

@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nvlm_train.config.health_schema import HealthConfig
+from nvlm_train.config.schema import HealthConfig
 from nvlm_train.errors import TrainingError
 from nvlm_train.train.health import collectives, ending
 from nvlm_train.train.health.activity import Activity, patience

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nvlm_train.config.health_schema import HealthConfig
+from nvlm_train.config.schema import HealthConfig
 from nvlm_train.errors import ConfigError, TrainingError
 from nvlm_train.train.health import memory
 from nvlm_train.train.health.activity import Activity, patience
