@@ -1,8 +1,13 @@
-"""The architecture, kept by reading imports: downward only, and some packages in one file only."""
+"""The architecture, kept by reading imports: downward only, and some packages in one file only.
+
+A package whose docstring lists floors is a house: its rooms (files and packages in it) import rooms of
+lower floors only. `nvlm_train` is one, and so are `data` and `train` in it.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +18,11 @@ import nvlm_train
 
 ROOT = Path(nvlm_train.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+HOUSES = ["nvlm_train", "nvlm_train.data", "nvlm_train.train"]
+WIDEST = 14
+"""Python files of a folder, at most."""
+LONGEST = 400
+"""Lines of a file, at most."""
 ONLY_IN = {
     "hydra": "config/load.py",
     "omegaconf": "config/load.py",
@@ -23,10 +33,10 @@ ONLY_IN = {
 }
 
 
-def floors() -> dict[str, int]:
+def floors(house: str) -> dict[str, int]:
     """Room to floor, as the package's docstring lists them."""
     found: dict[str, int] = {}
-    for line in (nvlm_train.__doc__ or "").splitlines():
+    for line in (importlib.import_module(house).__doc__ or "").splitlines():
         match = re.fullmatch(r"    (\d+)  ((?:\w+ )*\w+)  .*", line)
         if match:
             found |= dict.fromkeys(match[2].split(), int(match[1]))
@@ -34,7 +44,7 @@ def floors() -> dict[str, int]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Dotted names a file imports anywhere, also inside functions."""
+    """Dotted names a file imports anywhere, also inside functions; what is imported from a package too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -42,41 +52,66 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
             module = node.module or ""
             yield module, node.lineno
-            if module == "nvlm_train":
-                yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
 
 
-def room(path: Path) -> str:
-    relative = path.relative_to(ROOT)
-    return relative.parts[0].removesuffix(".py")
+def files_of(house: str) -> list[Path]:
+    """All files of a house but its own docstring's."""
+    folder = ROOT.parent / house.replace(".", "/")
+    outside = (folder / "__init__.py", folder / "__main__.py")
+    return [path for path in FILES if folder in path.parents and path not in outside]
 
 
-def upward(path: Path, known: dict[str, int]) -> Iterator[str]:
-    """Imports that do not point downward. Errors are for everybody."""
-    here = room(path)
+def room(path: Path, house: str) -> str:
+    folder = ROOT.parent / house.replace(".", "/")
+    return path.relative_to(folder).parts[0].removesuffix(".py")
+
+
+def upward(path: Path, house: str, known: dict[str, int]) -> Iterator[str]:
+    """Imports of other rooms that do not point downward. Errors are for everybody."""
+    here = room(path, house)
     for name, line in imports(path):
-        parts = name.split(".")
-        if parts[0] != "nvlm_train" or len(parts) < 2:
+        if not name.startswith(house + "."):
             continue
-        there = parts[1]
+        there = name.removeprefix(house + ".").split(".")[0]
         if there in known and there not in (here, "errors") and known[there] >= known[here]:
             yield f"{path.relative_to(ROOT)}:{line} imports {name}"
 
 
-def test_every_room_has_a_floor() -> None:
-    rooms = {room(path) for path in FILES} - {"__init__", "__main__"}
-    assert rooms <= set(floors()), f"not in nvlm_train/__init__.py: {rooms - set(floors())}"
+@pytest.mark.parametrize("house", HOUSES)
+def test_every_room_has_a_floor(house: str) -> None:
+    rooms, listed = {room(path, house) for path in files_of(house)}, set(floors(house))
+    assert rooms == listed, f"{house}/__init__.py: not listed or not there: {rooms ^ listed}"
 
 
-def test_imports_point_downward() -> None:
-    known = floors()
-    inside = [path for path in FILES if room(path) in known]
-    assert [each for path in inside for each in upward(path, known)] == []
+@pytest.mark.parametrize("house", HOUSES)
+def test_imports_point_downward(house: str) -> None:
+    known = floors(house)
+    assert [each for path in files_of(house) for each in upward(path, house, known)] == []
 
 
-def test_the_check_sees_an_import_that_points_upward() -> None:
-    turned_over = {"model": 1, "parallel": 2}
-    assert list(upward(ROOT / "model" / "build.py", turned_over))
+@pytest.mark.parametrize(
+    ("house", "file", "turned_over"),
+    [
+        ("nvlm_train", "model/build.py", {"model": 1, "parallel": 2}),
+        ("nvlm_train.data", "plan/plan.py", {"plan": 1, "index": 1}),
+    ],
+)
+def test_the_check_sees_an_import_that_points_upward(
+    house: str, file: str, turned_over: dict[str, int]
+) -> None:
+    assert list(upward(ROOT.parent / house.replace(".", "/") / file, house, turned_over))
+
+
+def test_no_folder_is_a_hall() -> None:
+    folders = {path.parent for path in FILES}
+    wide = {folder.name: len(list(folder.glob("*.py"))) for folder in folders}
+    assert max(wide.values()) <= WIDEST, wide
+
+
+def test_no_file_is_long() -> None:
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert max(lines.values()) <= LONGEST, lines
 
 
 @pytest.mark.parametrize(("package", "home"), ONLY_IN.items())

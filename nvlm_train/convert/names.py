@@ -34,7 +34,7 @@ def join_qkv(language: LanguageConfig, parts: Sequence[Tensor]) -> Tensor:
     Works on weights [out, H] and biases [out] alike.
     """
     groups = language.num_kv_heads
-    by_group = [part.unflatten(0, (groups, -1)) for part in parts]
+    by_group = [part.reshape(groups, -1, *part.shape[1:]) for part in parts]
     return torch.cat(by_group, dim=1).flatten(0, 1)
 
 
@@ -43,8 +43,9 @@ def split_qkv(language: LanguageConfig, joined: Tensor) -> Sequence[Tensor]:
     groups = language.num_kv_heads
     head = language.hidden_size // language.num_heads
     queries = language.num_heads // groups * head
-    by_group = joined.unflatten(0, (groups, -1)).split([queries, head, head], dim=1)
-    return [part.flatten(0, 1) for part in by_group]
+    by_group = joined.reshape(groups, -1, *joined.shape[1:])
+    parts = torch.split(by_group, [queries, head, head], dim=1)
+    return [part.flatten(0, 1) for part in parts]
 
 
 def _same(language: LanguageConfig, parts: Sequence[Tensor]) -> Tensor:

@@ -40,4 +40,5 @@ def _read(path: Path, name: str) -> Tensor:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as handle:
-        return handle.get_tensor(name)
+        tensor: Tensor = handle.get_tensor(name)
+    return tensor

@@ -11,7 +11,7 @@ from pathlib import Path
 from nvlm_train import geometry
 from nvlm_train.config.schema import Recipe
 from nvlm_train.doctor.finding import Findings, error, ok, warning
-from nvlm_train.train.owner import FILE_NAME as OWNER_FILE
+from nvlm_train.train.run_lock import FILE_NAME as OWNER_FILE
 
 _SPARE = 1.2
 """Room that a careful person leaves beside the checkpoints: metrics, wandb, logs."""

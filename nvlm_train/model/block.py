@@ -17,8 +17,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from nvlm_train.config.schema import CrossAttentionConfig
-from nvlm_train.model.cross_attention import CrossSubmodules, GatedCrossAttention
-from nvlm_train.model.cross_layer import GatedFeedForwardLayer
+from nvlm_train.model.cross_attention import (
+    CrossSubmodules,
+    GatedCrossAttention,
+    GatedFeedForwardLayer,
+)
 from nvlm_train.model.last_layer import as_last
 from nvlm_train.model.layers import implementations, mask_type, mlp_spec
 from nvlm_train.parallel.kernels import Kernels

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from nvlm_train.model.cross_layer import GatedFeedForwardLayer
+from nvlm_train.model.cross_attention import GatedFeedForwardLayer
 from nvlm_train.model.layers import SdpaAttention, grouped_attention
 
 _ROWS_AT_ONCE = 256

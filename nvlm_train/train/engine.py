@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -14,6 +13,8 @@ from megatron.core.optimizer import (
 )
 
 from nvlm_train.config.schema import Recipe, StageConfig
+from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology, device
@@ -45,6 +46,17 @@ class Engine:
     def set_learning_rate(self, rate: float) -> None:
         """Prepares the optimizer for an update at `rate`; everything else comes from the recipe."""
         set_groups(self.optimizer, self.stage.optimizer, rate)
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """A stage that is ready to train."""
+
+    engine: Engine
+    plan: DataPlan
+    encoder: SampleEncoder
+    outside: dict[str, str]
+    """What checkpoints say of files that are not in them (outside.py)."""
 
 
 def build_engine(
@@ -95,11 +107,3 @@ def optimizer_config(recipe: Recipe, stage: StageConfig) -> OptimizerConfig:
         params_dtype=DTYPES[recipe.precision],
         use_distributed_optimizer=stage.parallel.distributed_optimizer,
     )
-
-
-def free(engine: Engine) -> None:
-    """Drops a finished stage's buffers before the next stage's are allocated."""
-    engine.model = None  # type: ignore[assignment]
-    engine.optimizer = None  # type: ignore[assignment]
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

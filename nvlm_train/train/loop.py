@@ -12,14 +12,14 @@ from nvlm_train.config import rules
 from nvlm_train.config.schema import Recipe
 from nvlm_train.parallel.topology import process_group
 from nvlm_train.train import run_lock, start
+from nvlm_train.train.checkpoint.run_state import Run
 from nvlm_train.train.checkpoint.saver import Saver
 from nvlm_train.train.health import memory
 from nvlm_train.train.health.collectives import record_collectives
 from nvlm_train.train.health.health import Health
 from nvlm_train.train.schedule import Position, global_step, learning_rate, stages_to_run
 from nvlm_train.train.signals import EXIT_REQUEUE, StopRequest
-from nvlm_train.train.skips import SkipBudget
-from nvlm_train.train.step import run_step
+from nvlm_train.train.step import SkipBudget, run_step
 from nvlm_train.train.tracking import announce
 from nvlm_train.train.tracking.examples import ExampleSet
 from nvlm_train.train.tracking.step_record import StepTimer, step_record
@@ -72,7 +72,7 @@ def run_schedule(recipe: Recipe) -> int:
 def run_stage(
     recipe: Recipe,
     position: Position,
-    run: start.Run,
+    run: Run,
     tracker: Tracker,
     saver: Saver,
     stop_requested: Callable[[], bool],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,31 +30,20 @@ from nvlm_train.train.checkpoint.finite import ENCODER, not_finite, summary
 from nvlm_train.train.checkpoint.outside import check_outside, digests_outside
 from nvlm_train.train.checkpoint.resume import TO_READ, TO_TRAIN, Rule, check_resumable
 from nvlm_train.train.checkpoint.run_state import (
+    Run,
     RunState,
     library_versions,
     plain_recipe,
     read_state,
 )
 from nvlm_train.train.checkpoint.verify import newest_undamaged
-from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.train.engine import StageWork, build_engine
 from nvlm_train.train.fitting import require_fitting
 from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.schedule import Position, stages_to_run
 from nvlm_train.vision.build import build_vision_encoder
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where a run directory stands: its newest complete checkpoint, if there is one."""
-
-    checkpoint: Path | None
-    state: RunState | None
-
-    @property
-    def position(self) -> Position | None:
-        return self.state.position if self.state else None
 
 
 def open_run(recipe: Recipe) -> Run:
@@ -83,17 +72,6 @@ def _find_run(recipe: Recipe, rules: Sequence[Rule]) -> tuple[Run, tuple[Path, .
     state = read_state(found.checkpoint)
     check_resumable(state, recipe, found.checkpoint, rules)
     return Run(found.checkpoint, state), found.damaged
-
-
-@dataclass(frozen=True)
-class StageWork:
-    """A stage that is ready to train."""
-
-    engine: Engine
-    plan: DataPlan
-    encoder: SampleEncoder
-    outside: dict[str, str]
-    """What checkpoints say of files that are not in them (outside.py)."""
 
 
 def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:

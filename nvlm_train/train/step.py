@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 
 from nvlm_train.batch import StepBatch
+from nvlm_train.errors import TrainingError
 from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.parallel.waiting import waiting
 from nvlm_train.pipeline.loss import LabelLosses, loss_head
@@ -123,3 +125,29 @@ def _number_samples(batch: StepBatch) -> tuple[dict[tuple[int, int], int], int]:
             first[r, m] = total
             total += len(microbatch.samples)
     return first, total
+
+
+class SkipBudget:
+    """Counts samples that were drawn and those that could not be decoded, since the process started."""
+
+    def __init__(self, max_fraction: float) -> None:
+        self._max_fraction = max_fraction
+        self._drawn = self._skipped = 0
+
+    def add(self, skipped: int, drawn: int) -> None:
+        """Adds a step's counts. Both are the same on every rank, so all ranks stop together.
+
+        The allowance is rounded up: any tolerance above zero forgives one sample.
+
+        Raises:
+            TrainingError: more were skipped than the recipe tolerates.
+        """
+        self._skipped += skipped
+        self._drawn += drawn
+        allowed = math.ceil(self._max_fraction * self._drawn)
+        if self._skipped > allowed:
+            raise TrainingError(
+                f"{self._skipped} of {self._drawn} samples could not be decoded, "
+                f"loader.max_skipped_fraction={self._max_fraction} allows {allowed}; the warnings above name "
+                "them: repair the shards, or raise the limit"
+            )

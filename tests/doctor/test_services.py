@@ -77,7 +77,7 @@ def test_nothing_imports_torch_before_the_first_findings(recipe_arguments: list[
     """The quick checks print before the seconds that torch takes."""
     program = (
         "import sys; from nvlm_train.config.load import load_recipe; recipe = load_recipe(sys.argv[1:]);"
-        "from nvlm_train.doctor import run, storage, material, services;"
+        "from nvlm_train.doctor import checkup, storage, material, services;"
         "found = [*storage.check_run_dir(recipe), *storage.check_disk(recipe),"
         " *material.check_tokenizer(recipe), *material.check_shards(recipe),"
         " *material.check_labels(recipe, 1), *services.check_wandb(recipe)];"

@@ -13,7 +13,7 @@ import pytest
 from nvlm_train import geometry
 from nvlm_train.config.schema import Recipe
 from nvlm_train.doctor.storage import check_disk, check_run_dir
-from nvlm_train.train.owner import FILE_NAME as OWNER_FILE
+from nvlm_train.train.run_lock import FILE_NAME as OWNER_FILE
 
 Make = Callable[..., Recipe]
 

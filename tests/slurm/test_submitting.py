@@ -94,7 +94,7 @@ def test_squeue_says_who_is_alive(cluster: Cluster, tmp_path: Path) -> None:
 
 
 def _asked(cluster: Cluster, job: str) -> str:
-    question = f"from nvlm_train.train.owner import slurm_says_alive as s; print(s('{job}'))"
+    question = f"from nvlm_train.train.run_lock import slurm_says_alive as s; print(s('{job}'))"
     done = cluster.run(sys.executable, "-c", question)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -95,3 +95,15 @@ def read_state(directory: Path) -> RunState:
             f"{' and '.join(map(str, READABLE))}; resume it with the nvlm-train that wrote it ({writer})"
         )
     return RunState(**{**stored, "layout": tuple(stored["layout"])})
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run directory stands: its newest complete checkpoint, if there is one."""
+
+    checkpoint: Path | None
+    state: RunState | None
+
+    @property
+    def position(self) -> Position | None:
+        return self.state.position if self.state else None

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import TrainingError
+from nvlm_train.train.engine import StageWork
 from nvlm_train.train.health.activity import Activity, Doing
 from nvlm_train.train.health.heartbeat import Heartbeat
 from nvlm_train.train.health.left_out import (
@@ -30,7 +31,6 @@ from nvlm_train.train.health.watchdog import Member, Watchdog
 from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.schedule import Position
-from nvlm_train.train.start import StageWork
 from nvlm_train.train.tracking.metrics_log import FILE_NAME as METRICS
 from nvlm_train.train.tracking.metrics_log import read_metrics
 

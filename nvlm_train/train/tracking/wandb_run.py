@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import queue
 import secrets
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from nvlm_train.config.schema import Recipe
-from nvlm_train.train.tracking import wandb_parts
 from nvlm_train.train.tracking.metrics_log import Record, read_metrics
 
 if TYPE_CHECKING:
@@ -167,14 +169,14 @@ class WandbRun:
                     # wandb's own process still holds the run's id, and goes on trying.
                     wandb.teardown(exit_code=1)
                 else:
-                    wandb_parts.leave_out(self._directory, self.id)
+                    leave_out(self._directory, self.id)
                     return run, int(run.step)
             logger.warning(
                 "wandb is not reachable (%s); this start is recorded offline in %s: upload it with "
                 "`wandb sync %s`, or start again online",
                 problem, self._directory, self._directory / f"offline-run-*-{self.id}",
             )  # fmt: skip
-        last = wandb_parts.last_local_step(self._directory, self.id)
+        last = last_local_step(self._directory, self.id)
         return self._start("offline"), (self._steps_done if last is None else last) + 1
 
     def _start(self, mode: Mode) -> Run:
@@ -241,3 +243,46 @@ def _table(rows: Sequence[Example]) -> object:
         picture = wandb.Image(row.tiles_HWC, caption=row.tags) if row.tiles_HWC.size else None
         table.add_data(row.source, row.key, row.question, row.reference, row.answer, picture)
     return table
+
+
+logger = logging.getLogger(__name__)
+
+
+def last_local_step(directory: Path, run_id: str) -> int | None:
+    """The last step in the parts of a run; none without a part that has a step.
+
+    Args:
+        directory: wandb's, inside the run directory.
+        run_id: wandb's id of the run.
+    """
+    for path in sorted(directory.glob(f"*run-*-{run_id}/run-{run_id}.wandb"), key=_began)[::-1]:
+        step = last_step(path)
+        if step is not None:
+            return step
+    return None
+
+
+def _began(path: Path) -> str:
+    """`20261121_105246`, of `run-20261121_105246-ID` or `offline-run-20261121_105246-ID`."""
+    return path.parent.name.split("run-", 1)[1]
+
+
+def leave_out(directory: Path, run_id: str) -> None:
+    """Marks offline parts as synced: their steps have been sent, `wandb sync` must not repeat them."""
+    for path in directory.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"):
+        Path(f"{path}.synced").touch()
+
+
+def last_step(path: Path) -> int | None:
+    """The last step in a .wandb file, as wandb's own reader finds it; none when it has no step.
+
+    The file of a run that was killed is read up to where it breaks off.
+    """
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(path)]
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
+    found = subprocess.run(command, capture_output=True, env=environment, check=False)
+    if found.returncode:
+        logger.warning("%s cannot be read: %s", path, found.stderr.decode(errors="replace").strip())
+        return None
+    step = json.loads(found.stdout)["step"]
+    return None if step is None else int(step)

@@ -21,7 +21,7 @@ from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.errors import ShardError, TrainingError
-from nvlm_train.train.skips import SkipBudget
+from nvlm_train.train.step import SkipBudget
 from tests.data.conftest import LENGTH, chat, encoded, mixed_samples, picture
 
 NUM_PICTURES, NUM_RECORDS, NUM_TARS = 600, 200, 200

@@ -17,8 +17,7 @@ from nvlm_train.config.schema import BatchConfig
 from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
 from nvlm_train.data.plan.packing import best_fit_decreasing, deal
-from nvlm_train.data.plan.plan import DataPlan
-from nvlm_train.data.plan.plan_checks import PLAN_DIGEST
+from nvlm_train.data.plan.plan import PLAN_DIGEST, DataPlan
 from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.errors import ShardError, TrainingError

@@ -19,9 +19,10 @@ from nvlm_train.errors import CheckpointError
 from nvlm_train.train import start
 from nvlm_train.train.checkpoint import directory, sharded_state, writer_threads
 from nvlm_train.train.checkpoint.manifest import FileDigest
+from nvlm_train.train.checkpoint.run_state import Run
 from nvlm_train.train.checkpoint.saver import Saver
 from nvlm_train.train.checkpoint.verify import find_damage
-from nvlm_train.train.engine import Engine
+from nvlm_train.train.engine import Engine, StageWork
 from nvlm_train.train.optimizer import parts
 from nvlm_train.train.schedule import Position
 from nvlm_train.train.step import run_step
@@ -31,9 +32,9 @@ from tests.train.smoke import smoke_recipe
 FIRST = Position("pretrain", 0)
 
 
-def trained_for_a_step(recipe: Recipe) -> start.StageWork:
+def trained_for_a_step(recipe: Recipe) -> StageWork:
     """So that the optimizer has a state."""
-    work = start.start_stage(recipe, FIRST, start.Run(None, None))
+    work = start.start_stage(recipe, FIRST, Run(None, None))
     with start.open_loader(recipe, FIRST, work) as loader:
         run_step(work.engine, next(loader), len(work.plan.source_names))
     return work

@@ -13,7 +13,7 @@ from nvlm_train.batch import RankShare
 from nvlm_train.data.dataset import build_data
 from nvlm_train.data.loading.loader import Loader
 from nvlm_train.errors import NvlmError, TrainingError
-from nvlm_train.train.skips import SkipBudget
+from nvlm_train.train.step import SkipBudget
 from tests.train import runs
 from tests.train.layouts import NO_DROPOUT, layout
 from tests.train.smoke import make_smoke_data, read_metrics, smoke_recipe

@@ -19,8 +19,7 @@ import pytest
 
 from nvlm_train.errors import RunLockedError
 from nvlm_train.train import run_lock
-from nvlm_train.train.owner import FILE_NAME, Owner, why_alive
-from nvlm_train.train.run_lock import RunLock
+from nvlm_train.train.run_lock import FILE_NAME, Owner, RunLock, why_alive
 from tests.workers import WorkerPool
 
 Start = Callable[..., BaseProcess]

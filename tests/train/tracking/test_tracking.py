@@ -11,16 +11,15 @@ import pytest
 
 from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import Recipe
-from nvlm_train.train.tracking.metrics_log import MetricsLog, read_metrics
-from nvlm_train.train.tracking.progress import summary
-from nvlm_train.train.tracking.report import (
+from nvlm_train.train.tracking.announce import (
     NumberRow,
     PartRow,
-    format_bytes,
     freeze_table,
     numbers_table,
     render,
 )
+from nvlm_train.train.tracking.metrics_log import MetricsLog, read_metrics
+from nvlm_train.train.tracking.progress import summary
 from nvlm_train.train.tracking.tracker import Tracker
 
 
@@ -121,8 +120,3 @@ def test_freeze_table_names_states_rates_and_the_total() -> None:
 def test_numbers_table_says_how() -> None:
     text = render(numbers_table("sft", [NumberRow("tokens per tile", "4", "(32 / 8 / 2)^2")]))
     assert "tokens per tile" in text and "(32 / 8 / 2)^2" in text
-
-
-def test_bytes_for_people() -> None:
-    assert format_bytes(512) == "512.0 B"
-    assert format_bytes(3 * 2**30) == "3.0 GiB"

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from nvlm_train.train.tracking import wandb_parts, wandb_run
+from nvlm_train.train.tracking import wandb_run
 from nvlm_train.train.tracking.examples import picture
 from tests.train.tracking.wandb_server import serving
 
@@ -96,7 +96,7 @@ def test_steps_that_a_killed_start_did_not_write_are_sent_again(tmp_path: Path) 
     whole = parts(tmp_path)[0]
     # What a power cut leaves of a file: it breaks off inside the steps.
     content, size = whole.read_bytes(), whole.stat().st_size
-    while wandb_parts.last_step(whole) == 6:
+    while wandb_run.last_step(whole) == 6:
         size -= len(content) // 16
         whole.write_bytes(content[:size])
     start(tmp_path, "offline", first["id"], 6, 7, 8)
