@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvlm_train import geometry
+from nvlm_train import costs, geometry
 from nvlm_train.config.schema import (
     CrossAttentionConfig,
     LanguageConfig,
@@ -19,7 +19,7 @@ from nvlm_train.config.schema import (
     TokenizerConfig,
     VisionConfig,
 )
-from nvlm_train.geometry import StepWork
+from nvlm_train.costs import StepWork
 from tests.hugging_face import encoder_sizes, sizes
 from tests.parity import cross_gradients, cross_recipes, recipes
 from tests.workers import WorkerPool
@@ -44,7 +44,7 @@ def test_tokens_of_a_tile() -> None:
 
 def test_parameters_of_the_72b_model() -> None:
     """The projector's 620.7 M are the fact sheet's; Qwen2-72B has 72.7 B, InternViT 5.5 B."""
-    parts = geometry.part_parameters(D_72B)
+    parts = costs.part_parameters(D_72B)
     assert parts["projector"] / 1e6 == pytest.approx(620.7, abs=0.1)
     assert parts["language_model"] == 72_706_203_648
     assert parts["vision_encoder"] / 1e9 == pytest.approx(5.54, abs=0.01)
@@ -54,7 +54,7 @@ def test_the_encoders_memory_is_what_the_docs_say() -> None:
     page = Path(__file__).parents[1] / "docs" / "architecture.md"
     said = re.search(r"a whole encoder on every rank \((\S+) GB in bf16", page.read_text())
     assert said is not None
-    assert float(said[1]) == round(2 * geometry.vision_parameters(VISION_6B) / 1e9, 1) == 11.1
+    assert float(said[1]) == round(2 * costs.vision_parameters(VISION_6B) / 1e9, 1) == 11.1
 
 
 def test_language_parameters_are_those_of_transformers() -> None:
@@ -63,7 +63,7 @@ def test_language_parameters_are_those_of_transformers() -> None:
     language = QWEN2_72B
     with torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config(**sizes(language)))
-    assert geometry.language_parameters(language) == _count(model)
+    assert costs.language_parameters(language) == _count(model)
 
 
 def test_vision_parameters_are_those_of_transformers_and_ours() -> None:
@@ -75,7 +75,7 @@ def test_vision_parameters_are_those_of_transformers_and_ours() -> None:
     config = InternVLVisionConfig(**encoder_sizes(VISION_6B))
     with torch.device("meta"):
         models = [InternVLVisionModel(config), InternViT(VISION_6B)]
-    assert [_count(model) for model in models] == [geometry.vision_parameters(VISION_6B)] * 2
+    assert [_count(model) for model in models] == [costs.vision_parameters(VISION_6B)] * 2
 
 
 def _count(model: torch.nn.Module) -> int:
@@ -98,7 +98,7 @@ def _counts_of_parts(name: str) -> dict[str, int]:
 @pytest.mark.parametrize("name", cross_recipes.MODELS | cross_recipes.PLAIN)
 def test_parameters_of_the_small_models(workers: WorkerPool, name: str) -> None:
     model = (cross_recipes.MODELS | cross_recipes.PLAIN)[name]
-    assert workers.run(1, _counts_of_parts, name)[0] == geometry.part_parameters(model)
+    assert workers.run(1, _counts_of_parts, name)[0] == costs.part_parameters(model)
 
 
 def test_cross_attention_at_72b() -> None:
@@ -107,12 +107,12 @@ def test_cross_attention_at_72b() -> None:
         D_72B, architecture="x", projector=ProjectorConfig(None),
         cross_attention=CrossAttentionConfig(every=8),
     )  # fmt: skip
-    parts = geometry.part_parameters(x_72b)
-    assert geometry.num_cross_layers(x_72b) == 10
+    parts = costs.part_parameters(x_72b)
+    assert costs.num_cross_layers(x_72b) == 10
     assert parts["cross_attention"] / 1e9 == pytest.approx(1.51, abs=0.005)
     assert parts["projector"] / 1e6 == pytest.approx(104.9, abs=0.1)
     gated = replace(x_72b, cross_attention=CrossAttentionConfig(every=8, feed_forward="gated"))
-    more = geometry.part_parameters(gated)["cross_attention"] - parts["cross_attention"]
+    more = costs.part_parameters(gated)["cross_attention"] - parts["cross_attention"]
     assert more / 1e9 == pytest.approx(7.27, abs=0.005)
 
 
@@ -126,19 +126,19 @@ def test_cross_flops_count_both_sides_and_what_they_see() -> None:
         (replace(nothing, context_tokens=10), 2 * layers * 2 * hidden * hidden // 2 * 10),
         (replace(nothing, cross_pairs=10), 2 * layers * 2 * hidden * 10),
     ):
-        assert geometry.step_flops(model, stage, work) == 3 * forward
+        assert costs.step_flops(model, stage, work) == 3 * forward
 
 
 def test_memory_falls_with_the_layout() -> None:
     """Weights, gradients and Adam of everything on one rank; then shared by more and more ranks."""
     everything = recipes.stage(ParallelConfig())
-    parts = geometry.part_parameters(recipes.MODEL)
+    parts = costs.part_parameters(recipes.MODEL)
     trained = parts["projector"] + parts["language_model"]
     expected = parts["vision_encoder"] * 4 + trained * (4 + 4 + 12)
-    assert geometry.rank_memory(recipes.MODEL, everything, "fp32", 1) == expected
+    assert costs.rank_memory(recipes.MODEL, everything, "fp32", 1) == expected
 
     def memory(parallel: ParallelConfig, data_size: int = 1) -> int:
-        return geometry.rank_memory(recipes.MODEL, recipes.stage(parallel), "fp32", data_size)
+        return costs.rank_memory(recipes.MODEL, recipes.stage(parallel), "fp32", data_size)
 
     whole = ParallelConfig(distributed_optimizer=False)
     assert memory(whole, 8) == expected
@@ -146,7 +146,7 @@ def test_memory_falls_with_the_layout() -> None:
     assert memory(ParallelConfig(tensor=2)) - parts["vision_encoder"] * 4 == trained * 20 / 2
     assert memory(ParallelConfig(pipeline=2)) < expected
     frozen = replace(everything, trainable=("projector",))
-    assert expected - geometry.rank_memory(recipes.MODEL, frozen, "fp32", 1) == (
+    assert expected - costs.rank_memory(recipes.MODEL, frozen, "fp32", 1) == (
         parts["language_model"] * 16
     )
 
@@ -155,17 +155,17 @@ def test_flops_count_what_is_computed() -> None:
     """Six per weight and token where all trains; less where parts are frozen."""
     work = StepWork(tokens=1000, attention_pairs=0, trained_tokens=0, tiles=0)
     stage = recipes.stage(ParallelConfig())
-    weights = recipes.LANGUAGE.num_layers * geometry.language_layer_weights(recipes.LANGUAGE)
+    weights = recipes.LANGUAGE.num_layers * costs.language_layer_weights(recipes.LANGUAGE)
     # Without a label, the last layer's output projection and MLP have nothing to do.
     hidden = recipes.LANGUAGE.hidden_size
     last = hidden * (hidden + 3 * recipes.LANGUAGE.ffn_hidden_size)
     weights -= last
-    assert geometry.step_flops(recipes.MODEL, stage, work) == 6 * weights * 1000
+    assert costs.step_flops(recipes.MODEL, stage, work) == 6 * weights * 1000
     frozen = recipes.stage(ParallelConfig(), trainable=("projector",))
-    assert geometry.step_flops(recipes.MODEL, frozen, work) == 4 * weights * 1000
+    assert costs.step_flops(recipes.MODEL, frozen, work) == 4 * weights * 1000
     logits = replace(work, trained_tokens=10)
     table = recipes.LANGUAGE.hidden_size * recipes.LANGUAGE.vocab_size
-    assert geometry.step_flops(recipes.MODEL, stage, logits) == 6 * (
+    assert costs.step_flops(recipes.MODEL, stage, logits) == 6 * (
         weights * 1000 + (last + table) * 10
     )
     tiles = replace(work, tiles=1)
@@ -174,9 +174,9 @@ def test_flops_count_what_is_computed() -> None:
     vision = recipes.VISION
     layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
     encoder = vision.num_layers * patches * (2 * layer + 4 * patches * vision.hidden_size)
-    projector = 2 * geometry.projector_weights(
+    projector = 2 * costs.projector_weights(
         geometry.tile_feature_size(vision), recipes.MODEL.projector, recipes.LANGUAGE.hidden_size
     ) * geometry.tokens_per_tile(vision)  # fmt: skip
-    assert geometry.step_flops(recipes.MODEL, nothing, tiles) == pytest.approx(
+    assert costs.step_flops(recipes.MODEL, nothing, tiles) == pytest.approx(
         4 * weights * 1000 + encoder + projector
     )

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
-from nvlm_train import geometry
+from nvlm_train import costs
 from nvlm_train.config.schema import Recipe
 from nvlm_train.doctor.finding import Finding, Findings, error, ok, warning
 from nvlm_train.doctor.stack import check_stack, here
@@ -92,9 +92,7 @@ def _memory(recipe: Recipe) -> Findings:
     for name in recipe.schedule:
         stage = recipe.stages[name]
         replica = stage.parallel.tensor * stage.parallel.pipeline
-        needed = geometry.rank_memory(
-            recipe.model, stage, recipe.precision, max(1, world // replica)
-        )
+        needed = costs.rank_memory(recipe.model, stage, recipe.precision, max(1, world // replica))
         text = f"stage {name}: {gigabytes(needed)} a rank before activations"
         if not torch.cuda.is_available():
             yield ok("memory", text)

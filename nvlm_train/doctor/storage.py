@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from nvlm_train import geometry
+from nvlm_train import costs
 from nvlm_train.config.schema import Recipe
 from nvlm_train.doctor.finding import Findings, error, ok, warning
 from nvlm_train.train.run_lock import FILE_NAME as OWNER_FILE
@@ -63,7 +63,7 @@ def check_disk(recipe: Recipe) -> Findings:
     """`checkpoint.keep_last` complete checkpoints and the one that is being written."""
     copies = recipe.checkpoint.keep_last + 1
     sizes = {
-        name: geometry.checkpoint_bytes(recipe.model, recipe.stages[name], recipe.precision)
+        name: costs.checkpoint_bytes(recipe.model, recipe.stages[name], recipe.precision)
         for name in recipe.schedule
     }
     for name, size in sizes.items():

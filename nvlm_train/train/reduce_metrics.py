@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nvlm_train.batch import Microbatch, StepBatch
-from nvlm_train.geometry import StepWork
+from nvlm_train.costs import StepWork
 from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.pipeline.loss import LabelLosses
 

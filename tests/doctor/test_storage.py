@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nvlm_train import geometry
+from nvlm_train import costs
 from nvlm_train.config.schema import Recipe
 from nvlm_train.doctor.storage import check_disk, check_run_dir
 from nvlm_train.train.run_lock import FILE_NAME as OWNER_FILE
@@ -94,6 +94,6 @@ def test_checkpoint_sizes_are_what_is_written(
     for name in made.schedule:
         directory = tmp_path / "run" / "checkpoints" / f"{name}-00000002"
         written = sum(path.stat().st_size for path in directory.iterdir())
-        said = geometry.checkpoint_bytes(made.model, made.stages[name], made.precision)
+        said = costs.checkpoint_bytes(made.model, made.stages[name], made.precision)
         # Names, places and RNG states are 0.2 MB, which only a toy model feels.
         assert said < written < said * 1.05 + 400_000, (name, said, written)

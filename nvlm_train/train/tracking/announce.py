@@ -10,7 +10,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from nvlm_train import geometry
+from nvlm_train import costs, geometry
 from nvlm_train.config.schema import Recipe
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import device
@@ -40,7 +40,7 @@ def stage(recipe: Recipe, position: Position, work: StageWork) -> None:
     name, settings = position.stage, recipe.stages[position.stage]
     parts = [
         PartRow(part, count, part in settings.trainable, settings.optimizer.lr)
-        for part, count in geometry.part_parameters(recipe.model).items()
+        for part, count in costs.part_parameters(recipe.model).items()
     ]
     logger.info("%s at step %d of %d", name, position.step, settings.steps)
     for table in (freeze_table(name, parts), numbers_table(name, _numbers(recipe, work))):
@@ -68,7 +68,7 @@ def _numbers(recipe: Recipe, work: StageWork) -> list[NumberRow]:
     first = work.plan.step(0, topology.data_size)
     packs = [pack for rank_packs in first.packs for pack in rank_packs]
     layout = f"TP {topology.tensor_size} x PP {topology.pipeline_size} x DP {topology.data_size}"
-    memory = geometry.rank_memory(recipe.model, stage, recipe.precision, topology.data_size)
+    memory = costs.rank_memory(recipe.model, stage, recipe.precision, topology.data_size)
     return [
         NumberRow("layout", layout, "parallel.tensor, .pipeline, and what remains of the world"),
         NumberRow(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nvlm_train.config.schema import Recipe
-from nvlm_train.geometry import step_flops
+from nvlm_train.costs import step_flops
 from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.schedule import Position, global_step
 

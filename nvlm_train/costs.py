@@ -1,0 +1,232 @@
+"""What a recipe costs: parameters, FLOPs, bytes. Pure arithmetic on the recipe; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nvlm_train.config.schema import (
+    LanguageConfig,
+    ModelConfig,
+    ProjectorConfig,
+    StageConfig,
+    VisionConfig,
+)
+from nvlm_train.geometry import (
+    patches_per_side,
+    tile_feature_size,
+    tokens_per_tile,
+)
+
+
+def vision_parameters(vision: VisionConfig) -> int:
+    """Parameters of the vision encoder (class token, positions, layers with layer scale and QK-norm)."""
+    hidden, ffn = vision.hidden_size, vision.ffn_hidden_size
+    attention = 4 * hidden * hidden + hidden + 2 * hidden
+    mlp = 2 * hidden * ffn + ffn + hidden
+    layer = attention + mlp + 2 * hidden + 2 * hidden
+    embedding = 3 * vision.patch_size**2 * hidden + hidden + hidden
+    positions = (patches_per_side(vision) ** 2 + 1) * hidden
+    return vision.num_layers * layer + embedding + positions
+
+
+def projector_parameters(model: ModelConfig) -> int:
+    """LayerNorm and two linears without biases: 620.7 M at 72B; NVLM-X has one linear."""
+    inputs, projector = tile_feature_size(model.vision), model.projector
+    weights = projector_weights(inputs, projector, model.language.hidden_size)
+    return 2 * inputs + weights + resampler_parameters(model)
+
+
+def resampler_parameters(model: ModelConfig) -> int:
+    """Latents, and layers of attention and feed-forward with three norms; one norm at the end."""
+    resampler, language = model.resampler, model.language
+    if resampler is None:
+        return 0
+    layer = language_layer_weights(language) + 3 * language.hidden_size
+    return resampler.num_layers * layer + (resampler.num_latents + 1) * language.hidden_size
+
+
+def projector_weights(inputs: int, projector: ProjectorConfig, outputs: int) -> int:
+    """Matrix entries of the projector, without its norm."""
+    if projector.ffn_hidden_size is None:
+        return inputs * outputs
+    return inputs * projector.ffn_hidden_size + projector.ffn_hidden_size * outputs
+
+
+def num_cross_layers(model: ModelConfig) -> int:
+    """Layers with cross-attention: 10 at 72B and at 34B."""
+    cross = model.cross_attention
+    return model.language.num_layers // cross.every if cross else 0
+
+
+def cross_query_weights(model: ModelConfig) -> int:
+    """Matrix entries that a decoder token meets in the cross path of one layer."""
+    language, cross = model.language, model.cross_attention
+    gated = cross is not None and cross.feed_forward == "gated"
+    feed_forward = 3 * language.hidden_size * language.ffn_hidden_size if gated else 0
+    return 2 * language.hidden_size**2 + feed_forward
+
+
+def cross_context_weights(language: LanguageConfig) -> int:
+    """Matrix entries that a context token meets in one layer: its key and its value."""
+    kv_size = language.hidden_size // language.num_heads * language.num_kv_heads
+    return 2 * language.hidden_size * kv_size
+
+
+def cross_attention_parameters(model: ModelConfig) -> int:
+    """All layers' queries, keys, values, output, norms on both sides, gate; and the gated feed-forward."""
+    cross, hidden = model.cross_attention, model.language.hidden_size
+    if cross is None:
+        return 0
+    norms_and_gates = 2 * hidden + 1
+    if cross.feed_forward == "gated":
+        norms_and_gates += hidden + 1
+    layer = cross_query_weights(model) + cross_context_weights(model.language) + norms_and_gates
+    return num_cross_layers(model) * layer
+
+
+def resampler_products(model: ModelConfig) -> int:
+    """Multiplications of the resampler for one tile."""
+    resampler, language = model.resampler, model.language
+    if resampler is None:
+        return 0
+    hidden, latents = language.hidden_size, resampler.num_latents
+    read = tokens_per_tile(model.vision) + latents
+    on_latents = 2 * hidden**2 + 3 * hidden * language.ffn_hidden_size
+    scores = 2 * latents * read * hidden
+    layer = latents * on_latents + read * cross_context_weights(language) + scores
+    return resampler.num_layers * layer
+
+
+def language_layer_weights(language: LanguageConfig) -> int:
+    """Matrix entries of one decoder layer (what a token is multiplied with)."""
+    hidden = language.hidden_size
+    kv_size = hidden // language.num_heads * language.num_kv_heads
+    return hidden * (2 * hidden + 2 * kv_size) + mlp_weights(language)
+
+
+def mlp_weights(language: LanguageConfig) -> int:
+    """Those of its MLP."""
+    return 3 * language.hidden_size * language.ffn_hidden_size
+
+
+def language_parameters(language: LanguageConfig) -> int:
+    """Parameters of the language model with its untied embedding and output tables."""
+    hidden = language.hidden_size
+    kv_size = hidden // language.num_heads * language.num_kv_heads
+    bias = hidden + 2 * kv_size if language.qkv_bias else 0
+    layer = language_layer_weights(language) + bias + 2 * hidden
+    return language.num_layers * layer + 2 * language.vocab_size * hidden + hidden
+
+
+def part_parameters(model: ModelConfig) -> dict[str, int]:
+    """Parameters of each part, by the names that a stage's `trainable` uses."""
+    parts = {
+        "vision_encoder": vision_parameters(model.vision),
+        "projector": projector_parameters(model),
+        "cross_attention": cross_attention_parameters(model),
+        "language_model": language_parameters(model.language),
+    }
+    return {part: count for part, count in parts.items() if count}
+
+
+def rank_memory(model: ModelConfig, stage: StageConfig, precision: str, data_size: int) -> int:
+    """Bytes of weights, gradients, optimizer state and encoder on the fullest pipeline stage.
+
+    Gradients are fp32; Adam keeps an fp32 copy and two moments, spread over data-parallel ranks by
+    the distributed optimizer. Activations and features in flight come on top.
+    """
+    width = 2 if precision == "bf16" else 4
+    tensor, pipeline = stage.parallel.tensor, stage.parallel.pipeline
+    spread = data_size if stage.parallel.distributed_optimizer else 1
+    language = model.language
+    table = language.vocab_size * language.hidden_size
+    layers = (language_parameters(language) - 2 * table) / pipeline
+    # Both ends hold a table; the first stage also holds the projector.
+    on_first = {
+        "projector": projector_parameters(model) / tensor,
+        "cross_attention": cross_attention_parameters(model) / pipeline / tensor,
+        "language_model": (layers + table * (2 if pipeline == 1 else 1)) / tensor,
+    }
+    total = float(vision_parameters(model.vision) * width)
+    for part, count in on_first.items():
+        total += count * width
+        if part in stage.trainable:
+            total += count * (4 + 12 / spread)
+    return round(total)
+
+
+def checkpoint_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> int:
+    """Bytes of one checkpoint of a stage, in any layout: weights, and what AdamW keeps of what trains.
+
+    The vision encoder never changes and is not saved. AdamW has two fp32 moments, and an fp32 copy
+    of the weights, which the distributed optimizer saves whatever the weights' precision.
+    """
+    width = 2 if precision == "bf16" else 4
+    has_copy = stage.parallel.distributed_optimizer or precision == "bf16"
+    total = 0
+    for part, count in part_parameters(model).items():
+        if part != "vision_encoder":
+            total += count * width
+            total += count * (12 if has_copy else 8) if part in stage.trainable else 0
+    return total
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What one optimizer step processed, summed over the world."""
+
+    tokens: int
+    """Decoder tokens without padding."""
+    attention_pairs: int
+    """Sum over samples of length squared; causal attention computes half of the pairs."""
+    trained_tokens: int
+    tiles: int
+    cross_tokens: int = 0
+    """Decoder tokens of packs that have a cross-attention context."""
+    context_tokens: int = 0
+    """Tokens of those contexts."""
+    cross_pairs: int = 0
+    """Pairs of a decoder token and a context token that it sees."""
+
+
+def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
+    """Model FLOPs of one step; frozen parts count forward, and backward only where gradients flow through.
+
+    The vision encoder is always frozen and nothing trainable lies before it: forward only. A frozen
+    language model still carries the gradient to the projector (2 of the 3 products), but forms no
+    weight gradient.
+    """
+    vision, language = model.vision, model.language
+    patches = patches_per_side(vision) ** 2 + 1
+    encoder = 2.0 * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size)
+    encoder = vision.num_layers * patches * (encoder + 4.0 * patches * vision.hidden_size)
+    projector = 2.0 * projector_weights(
+        tile_feature_size(vision), model.projector, language.hidden_size
+    )
+    per_token = 2.0 * language.num_layers * language_layer_weights(language)
+    # Past keys and values the last layer sees trained positions only (model/last_layer.py); who asks
+    # its attention is not counted here, which leaves a share of one layer's attention too much.
+    skipped = 2.0 * (mlp_weights(language) + language.hidden_size**2)
+    skipped *= work.tokens - work.trained_tokens
+    attention = 2.0 * language.num_layers * language.hidden_size * work.attention_pairs
+    logits = 2.0 * language.hidden_size * language.vocab_size * work.trained_tokens
+    cross = 2.0 * num_cross_layers(model)
+    cross_path = cross * (
+        cross_query_weights(model) * work.cross_tokens
+        + cross_context_weights(language) * work.context_tokens
+    )
+    cross_scores = 2.0 * cross * language.hidden_size * work.cross_pairs
+    projector += 2.0 * resampler_products(model) / tokens_per_tile(vision)
+    trains_language = "language_model" in stage.trainable
+    return (
+        encoder * work.tiles
+        # The projector's input needs no gradient: forward and weight gradient.
+        + projector
+        * work.tiles
+        * tokens_per_tile(vision)
+        * (2 if "projector" in stage.trainable else 1)
+        + (per_token * work.tokens - skipped + logits) * (3 if trains_language else 2)
+        # Attention scores have no weights: backward is two products for each forward one either way.
+        + (attention + cross_scores) * 3
+        + cross_path * (3 if "cross_attention" in stage.trainable else 2)
+    )
