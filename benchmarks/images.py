@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nvlm_train.data.images import cut_tiles, decode_image
 from nvlm_train.tiling import Grid, choose_grid, num_tiles
-from nvlm_train.vision.intern_vit import IMAGENET_MEAN, IMAGENET_STD
+from nvlm_train.vision.features import IMAGENET_MEAN, IMAGENET_STD
 
 TILE = 448
 QUALITY = 84

@@ -48,7 +48,7 @@ from nvlm_train.parallel.topology import build_topology, start_process_group
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.start import initial_weights
 from nvlm_train.train.step import run_step
-from nvlm_train.vision.intern_vit import IMAGENET_MEAN, IMAGENET_STD
+from nvlm_train.vision.features import IMAGENET_MEAN, IMAGENET_STD
 
 TILES, TEXT, TRAINED, IMAGE_ID, LR = 7, 128, 64, 31_999, 1e-4
 VISION = VisionConfig(

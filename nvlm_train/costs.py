@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nvlm_train.config.schema import (
@@ -11,22 +12,32 @@ from nvlm_train.config.schema import (
     StageConfig,
     VisionConfig,
 )
+from nvlm_train.convert.vision import kind_of
 from nvlm_train.geometry import (
-    patches_per_side,
     tile_feature_size,
     tokens_per_tile,
 )
 
 
 def vision_parameters(vision: VisionConfig) -> int:
-    """Parameters of the vision encoder (class token, positions, layers with layer scale and QK-norm)."""
-    hidden, ffn = vision.hidden_size, vision.ffn_hidden_size
-    attention = 4 * hidden * hidden + hidden + 2 * hidden
-    mlp = 2 * hidden * ffn + ffn + hidden
-    layer = attention + mlp + 2 * hidden + 2 * hidden
-    embedding = 3 * vision.patch_size**2 * hidden + hidden + hidden
-    positions = (patches_per_side(vision) ** 2 + 1) * hidden
-    return vision.num_layers * layer + embedding + positions
+    """Counts the parameters of the vision encoder: 5.5 B for InternViT-6B with 45 layers.
+
+    Raises:
+        ConfigError: the recipe names an unknown kind of encoder.
+    """
+    return sum(math.prod(shape) for shape in kind_of(vision).shapes(vision).values())
+
+
+def vision_tile_flops(vision: VisionConfig) -> float:
+    """Counts the FLOPs of one tile's forward pass through the encoder's layers.
+
+    Raises:
+        ConfigError: the recipe names an unknown kind of encoder.
+    """
+    kind = kind_of(vision)
+    positions = kind.sizes(vision)["positions"]
+    products = 2.0 * kind.layer_weights(vision) + 4.0 * positions * vision.hidden_size
+    return vision.num_layers * positions * products
 
 
 def projector_parameters(model: ModelConfig) -> int:
@@ -197,9 +208,6 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
     weight gradient.
     """
     vision, language = model.vision, model.language
-    patches = patches_per_side(vision) ** 2 + 1
-    encoder = 2.0 * (4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size)
-    encoder = vision.num_layers * patches * (encoder + 4.0 * patches * vision.hidden_size)
     projector = 2.0 * projector_weights(
         tile_feature_size(vision), model.projector, language.hidden_size
     )
@@ -219,7 +227,7 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
     projector += 2.0 * resampler_products(model) / tokens_per_tile(vision)
     trains_language = "language_model" in stage.trainable
     return (
-        encoder * work.tiles
+        vision_tile_flops(vision) * work.tiles
         # The projector's input needs no gradient: forward and weight gradient.
         + projector
         * work.tiles

@@ -25,7 +25,7 @@ ChatTemplateName = Literal["qwen2", "yi"]
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """InternViT-style vision encoder: always frozen, never sharded (NVLM 1.0, section 4.1)."""
+    """The vision encoder: always frozen, never sharded (NVLM 1.0, section 4.1)."""
 
     num_layers: int
     hidden_size: int
@@ -34,6 +34,8 @@ class VisionConfig:
     tile_size: int
     """Edge of a square tile in pixels (448 in the paper)."""
     patch_size: int
+    kind: str = "intern_vit_6b"
+    """Which encoder computes the features: a row of `nvlm_train/vision/encoder.py`, whatever its sizes."""
     norm_eps: float = 1e-6
     weights: str | None = None
     """Directory with config.json and model.safetensors (InternVL vision layout), or none for random ones."""

@@ -8,7 +8,7 @@ from nvlm_train.config.schema import Recipe
 from nvlm_train.convert.language import language_problems
 from nvlm_train.convert.problem import Problems, warning
 from nvlm_train.convert.tokenizer import tokenizer_and_weights, tokenizer_problems
-from nvlm_train.convert.vision import vision_problems
+from nvlm_train.convert.vision import kind_problems, vision_problems
 
 
 def all_of(recipe: Recipe) -> Problems:
@@ -27,8 +27,10 @@ def tokenizer(recipe: Recipe) -> Problems:
 
 
 def vision(recipe: Recipe) -> Problems:
-    """The vision encoder's weights, where the recipe names some."""
-    if recipe.model.vision.weights is not None:
+    """The vision encoder's kind, and its weights, where the recipe names some."""
+    unknown = list(kind_problems(recipe.model.vision))
+    yield from unknown
+    if not unknown and recipe.model.vision.weights is not None:
         yield from vision_problems(recipe.model.vision)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,25 @@ class Family:
     rows: int | None = None
     """transformers' default of `vocab_size`; none for models without words."""
     rope: Rope | None = None
+
+    def shapes(self, group: Any) -> dict[str, tuple[int, ...]]:
+        """Lists every tensor that the model has with the recipe's sizes, by name."""
+        sizes, optional = self.sizes(group), self.optional(group)
+        return {
+            name: tuple(dim if isinstance(dim, int) else sizes[dim] for dim in dims)
+            for pattern, dims in self.tensors.items()
+            if pattern not in optional
+            for name in _names(pattern, sizes["layers"])
+        }
+
+    def layer_weights(self, group: Any) -> int:
+        """Counts the matrix entries of one layer: what a token is multiplied with in it."""
+        sizes = self.sizes(group)
+        return sum(
+            math.prod(dim if isinstance(dim, int) else sizes[dim] for dim in dims)
+            for pattern, dims in self.tensors.items()
+            if "{n}" in pattern and len(dims) == 2
+        )
 
     def known(self) -> frozenset[str]:
         """Every key of config.json that is accounted for."""
@@ -113,13 +133,7 @@ def tensor_problems(
 
     Each kind (a name without its layer) is shown once.
     """
-    sizes, optional = family.sizes(group), family.optional(group)
-    wanted = {
-        name: tuple(dim if isinstance(dim, int) else sizes[dim] for dim in dims)
-        for pattern, dims in family.tensors.items()
-        if pattern not in optional
-        for name in _names(pattern, sizes["layers"])
-    }
+    wanted = family.shapes(group)
     stored = headers.tensors
     missing = [name for name in wanted if name not in stored]
     if missing and not headers.unread:

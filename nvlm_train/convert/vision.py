@@ -12,6 +12,7 @@ from nvlm_train.convert.headers import Headers, read_headers
 from nvlm_train.convert.ignored import BOOKKEEPING, GENERATION
 from nvlm_train.convert.keys import Fixed, Place, Sized, edge
 from nvlm_train.convert.problem import Problem, Problems, error
+from nvlm_train.errors import ConfigError
 from nvlm_train.geometry import patches_per_side
 
 _LAYER = "encoder.layer.{n}."
@@ -30,7 +31,7 @@ def _sizes(vision: VisionConfig) -> dict[str, int]:
     }
 
 
-INTERNVL = Family(
+INTERN_VIT_6B = Family(
     model_type="internvl_vision",
     # Defaults are those of transformers' InternVLVisionConfig.
     keys=(
@@ -94,8 +95,29 @@ INTERNVL = Family(
     optional=lambda vision: frozenset(),
 )
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (INTERNVL,)}
-"""By `model_type` of config.json."""
+KINDS: Mapping[str, Family] = {"intern_vit_6b": INTERN_VIT_6B}
+"""`model.vision.kind` to what its weights look like. `vision.encoder.KINDS` has the same keys."""
+
+
+def kind_of(vision: VisionConfig) -> Family:
+    """Looks up the encoder's tensors and the keys of its config.json.
+
+    Raises:
+        ConfigError: the recipe names a kind that is not in the table.
+    """
+    problems = [str(each) for each in kind_problems(vision)]
+    if problems:
+        raise ConfigError(problems)
+    return KINDS[vision.kind]
+
+
+def kind_problems(vision: VisionConfig) -> Problems:
+    """Finds a kind that is not in the table."""
+    if vision.kind not in KINDS:
+        yield error(
+            f"model.vision.kind={vision.kind} is no kind of vision encoder",
+            f"use {' or '.join(KINDS)}",
+        )
 
 
 def vision_problems(vision: VisionConfig) -> Problems:
@@ -120,7 +142,8 @@ def vision_problems(vision: VisionConfig) -> Problems:
     if isinstance(config, Problem):
         yield config
         return
-    family = family_of(FAMILIES, config, place)
+    kind = kind_of(vision)
+    family = family_of({kind.model_type: kind}, config, place)
     if isinstance(family, Problem):
         yield replace(family, text=f"{place.setting}: {family.text}")
         return

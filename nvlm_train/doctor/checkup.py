@@ -10,6 +10,7 @@ from nvlm_train.config.load import load_recipe
 from nvlm_train.config.paths import batch_script
 from nvlm_train.config.rules import check
 from nvlm_train.config.schema import Recipe
+from nvlm_train.convert.vision import kind_of
 from nvlm_train.doctor import material, services, storage, weights
 from nvlm_train.doctor.finding import Findings, error, ok
 from nvlm_train.doctor.machine import check_machine
@@ -68,6 +69,7 @@ def _recipe(request: Request, world_size: int, report: Report) -> Recipe | None:
     try:
         recipe = load_recipe(request.overrides, request.recipes)
         check(recipe, world_size if world_size > 1 else None)
+        kind_of(recipe.model.vision)
     except ConfigError as problems:
         report.take(_problems(problems))
         return None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nvlm_train.batch import Microbatch, Round
 from nvlm_train.parallel.topology import Topology, device
-from nvlm_train.vision.intern_vit import InternViT
+from nvlm_train.vision.encoder import VisionEncoder
 from nvlm_train.vision.tile_parallel import encode_round
 
 
@@ -25,7 +25,7 @@ class Replica:
     """This rank's shard of one model replica. `model` may be wrapped in megatron-core's DDP."""
 
     model: nn.Module
-    encoder: InternViT
+    encoder: VisionEncoder
     topology: Topology
     sequence_length: int
 

@@ -21,7 +21,7 @@ from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.pipeline.round import Replica
 from nvlm_train.train.optimizer import set_groups
 from nvlm_train.vision.build import build_vision_encoder
-from nvlm_train.vision.intern_vit import InternViT
+from nvlm_train.vision.encoder import VisionEncoder
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Engine:
     stage: StageConfig
     topology: Topology
     model: DistributedDataParallel
-    encoder: InternViT
+    encoder: VisionEncoder
     optimizer: MegatronOptimizer
 
     @property

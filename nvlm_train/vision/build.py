@@ -5,30 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from nvlm_train.config.schema import VisionConfig
 from nvlm_train.convert.problem import refuse
-from nvlm_train.convert.vision import FILE, PREFIX, vision_problems
-from nvlm_train.vision.intern_vit import InternViT
+from nvlm_train.convert.vision import FILE, PREFIX, kind_of, vision_problems
+from nvlm_train.vision.encoder import KINDS, VisionEncoder
 
 
 def build_vision_encoder(
     config: VisionConfig, dtype: torch.dtype, device: torch.device, seed: int
-) -> InternViT:
+) -> VisionEncoder:
     """The encoder in evaluation mode with gradients off, equal on every rank.
 
     Raises:
+        ConfigError: there is no encoder of this kind.
         CheckpointError: the weights' config or tensors do not fit `config`.
     """
-    encoder = InternViT(config)
+    kind_of(config)
+    encoder = KINDS[config.kind](config)
+    assert isinstance(encoder, nn.Module), f"{config.kind}: not a torch module"
     if config.weights is None:
         _initialise(encoder, seed)
     else:
-        _load(encoder, Path(config.weights))
-    return encoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        _load(encoder, config, Path(config.weights))
+    frozen: VisionEncoder = encoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return frozen
 
 
-def _initialise(encoder: InternViT, seed: int) -> None:
+def _initialise(encoder: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in encoder.named_parameters():
         if "norm" in name or "lambda" in name:
@@ -37,9 +42,9 @@ def _initialise(encoder: InternViT, seed: int) -> None:
             parameter.normal_(std=0.02, generator=generator)
 
 
-def _load(encoder: InternViT, directory: Path) -> None:
+def _load(encoder: nn.Module, config: VisionConfig, directory: Path) -> None:
     from safetensors.torch import load_file
 
-    refuse(vision_problems(encoder.config))
+    refuse(vision_problems(config))
     state = load_file(directory / FILE)
     encoder.load_state_dict({name.removeprefix(PREFIX): state[name] for name in state})

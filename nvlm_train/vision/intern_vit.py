@@ -1,4 +1,4 @@
-"""InternViT: the vision encoder of NVLM 1.0 (section 4.1), unsharded, inference only.
+"""InternViT-6B's kind: the vision encoder of NVLM 1.0 (section 4.1), unsharded, inference only.
 
 Parameter names follow transformers' `InternVLVisionModel`, so its safetensors load as they are.
 Shape legend: T tiles, C channels, E tile edge, P patches of a tile + class token, H hidden.
@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nvlm_train.config.schema import VisionConfig
-from nvlm_train.geometry import PIXEL_SHUFFLE, patches_per_side
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from nvlm_train.geometry import patches_per_side
+from nvlm_train.vision.features import imagenet_normalised, pixel_shuffle
 
 
 class RMSNorm(nn.Module):
@@ -51,7 +49,8 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Full attention; the QK-norm runs over the whole width, not per head (facts 1.1)."""
+    """Full attention. The norms of queries and keys run over the whole width, not over each head's
+    channels, as in the released InternViT-6B."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -109,7 +108,7 @@ class Layer(nn.Module):
 
 
 class InternViT(nn.Module):
-    """uint8 tiles to pixel-shuffled features. No final norm; the class token is dropped."""
+    """Turns uint8 tiles into pixel-shuffled features. It has no final norm and drops the class token."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -119,8 +118,16 @@ class InternViT(nn.Module):
             {"layer": nn.ModuleList([Layer(config) for _ in range(config.num_layers)])}
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embeddings.cls_token.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.cls_token.device
+
     def hidden_states(self, pixels_TCEE: Tensor) -> Tensor:
-        """Last layer's states, class token included.
+        """Computes the last layer's states, class token included.
 
         Args:
             pixels_TCEE: normalised pixels, [T, 3, E, E], of the encoder's dtype.
@@ -135,7 +142,7 @@ class InternViT(nn.Module):
 
     @torch.no_grad()
     def forward(self, tiles_TCEE: Tensor) -> Tensor:
-        """Features for the projector.
+        """Computes the features that the projector reads.
 
         Args:
             tiles_TCEE: uint8 [T, 3, E, E], RGB.
@@ -143,40 +150,5 @@ class InternViT(nn.Module):
         Returns:
             [T, tokens per tile, hidden * 4], of the encoder's dtype.
         """
-        pixels = normalised(tiles_TCEE).to(self.embeddings.cls_token.dtype)
-        states = self.hidden_states(pixels)
+        states = self.hidden_states(imagenet_normalised(tiles_TCEE).to(self.dtype))
         return pixel_shuffle(states[:, 1:])
-
-
-def normalised(tiles_TCEE: Tensor) -> Tensor:
-    """Pixels with ImageNet's mean and standard deviation taken out, in fp32.
-
-    The two are no buffers: a cast of the module to bf16 would round them, 0.225 by 0.2 percent.
-
-    Args:
-        tiles_TCEE: uint8 [T, 3, E, E], RGB.
-
-    Returns:
-        fp32 [T, 3, E, E], on the tiles' device.
-    """
-    mean_C11, std_C11 = (
-        torch.tensor(values, dtype=torch.float32, device=tiles_TCEE.device).view(3, 1, 1)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    return (tiles_TCEE.float() / 255 - mean_C11) / std_C11
-
-
-def pixel_shuffle(x_TPH: Tensor) -> Tensor:
-    """Joins 2 x 2 neighbouring patches into one token ("version 2" of the released code).
-
-    Args:
-        x_TPH: [T, side * side, H] in raster order.
-
-    Returns:
-        [T, side * side / 4, 4 H] in raster order; token (r, c) has the channels of the patches
-        (2r, 2c), (2r, 2c+1), (2r+1, 2c), (2r+1, 2c+1), in this order.
-    """
-    num_tiles, num_patches, hidden = x_TPH.shape
-    factor, side = PIXEL_SHUFFLE, round(num_patches**0.5)
-    blocks = x_TPH.view(num_tiles, side // factor, factor, side // factor, factor, hidden)
-    return blocks.transpose(2, 3).reshape(num_tiles, -1, factor * factor * hidden)

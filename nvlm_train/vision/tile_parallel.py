@@ -13,10 +13,10 @@ from torch import Tensor
 from nvlm_train.batch import Round
 from nvlm_train.geometry import tile_feature_size, tokens_per_tile
 from nvlm_train.parallel.topology import Topology
-from nvlm_train.vision.intern_vit import InternViT
+from nvlm_train.vision.encoder import VisionEncoder
 
 
-def encode_round(encoder: InternViT, work: Round, topology: Topology) -> list[Tensor] | None:
+def encode_round(encoder: VisionEncoder, work: Round, topology: Topology) -> list[Tensor] | None:
     """Features of each microbatch of a round. Called by every rank of the replica.
 
     Returns:
@@ -30,7 +30,7 @@ def encode_round(encoder: InternViT, work: Round, topology: Topology) -> list[Te
     return list(features.split([microbatch.num_tiles for microbatch in work.microbatches]))
 
 
-def encode_tiles(encoder: InternViT, tiles_TCEE: Tensor) -> Tensor:
+def encode_tiles(encoder: VisionEncoder, tiles_TCEE: Tensor) -> Tensor:
     """Encodes uint8 tiles in batches of one fixed shape.
 
     The last batch is filled up with black tiles: matrix products of another shape may round
@@ -40,11 +40,10 @@ def encode_tiles(encoder: InternViT, tiles_TCEE: Tensor) -> Tensor:
         [T, tokens per tile, feature size].
     """
     config = encoder.config
-    parameter = encoder.embeddings.cls_token
     shape = (len(tiles_TCEE), tokens_per_tile(config), tile_feature_size(config))
-    features = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+    features = torch.empty(shape, dtype=encoder.dtype, device=encoder.device)
     for start in range(0, len(tiles_TCEE), config.batch_tiles):
-        batch = tiles_TCEE[start : start + config.batch_tiles].to(parameter.device)
+        batch = tiles_TCEE[start : start + config.batch_tiles].to(encoder.device)
         filled = batch.new_zeros((config.batch_tiles, *batch.shape[1:]))
         filled[: len(batch)] = batch
         features[start : start + len(batch)] = encoder(filled)[: len(batch)]

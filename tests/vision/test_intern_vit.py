@@ -14,7 +14,8 @@ from torch import Tensor
 from nvlm_train.config.schema import VisionConfig
 from nvlm_train.errors import CheckpointError
 from nvlm_train.vision.build import build_vision_encoder
-from nvlm_train.vision.intern_vit import IMAGENET_MEAN, IMAGENET_STD, InternViT, pixel_shuffle
+from nvlm_train.vision.features import IMAGENET_MEAN, IMAGENET_STD, pixel_shuffle
+from nvlm_train.vision.intern_vit import InternViT
 from nvlm_train.vision.tile_parallel import encode_tiles
 from tests.hugging_face import encoder_sizes
 
