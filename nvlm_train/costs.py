@@ -14,6 +14,9 @@ from nvlm_train.config.schema import (
 )
 from nvlm_train.convert.vision import kind_of
 from nvlm_train.geometry import (
+    head_size,
+    kv_size,
+    query_size,
     tile_feature_size,
     tokens_per_tile,
 )
@@ -74,13 +77,12 @@ def cross_query_weights(model: ModelConfig) -> int:
     language, cross = model.language, model.cross_attention
     gated = cross is not None and cross.feed_forward == "gated"
     feed_forward = 3 * language.hidden_size * language.ffn_hidden_size if gated else 0
-    return 2 * language.hidden_size**2 + feed_forward
+    return 2 * language.hidden_size * query_size(language) + feed_forward
 
 
 def cross_context_weights(language: LanguageConfig) -> int:
     """Matrix entries that a context token meets in one layer: its key and its value."""
-    kv_size = language.hidden_size // language.num_heads * language.num_kv_heads
-    return 2 * language.hidden_size * kv_size
+    return 2 * language.hidden_size * kv_size(language)
 
 
 def cross_attention_parameters(model: ModelConfig) -> int:
@@ -100,33 +102,33 @@ def resampler_products(model: ModelConfig) -> int:
     resampler, language = model.resampler, model.language
     if resampler is None:
         return 0
-    hidden, latents = language.hidden_size, resampler.num_latents
+    queries, latents = query_size(language), resampler.num_latents
     read = tokens_per_tile(model.vision) + latents
-    on_latents = 2 * hidden**2 + 3 * hidden * language.ffn_hidden_size
-    scores = 2 * latents * read * hidden
+    on_latents = 2 * language.hidden_size * queries + mlp_weights(language)
+    scores = 2 * latents * read * queries
     layer = latents * on_latents + read * cross_context_weights(language) + scores
     return resampler.num_layers * layer
 
 
 def language_layer_weights(language: LanguageConfig) -> int:
     """Matrix entries of one decoder layer (what a token is multiplied with)."""
-    hidden = language.hidden_size
-    kv_size = hidden // language.num_heads * language.num_kv_heads
-    return hidden * (2 * hidden + 2 * kv_size) + mlp_weights(language)
+    attention = 2 * query_size(language) + 2 * kv_size(language)
+    return language.hidden_size * attention + mlp_weights(language)
 
 
 def mlp_weights(language: LanguageConfig) -> int:
-    """Those of its MLP."""
+    """Matrix entries of the MLP of one decoder layer."""
     return 3 * language.hidden_size * language.ffn_hidden_size
 
 
 def language_parameters(language: LanguageConfig) -> int:
-    """Parameters of the language model with its untied embedding and output tables."""
+    """Parameters of the language model; tied embeddings are one table, and count once."""
     hidden = language.hidden_size
-    kv_size = hidden // language.num_heads * language.num_kv_heads
-    bias = hidden + 2 * kv_size if language.qkv_bias else 0
-    layer = language_layer_weights(language) + bias + 2 * hidden
-    return language.num_layers * layer + 2 * language.vocab_size * hidden + hidden
+    bias = query_size(language) + 2 * kv_size(language) if language.qkv_bias else 0
+    norms = 2 * hidden + (2 * head_size(language) if language.qk_norm else 0)
+    layer = language_layer_weights(language) + bias + norms
+    tables = 1 if language.tied_embeddings else 2
+    return language.num_layers * layer + tables * language.vocab_size * hidden + hidden
 
 
 def part_parameters(model: ModelConfig) -> dict[str, int]:
@@ -151,12 +153,13 @@ def rank_memory(model: ModelConfig, stage: StageConfig, precision: str, data_siz
     spread = data_size if stage.parallel.distributed_optimizer else 1
     language = model.language
     table = language.vocab_size * language.hidden_size
-    layers = (language_parameters(language) - 2 * table) / pipeline
-    # Both ends hold a table; the first stage also holds the projector.
+    tables = 1 if language.tied_embeddings else 2
+    layers = (language_parameters(language) - tables * table) / pipeline
+    # Both ends hold a table, tied or not; the first stage also holds the projector.
     on_first = {
         "projector": projector_parameters(model) / tensor,
         "cross_attention": cross_attention_parameters(model) / pipeline / tensor,
-        "language_model": (layers + table * (2 if pipeline == 1 else 1)) / tensor,
+        "language_model": (layers + table * (tables if pipeline == 1 else 1)) / tensor,
     }
     total = float(vision_parameters(model.vision) * width)
     for part, count in on_first.items():
@@ -214,16 +217,16 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
     per_token = 2.0 * language.num_layers * language_layer_weights(language)
     # Past keys and values the last layer sees trained positions only (model/last_layer.py); who asks
     # its attention is not counted here, which leaves a share of one layer's attention too much.
-    skipped = 2.0 * (mlp_weights(language) + language.hidden_size**2)
+    skipped = 2.0 * (mlp_weights(language) + language.hidden_size * query_size(language))
     skipped *= work.tokens - work.trained_tokens
-    attention = 2.0 * language.num_layers * language.hidden_size * work.attention_pairs
+    attention = 2.0 * language.num_layers * query_size(language) * work.attention_pairs
     logits = 2.0 * language.hidden_size * language.vocab_size * work.trained_tokens
     cross = 2.0 * num_cross_layers(model)
     cross_path = cross * (
         cross_query_weights(model) * work.cross_tokens
         + cross_context_weights(language) * work.context_tokens
     )
-    cross_scores = 2.0 * cross * language.hidden_size * work.cross_pairs
+    cross_scores = 2.0 * cross * query_size(language) * work.cross_pairs
     projector += 2.0 * resampler_products(model) / tokens_per_tile(vision)
     trains_language = "language_model" in stage.trainable
     return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nvlm_train.config.schema import ModelConfig, VisionConfig
+from nvlm_train.config.schema import LanguageConfig, ModelConfig, VisionConfig
 
 PIXEL_SHUFFLE = 2
 """Pixel shuffle joins 2 x 2 neighbouring patches into one token (NVLM 1.0, section 4.1)."""
@@ -26,3 +26,18 @@ def context_tokens_per_tile(model: ModelConfig) -> int:
 def tile_feature_size(vision: VisionConfig) -> int:
     """Channels of one token after pixel shuffle: 12,800 for the paper's encoder."""
     return vision.hidden_size * PIXEL_SHUFFLE**2
+
+
+def head_size(language: LanguageConfig) -> int:
+    """Channels of an attention head."""
+    return language.head_dim or language.hidden_size // language.num_heads
+
+
+def query_size(language: LanguageConfig) -> int:
+    """Channels of all queries: the width between the attention and its output projection."""
+    return language.num_heads * head_size(language)
+
+
+def kv_size(language: LanguageConfig) -> int:
+    """Channels of all keys, and of all values."""
+    return language.num_kv_heads * head_size(language)

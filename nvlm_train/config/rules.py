@@ -112,8 +112,12 @@ def language_shapes_fit(recipe: Recipe) -> Problems:
     heads, groups, hidden = language.num_heads, language.num_kv_heads, language.hidden_size
     if min(heads, groups, hidden) < 1:
         return
-    if hidden % heads:
-        yield _heads(name, heads, hidden)
+    if language.head_dim is not None:
+        yield from in_range(f"{name}.head_dim", language.head_dim, 2)
+        if language.head_dim % 2:
+            yield f"{name}.head_dim={language.head_dim}; RoPE needs an even number of channels"
+    elif hidden % heads:
+        yield f"{_heads(name, heads, hidden)}, or state {name}.head_dim"
     elif hidden // heads % 2:
         yield f"{name}.num_heads={heads} makes heads of {hidden // heads} channels; RoPE needs an even number"
     if heads % groups:
@@ -216,6 +220,20 @@ def gates_open_at_some_time(recipe: Recipe) -> Problems:
             f"model.architecture={recipe.model.architecture}: no stage of the schedule trains "
             "cross_attention, whose gates start at 0, so that cross-routed tiles would never be seen; "
             "add cross_attention to a stage's trainable"
+        )
+
+
+def rope_scaling_is_a_stretch(recipe: Recipe) -> Problems:
+    """Scaling slows channels down, and between its two bounds it passes from full to none."""
+    scaling, name = recipe.model.language.rope_scaling, "model.language.rope_scaling"
+    if scaling is None:
+        return
+    yield from in_range(f"{name}.factor", scaling.factor, 1.0)
+    yield from in_range(f"{name}.original_max_positions", scaling.original_max_positions, 1)
+    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        yield (
+            f"{name}.low_freq_factor={scaling.low_freq_factor} and {name}.high_freq_factor="
+            f"{scaling.high_freq_factor}; use a low one above 0 and a high one above that"
         )
 
 
@@ -359,6 +377,7 @@ _RECIPE_RULES: tuple[Callable[[Recipe], Problems], ...] = (
     schedule_names_stages,
     vision_shapes_fit,
     language_shapes_fit,
+    rope_scaling_is_a_stretch,
     counters_are_positive,
     health_is_usable,
     run_dir_is_a_directory,

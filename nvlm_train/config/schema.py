@@ -72,8 +72,26 @@ class CrossAttentionConfig:
 
 
 @dataclass(frozen=True)
+class RopeScalingConfig:
+    """RoPE turned more slowly than `rope_theta` says, for texts longer than the first ones trained on."""
+
+    kind: Literal["linear", "llama3"]
+    """`linear` turns every channel `factor` times more slowly; `llama3` spares the fast ones (Llama 3.1)."""
+    factor: float
+    low_freq_factor: float = 1.0
+    """For `llama3`: channels that turn fewer times than this in the original length are slowed fully."""
+    high_freq_factor: float = 4.0
+    """For `llama3`: channels that turn more often than this are left as they are."""
+    original_max_positions: int = 8192
+    """For `llama3`: tokens of the longest text before the stretching."""
+
+
+@dataclass(frozen=True)
 class LanguageConfig:
-    """Qwen2-shaped decoder: GQA, RMSNorm, SwiGLU, RoPE, untied embeddings."""
+    """A decoder as Qwen2, Qwen3 and Llama have it: GQA, RMSNorm, SwiGLU, RoPE.
+
+    What the families differ in are fields; `nvlm_train/convert/language.py` lists the families.
+    """
 
     num_layers: int
     hidden_size: int
@@ -83,8 +101,16 @@ class LanguageConfig:
     vocab_size: int
     """Rows of the embedding table, padding rows included."""
     norm_eps: float = 1e-6
+    head_dim: int | None = None
+    """Channels of a head; none for `hidden_size / num_heads`."""
     rope_theta: float = 1_000_000.0
+    rope_scaling: RopeScalingConfig | None = None
     qkv_bias: bool = True
+    """Biases on queries, keys and values: Qwen2 has them, Llama and Qwen3 do not."""
+    qk_norm: bool = False
+    """An RMSNorm over each head's channels of queries and keys, before RoPE: Qwen3 has it."""
+    tied_embeddings: bool = False
+    """The output layer multiplies with the embedding table instead of a table of its own."""
     init_std: float = 0.014
     weights: str | None = None
     """Directory with config.json and *.safetensors (docs/weights.md), or none for random ones."""

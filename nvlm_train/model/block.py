@@ -30,7 +30,8 @@ from nvlm_train.parallel.kernels import Kernels
 def decoder_block_spec(
     config: TransformerConfig, cross: CrossAttentionConfig | None, kernels: Kernels
 ) -> TransformerBlockSubmodules:
-    """This pipeline stage's layers: pre-norm self-attention with QKV bias from the config, SwiGLU MLP.
+    """This pipeline stage's layers: pre-norm self-attention, SwiGLU MLP; QKV bias and QK-norm are
+    the config's.
 
     Norms stay modules of their own on every path, so that checkpoints have one set of names. Layers
     are numbered from 1 through all stages; cross-attention is in those that `cross.every` divides.
@@ -38,7 +39,9 @@ def decoder_block_spec(
     offset = get_transformer_layer_offset(config)
     numbers = range(offset + 1, offset + 1 + get_num_layers_to_build(config))
     layers = [
-        _cross_layer(cross, kernels) if cross and number % cross.every == 0 else _layer(kernels)
+        _cross_layer(config, cross, kernels)
+        if cross and number % cross.every == 0
+        else _layer(config, kernels)
         for number in numbers
     ]
     if numbers[-1] == config.num_layers:
@@ -47,13 +50,15 @@ def decoder_block_spec(
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
-def _layer(kernels: Kernels) -> ModuleSpec:
-    return ModuleSpec(module=TransformerLayer, submodules=_submodules(kernels))
+def _layer(config: TransformerConfig, kernels: Kernels) -> ModuleSpec:
+    return ModuleSpec(module=TransformerLayer, submodules=_submodules(config, kernels))
 
 
-def _cross_layer(cross: CrossAttentionConfig, kernels: Kernels) -> ModuleSpec:
+def _cross_layer(
+    config: TransformerConfig, cross: CrossAttentionConfig, kernels: Kernels
+) -> ModuleSpec:
     norm, _, column, row = implementations(kernels)
-    submodules = _submodules(kernels)
+    submodules = _submodules(config, kernels)
     submodules.pre_cross_attn_layernorm = norm
     submodules.cross_attention = ModuleSpec(
         module=GatedCrossAttention, submodules=CrossSubmodules(column, row)
@@ -63,13 +68,18 @@ def _cross_layer(cross: CrossAttentionConfig, kernels: Kernels) -> ModuleSpec:
     return ModuleSpec(module=kind, submodules=submodules)
 
 
-def _submodules(kernels: Kernels) -> TransformerLayerSubmodules:
+def _submodules(config: TransformerConfig, kernels: Kernels) -> TransformerLayerSubmodules:
     norm, attention, column, row = implementations(kernels)
+    head_norm = norm if config.qk_layernorm else None
     self_attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask_type(kernels)},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=column, core_attention=attention, linear_proj=row
+            linear_qkv=column,
+            core_attention=attention,
+            linear_proj=row,
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     return TransformerLayerSubmodules(

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from nvlm_train.config.schema import Recipe, StageConfig
+from nvlm_train.geometry import head_size
 from nvlm_train.model.global_weights import part_of
 from nvlm_train.model.nvlm import NVLM
 from nvlm_train.parallel.kernels import Kernels
@@ -27,6 +28,8 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
         hidden_size=language.hidden_size,
         num_attention_heads=language.num_heads,
         num_query_groups=language.num_kv_heads,
+        kv_channels=head_size(language),
+        qk_layernorm=language.qk_norm,
         ffn_hidden_size=language.ffn_hidden_size,
         normalization="RMSNorm",
         layernorm_epsilon=language.norm_eps,

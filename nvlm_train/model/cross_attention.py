@@ -26,8 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nvlm_train.model.dropout import drawing_for_heads
-from nvlm_train.model.layers import RMSNorm, grouped_attention
+from nvlm_train.model.layers import RMSNorm, drawing_for_heads, grouped_attention
 from nvlm_train.model.zero_grads import zeros_for
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from nvlm_train.config.schema import CrossAttentionConfig, LanguageConfig
 from nvlm_train.model.block import decoder_block_spec
 from nvlm_train.model.last_layer import Pack, wanted_positions
+from nvlm_train.model.rope import rotary_embedding
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
 
@@ -49,11 +49,7 @@ class LanguageModel(MegatronModule):
                 # Image features are spliced in first; the sequence is scattered after that.
                 scatter_to_sequence_parallel=False,
             )
-        self.rotary = RotaryEmbedding(
-            kv_channels=config.kv_channels,
-            rotary_percent=1.0,
-            rotary_base=language.rope_theta,
-        )
+        self.rotary = rotary_embedding(language)
         self.decoder = TransformerBlock(
             config,
             decoder_block_spec(config, cross, kernels),

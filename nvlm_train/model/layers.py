@@ -6,9 +6,11 @@ Shape legend: S tokens of a pack, N local heads, G local KV groups, D head size,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,7 +20,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nvlm_train.model.dropout import drawing_for_heads
 from nvlm_train.parallel import cpu_kernels
 from nvlm_train.parallel.kernels import Kernels
 
@@ -142,6 +143,31 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any)
         group = query.shape[1] // key.shape[1]
         key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
     return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+
+
+def drawing_for_heads(
+    config: TransformerConfig, probability: float
+) -> AbstractContextManager[None]:
+    """Surrounds dropout of attention weights, whose heads are sharded over tensor-parallel ranks.
+
+    Megatron's rules say which generator a mask comes from. What every rank holds whole (the residual
+    stream without sequence parallelism, word embeddings, the context) is dropped by the default
+    generator, which is in the same state on all tensor-parallel ranks: they need one mask. What is
+    sharded (heads, parts of a sequence) is dropped by the one that megatron-core's tracker keeps, which
+    is another on each. parallel/topology.py seeds both.
+
+    As in megatron-core's DotProductAttention: under sequence parallelism its TransformerBlock has turned
+    to the tracker's generator for all that a layer draws. To fork once more would do no harm forward, but
+    recomputation in backward, outside the block, would then start from an older state and draw other masks.
+
+    Args:
+        config: of the decoder that this attention is part of.
+        probability: of dropout; with 0 nothing is drawn, and no generator is touched.
+    """
+    if probability == 0.0 or config.sequence_parallel:
+        return nullcontext()
+    fork: AbstractContextManager[None] = tensor_parallel.get_cuda_rng_tracker().fork()
+    return fork
 
 
 def mlp_spec(kernels: Kernels) -> ModuleSpec:
