@@ -1,6 +1,6 @@
-"""Qwen2 names of Hugging Face against canonical names (megatron-core's GPT names under `language_model.`).
+"""Hugging Face's names of a decoder's tensors against global ones (megatron-core's under `language_model.`).
 
-Each row says which Hugging Face tensors one canonical tensor is made of, and how. `{n}` is the layer.
+Each row says which Hugging Face tensors one global tensor is made of, and how. `{n}` is the layer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.geometry import head_size
 
 Join = Callable[[LanguageConfig, Sequence[Tensor]], Tensor]
 Split = Callable[[LanguageConfig, Tensor], Sequence[Tensor]]
@@ -20,9 +21,9 @@ Split = Callable[[LanguageConfig, Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class Row:
-    """One canonical tensor, its parts in Hugging Face's checkpoint, and the maps both ways."""
+    """One global tensor, its parts in Hugging Face's checkpoint, and the maps both ways."""
 
-    canonical: str
+    global_name: str
     parts: tuple[str, ...]
     join: Join
     split: Split
@@ -41,7 +42,7 @@ def join_qkv(language: LanguageConfig, parts: Sequence[Tensor]) -> Tensor:
 def split_qkv(language: LanguageConfig, joined: Tensor) -> Sequence[Tensor]:
     """The inverse of `join_qkv`."""
     groups = language.num_kv_heads
-    head = language.hidden_size // language.num_heads
+    head = head_size(language)
     queries = language.num_heads // groups * head
     by_group = joined.reshape(groups, -1, *joined.shape[1:])
     parts = torch.split(by_group, [queries, head, head], dim=1)
@@ -71,13 +72,18 @@ def _pad_rows(language: LanguageConfig, parts: Sequence[Tensor]) -> Tensor:
 
 
 _LAYER, _HF = "language_model.decoder.layers.{n}.", "model.layers.{n}."
-_QKV, _HF_ATTENTION = _LAYER + "self_attention.linear_qkv.", _HF + "self_attn."
-QWEN2: tuple[Row, ...] = (
+_ATTENTION, _HF_ATTENTION = _LAYER + "self_attention.", _HF + "self_attn."
+_QKV = _ATTENTION + "linear_qkv."
+ROWS: tuple[Row, ...] = (
     Row("language_model.embedding.word_embeddings.weight", ("model.embed_tokens.weight",), _pad_rows, _one),
     Row(_LAYER + "input_layernorm.weight", (_HF + "input_layernorm.weight",), _same, _one),
     *(
         Row(_QKV + kind, tuple(f"{_HF_ATTENTION}{name}_proj.{kind}" for name in "qkv"), join_qkv, split_qkv)
         for kind in ("weight", "bias")
+    ),
+    *(
+        Row(f"{_ATTENTION}{name}_layernorm.weight", (f"{_HF_ATTENTION}{name}_norm.weight",), _same, _one)
+        for name in "qk"
     ),
     Row(_LAYER + "self_attention.linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), _same, _one),
     Row(_LAYER + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), _same, _one),
@@ -93,10 +99,10 @@ QWEN2: tuple[Row, ...] = (
 )  # fmt: skip
 
 
-def find_row(canonical: str) -> tuple[Row, tuple[str, ...]] | None:
-    """A canonical name's row and Hugging Face's names of its parts; None for other parts' tensors."""
-    for row in QWEN2:
-        match = re.fullmatch(re.escape(row.canonical).replace(r"\{n\}", r"(\d+)"), canonical)
+def find_row(global_name: str) -> tuple[Row, tuple[str, ...]] | None:
+    """A global name's row and Hugging Face's names of its parts; None for other parts' tensors."""
+    for row in ROWS:
+        match = re.fullmatch(re.escape(row.global_name).replace(r"\{n\}", r"(\d+)"), global_name)
         if match:
             layer = match.group(1) if match.groups() else ""
             return row, tuple(part.replace("{n}", layer) for part in row.parts)
@@ -104,7 +110,7 @@ def find_row(canonical: str) -> tuple[Row, tuple[str, ...]] | None:
 
 
 def to_hugging_face(language: LanguageConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole canonical tensors of the language model to Hugging Face's Qwen2 state dict."""
+    """Whole global tensors of the language model to Hugging Face's state dict."""
     exported: dict[str, Tensor] = {}
     for name, tensor in state.items():
         found = find_row(name)

@@ -1,4 +1,4 @@
-"""Reads Hugging Face's Qwen2 or Llama into any layout, one tensor at a time, from safetensors only."""
+"""Reads a language model of Hugging Face into any layout, one tensor at a time, from safetensors only."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from nvlm_train.convert.names import find_row
 from nvlm_train.convert.problem import refuse
 
 
-def qwen2_source(language: LanguageConfig) -> Callable[[str, tuple[int, ...]], Tensor | None]:
-    """A source for `model.canonical.fill`: language-model tensors of `language.weights`, None for others.
+def language_source(language: LanguageConfig) -> Callable[[str, tuple[int, ...]], Tensor | None]:
+    """Makes a source for `model.global_weights.fill` of the tensors in `language.weights`.
+
+    The source maps a global name and shape to the whole tensor, and names of other parts to None.
 
     Raises:
         CheckpointError: the directory is not whole, or holds another model than the recipe describes.

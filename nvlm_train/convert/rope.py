@@ -19,21 +19,38 @@ _ONE = "leave the one that the weights were trained with"
 
 @dataclass(frozen=True)
 class RopeType:
-    """A kind of scaling that does not change RoPE, at least not up to `max_position_embeddings`."""
+    """A kind of scaling in a config.json."""
 
-    parameters: frozenset[str]
-    """Numbers that it needs."""
-    is_bounded: bool
+    parameters: Mapping[str, str | None]
+    """Numbers that it needs, each with the field of the recipe's `rope_scaling` that must say the same;
+    none for a number that changes nothing up to `max_position_embeddings`."""
+    is_bounded: bool = False
     """Whether it changes RoPE beyond that length."""
+    scaling: str | None = None
+    """The recipe's `rope_scaling.kind` that computes it; none where frequencies stay as they are."""
 
 
 PLAIN = {
-    "default": RopeType(frozenset(), is_bounded=False),
+    "default": RopeType({}),
     # base * (factor * S / max - (factor - 1)) ** ..., S = max(longest, max): base itself up to max
     # (transformers, modeling_rope_utils._compute_dynamic_ntk_parameters). NVLM-D 72B has it.
-    "dynamic": RopeType(frozenset({"factor"}), is_bounded=True),
+    "dynamic": RopeType({"factor": None}, is_bounded=True),
 }
-"""What megatron-core's plain rotary embedding computes."""
+"""Kinds that leave the frequencies as `rope_theta` gives them."""
+
+STRETCHED = {
+    "linear": RopeType({"factor": "factor"}, scaling="linear"),
+    "llama3": RopeType(
+        {
+            "factor": "factor",
+            "low_freq_factor": "low_freq_factor",
+            "high_freq_factor": "high_freq_factor",
+            "original_max_position_embeddings": "original_max_positions",
+        },
+        scaling="llama3",
+    ),
+}
+"""Kinds that `model.language.rope_scaling` describes (nvlm_train/model/rope.py computes them)."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +91,7 @@ class Rope:
         place: Place,
         sequence_lengths: Mapping[str, int],
     ) -> Problems:
-        """What is not plain RoPE with the recipe's base.
+        """Finds what is not the RoPE that the recipe describes.
 
         Args:
             config: the config.json.
@@ -109,6 +126,7 @@ class Rope:
             )
             return
         yield from _parameters(table, kind, place)
+        yield from _scaling(table, kind, language, place)
         yield from self._lengths(config, kind, table.type, place, sequence_lengths)
 
     def _theta(
@@ -178,7 +196,7 @@ def _parameters(table: _Table, kind: RopeType, place: Place) -> Problems:
     if len(names) == 2 and not same(names[0], names[1]):
         both = " and ".join(f"{table.path(key)}={shown(content[key])}" for key in _TYPE_KEYS)
         yield error(f"{place.config} has {both}", _ONE)
-    known = kind.parameters | {"rope_theta", "partial_rotary_factor", *_TYPE_KEYS}
+    known = kind.parameters.keys() | {"rope_theta", "partial_rotary_factor", *_TYPE_KEYS}
     for key in sorted(content.keys() - known):
         yield error(
             f"{place.config} has {table.path(key)}={shown(content[key])}: RoPE of the type "
@@ -192,6 +210,29 @@ def _parameters(table: _Table, kind: RopeType, place: Place) -> Problems:
                 f"{place.config} has {table.path(key)}={shown(value)}: RoPE of the type {table.type} "
                 "needs a finite number there, and no huge one",
                 "give weights with a config.json that save_pretrained wrote",
+            )
+
+
+def _scaling(table: _Table, kind: RopeType, language: LanguageConfig, place: Place) -> Problems:
+    """The recipe's `rope_scaling` says something else than config.json."""
+    ours, setting = language.rope_scaling, f"{place.group}.rope_scaling"
+    if kind.scaling != (ours.kind if ours else None):
+        wanted = {field: table.content.get(key) for key, field in kind.parameters.items() if field}
+        stated_as = f"{{kind: {kind.scaling}" + "".join(
+            f", {field}: {shown(value)}" for field, value in wanted.items()
+        )
+        yield error(
+            f"{setting}{'.kind=' + ours.kind if ours else '=null'} but {place.config} has RoPE of the "
+            f"type {shown(table.type)}",
+            f"set {setting}={stated_as}}}" if kind.scaling else f"set {setting}=null",
+        )
+        return
+    for key, field in kind.parameters.items():
+        if field and not same(table.content.get(key), getattr(ours, field)):
+            yield error(
+                f"{setting}.{field}={getattr(ours, field)} but {place.config} has "
+                f"{table.path(key)}={shown(table.content.get(key))}",
+                f"correct {place.group}, or give the weights that it describes",
             )
 
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from nvlm_train.config.paths import data_recipes_dir
 from nvlm_train.config.schema import Recipe
-from nvlm_train.convert.reader import qwen2_source
+from nvlm_train.convert.reader import language_source
 from nvlm_train.data.dataset import build_data
 from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.plan.plan import DataPlan
@@ -182,7 +182,7 @@ def initial_weights(recipe: Recipe, module: MegatronModule) -> None:
     """
     language = recipe.model.language
     seeded = global_weights.seeded_source(language, recipe.seed)
-    imported = qwen2_source(language) if language.weights else None
+    imported = language_source(language) if language.weights else None
 
     def source(name: str, shape: tuple[int, ...]) -> Any:
         found = imported(name, shape) if imported else None

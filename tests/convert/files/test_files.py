@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nvlm_train.convert.families.qwen2 import QWEN2
 from nvlm_train.convert.headers import INDEX
-from nvlm_train.convert.language import QWEN2, language_problems
-from nvlm_train.convert.names import QWEN2 as ROWS
+from nvlm_train.convert.language import language_problems
+from nvlm_train.convert.names import ROWS
 from tests.convert.files.models import LANGUAGE
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

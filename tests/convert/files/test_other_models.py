@@ -12,7 +12,7 @@ from torch import nn
 
 from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import Recipe
-from nvlm_train.convert.reader import qwen2_source
+from nvlm_train.convert.reader import language_source
 from nvlm_train.doctor.weights import check_weights
 from nvlm_train.errors import CheckpointError
 from tests.convert.files import starts
@@ -157,7 +157,7 @@ def test_another_model_is_refused(
     recipe = load_recipe(recipes[name])
     assert message in doctor_errors(recipe)
     with pytest.raises(CheckpointError) as caught:
-        qwen2_source(recipe.model.language)
+        language_source(recipe.model.language)
     assert message in str(caught.value)
     for said in refused:
         assert said[name].startswith("ConfigError: ") and message in said[name]

@@ -15,9 +15,9 @@ from torch import Tensor
 from nvlm_train.batch import RankShare
 from nvlm_train.config.schema import LanguageConfig, ParallelConfig
 from nvlm_train.convert.names import to_hugging_face
-from nvlm_train.convert.reader import qwen2_source
+from nvlm_train.convert.reader import language_source
 from nvlm_train.errors import CheckpointError
-from tests.convert import qwen_runs
+from tests.convert import language_runs
 from tests.parity import recipes
 from tests.parity.recipes import LANGUAGE
 from tests.workers import WorkerPool
@@ -61,7 +61,7 @@ def test_logits_are_those_of_transformers(
     workers: WorkerPool, qwen2_dir: Path, expected: list[list[Tensor]], layout: str
 ) -> None:
     world, parallel = LAYOUTS[layout]
-    found = workers.run(world, qwen_runs.logits_of, parallel, qwen2_dir, PACKS)[-1]
+    found = workers.run(world, language_runs.logits_of, parallel, qwen2_dir, PACKS)[-1]
     assert_close(found, expected)
 
 
@@ -70,7 +70,7 @@ def test_logits_of_a_llama_are_those_of_transformers(
     workers: WorkerPool, llama: torch.nn.Module, llama_dir: Path, layout: str
 ) -> None:
     world, parallel = LAYOUTS[layout]
-    found = workers.run(world, qwen_runs.logits_of, parallel, llama_dir, PACKS, False)[-1]
+    found = workers.run(world, language_runs.logits_of, parallel, llama_dir, PACKS, False)[-1]
     assert_close(found, expected_of(llama))
 
 
@@ -79,7 +79,7 @@ def test_import_and_export_round_trip(
 ) -> None:
     """Bitwise, through a layout that cuts every matrix."""
     layout = ParallelConfig(tensor=2, pipeline=2)
-    whole = workers.run(4, qwen_runs.whole_weights, layout, qwen2_dir)[0]
+    whole = workers.run(4, language_runs.whole_weights, layout, qwen2_dir)[0]
     exported, stored = to_hugging_face(LANGUAGE, whole), qwen2.state_dict()
     assert exported.keys() == stored.keys()
     assert all(torch.equal(exported[name], stored[name]) for name in stored)
@@ -92,7 +92,7 @@ def test_import_and_export_round_trip(
 
 
 def test_a_padded_vocabulary_gets_zero_rows(qwen2: torch.nn.Module, qwen2_dir: Path) -> None:
-    source = qwen2_source(replace(LANGUAGE, weights=str(qwen2_dir), vocab_size=320))
+    source = language_source(replace(LANGUAGE, weights=str(qwen2_dir), vocab_size=320))
     table = source("language_model.output_layer.weight", (320, LANGUAGE.hidden_size))
     assert table is not None
     assert torch.equal(table[:256], qwen2.state_dict()["lm_head.weight"])
@@ -109,7 +109,7 @@ def error_of(weights: Path, **changes: object) -> str:
     """The message of an import of the first layer's QKV weight."""
     language: LanguageConfig = replace(LANGUAGE, weights=str(weights), **changes)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError) as caught:
-        qwen2_source(language)(f"{FIRST_LAYER}.self_attention.linear_qkv.weight", (128, 64))
+        language_source(language)(f"{FIRST_LAYER}.self_attention.linear_qkv.weight", (128, 64))
     return str(caught.value)
 
 
@@ -144,7 +144,7 @@ def test_wrong_shape_is_named(qwen2_dir: Path) -> None:
     language = replace(LANGUAGE, weights=str(qwen2_dir), vocab_size=200)
     name = "language_model.embedding.word_embeddings.weight"
     with pytest.raises(CheckpointError, match=r"gives \(256, 64\) .* has \(200, 64\); correct"):
-        qwen2_source(language)(name, (200, 64))
+        language_source(language)(name, (200, 64))
 
 
 def test_tied_embeddings_are_refused(broken: Path) -> None:
