@@ -2,7 +2,7 @@
 
 Headers are read with Pillow, JPEG pixels are decoded with libjpeg-turbo (simplejpeg) and resized by
 torch's antialiased uint8 kernel, which follows the bicubic filter of Pillow 10 to 12 to within
-rounding; Pillow 13 makes its two passes in another order where that is cheaper (docs/data.md).
+rounding; Pillow 13 makes its two passes in another order where that is cheaper (docs/data/encoding.md).
 Every function raises ValueError, with the reason, for bytes that are not an intact image.
 """
 

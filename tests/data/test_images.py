@@ -175,7 +175,7 @@ def test_grain_is_resized_as_by_pillow_before_13(
 def test_pillows_differ_in_the_order_of_passes_only(
     source: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    """What docs/data.md says of the Pillow that is installed, whichever it is."""
+    """What docs/data/encoding.md says of the Pillow that is installed, whichever it is."""
     image, bicubic = grainy(*source), Image.Resampling.BICUBIC
     here = pixels_of(image.resize(size, bicubic))
     across_first = pixels_of(resized(image, size))
