@@ -95,9 +95,9 @@ def _counts_of_parts(name: str) -> dict[str, int]:
     return parts
 
 
-@pytest.mark.parametrize("name", cross_recipes.MODELS | cross_recipes.PLAIN)
+@pytest.mark.parametrize("name", cross_recipes.ALL)
 def test_parameters_of_the_small_models(workers: WorkerPool, name: str) -> None:
-    model = (cross_recipes.MODELS | cross_recipes.PLAIN)[name]
+    model = cross_recipes.ALL[name]
     assert workers.run(1, _counts_of_parts, name)[0] == costs.part_parameters(model)
 
 

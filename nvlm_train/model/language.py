@@ -6,13 +6,15 @@ V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nvlm_train.config.schema import CrossAttentionConfig, LanguageConfig
@@ -56,8 +58,16 @@ class LanguageModel(MegatronModule):
             pre_process=topology.is_first_pp_stage,
             post_process=topology.is_last_pp_stage,
         )
+        is_tied_here = language.tied_embeddings and topology.is_first_pp_stage
         if topology.is_last_pp_stage:
-            self.output_layer = _output_layer(config, language)
+            self.output_layer = _output_layer(config, language, skip_table=is_tied_here)
+        self.is_copy_of_embedding = (
+            language.tied_embeddings
+            and topology.is_last_pp_stage
+            and not topology.is_first_pp_stage
+        )
+        if language.tied_embeddings:
+            self._mark_shared_table(topology)
 
     def embed(self, token_ids_S: Tensor) -> Tensor:
         """Word embeddings, [S, 1, H], whole and the same on every tensor-parallel rank.
@@ -127,8 +137,42 @@ class LanguageModel(MegatronModule):
             hidden_LBH = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_LBH, tensor_parallel_output_grad=False
             )[:length]
-        logits, _ = self.output_layer(hidden_LBH)
+        # Where the table is the embedding's, the output layer has none of its own.
+        logits, _ = self.output_layer(hidden_LBH, weight=self.table())
         return logits
+
+    def table(self) -> nn.Parameter:
+        """This stage's table with a row for each id: the output layer's, else the embedding's.
+
+        Tied embeddings have a copy on both ends of the pipeline; megatron-core sums the gradients of the
+        two (`finalize_model_grads`), so that equal copies stay equal.
+        """
+        own: nn.Parameter | None = (
+            self.output_layer.weight if hasattr(self, "output_layer") else None
+        )
+        return self.embedding.word_embeddings.weight if own is None else own
+
+    def _mark_shared_table(self, topology: Topology) -> None:
+        """Tells megatron-core which copy counts in the gradient norm, and which buckets hold copies.
+
+        The marks are those of its LanguageModule (`setup_embeddings_and_output_layer`).
+        """
+        if topology.is_first_pp_stage and topology.is_last_pp_stage:
+            self.table().zero_out_wgrad = True  # type: ignore[attr-defined]
+        elif topology.is_first_pp_stage or topology.is_last_pp_stage:
+            self.table().shared_embedding = True  # type: ignore[attr-defined]
+            self.table().shared = self.is_copy_of_embedding  # type: ignore[attr-defined]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Describes this stage's slices; the last stage's copy of a tied table is one of the embedding's."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.is_copy_of_embedding:
+            entry = state[f"{prefix}output_layer.weight"]
+            entry.key = f"{prefix}embedding.word_embeddings.weight"
+            entry.replica_id = (1, *entry.replica_id[1:])
+        return state
 
     def set_input_tensor(self, hidden_SBH: Tensor) -> None:
         """Called by the pipeline schedule with what the previous stage sent."""
@@ -136,9 +180,12 @@ class LanguageModel(MegatronModule):
 
 
 def _output_layer(
-    config: TransformerConfig, language: LanguageConfig
+    config: TransformerConfig, language: LanguageConfig, skip_table: bool
 ) -> tensor_parallel.ColumnParallelLinear:
-    """Vocabulary-parallel output table. Reads gathered positions, so it must not gather a sequence."""
+    """Builds the vocabulary-parallel output layer, without a table where the embedding's is used.
+
+    It reads gathered positions, so it must not gather a sequence.
+    """
     import copy
 
     own = copy.copy(config)
@@ -150,4 +197,5 @@ def _output_layer(
         init_method=torch.nn.init.zeros_,
         bias=False,
         gather_output=False,
+        skip_weight_param_allocation=skip_table,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvlm_train.batch import CrossContext
 from nvlm_train.config.schema import ModelConfig
@@ -36,7 +36,7 @@ class NVLM(MegatronModule):
         super().__init__(config)
         self.pre_process = topology.is_first_pp_stage
         self.post_process = topology.is_last_pp_stage
-        self.share_embeddings_and_output_weights = False
+        self.share_embeddings_and_output_weights = model.language.tied_embeddings
         self.model_type = ModelType.encoder_or_decoder
         if self.pre_process:
             self.projector = Projector(
@@ -115,6 +115,10 @@ class NVLM(MegatronModule):
             projected = projected.index_select(0, context.decoder_tiles.to(place))
         spliced = text_SBH.index_copy(0, image_positions, projected.flatten(0, 1).unsqueeze(1))
         return self.language_model.scatter(spliced), states_CBH
+
+    def shared_embedding_or_output_weight(self) -> nn.Parameter:
+        """Called by megatron-core to sum the gradients of a tied table's two copies."""
+        return self.language_model.table()
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor) -> None:
         """Called by the pipeline schedule with what the previous stage sent."""

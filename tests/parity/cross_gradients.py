@@ -19,7 +19,7 @@ def start_engine(
     **changes: object,
 ) -> Engine:
     """One of `cross_recipes.MODELS` with weights that depend on names only, gates open."""
-    model = (cross_recipes.MODELS | cross_recipes.PLAIN)[name]
+    model = cross_recipes.ALL[name]
     if model.cross_attention is None:
         trainable = tuple(part for part in trainable if part != "cross_attention")
     return gradients.start_engine(

@@ -53,6 +53,15 @@ PLAIN: dict[str, ModelConfig] = {
 }
 """What X and H are when nothing crosses."""
 
+LARGE_HEADS: dict[str, ModelConfig] = {
+    f"{name} with large heads": replace(
+        MODELS[name], language=replace(LANGUAGE, head_dim=24, qk_norm=True, qkv_bias=False)
+    )
+    for name in ("x", "h", "flamingo")
+}
+"""Heads whose channels do not add up to the hidden size, as Qwen3 has them."""
+ALL = MODELS | PLAIN | LARGE_HEADS
+
 WIDE, TALL, SMALL = (96, 64), (32, 96), (32, 32)
 """Seven tiles, four, and one."""
 Sample = tuple[int, list[tuple[int, int]]]
@@ -68,7 +77,7 @@ TEXT_ONLY: list[list[Sample]] = [[(9, []), (12, [])], [(20, [])], [(14, [])], [(
 @cache
 def encoder(name: str) -> SampleEncoder:
     """Of a model, with 1-D tags and up to six tiles."""
-    model = MODELS[name]
+    model = ALL[name]
     spec = EncodingSpec(
         tile_size=recipes.VISION.tile_size,
         tokens_per_tile=tokens_per_tile(recipes.VISION),
