@@ -223,7 +223,7 @@ def _scaling(table: _Table, kind: RopeType, language: LanguageConfig, place: Pla
         )
         yield error(
             f"{setting}{'.kind=' + ours.kind if ours else '=null'} but {place.config} has RoPE of the "
-            f"type {shown(table.type)}",
+            f"type {shown(table.type)}: {table.name or 'rope_parameters'}={shown(table.content)}",
             f"set {setting}={stated_as}}}" if kind.scaling else f"set {setting}=null",
         )
         return

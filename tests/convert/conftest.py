@@ -46,6 +46,31 @@ def llama() -> torch.nn.Module:
     return randomised(LlamaForCausalLM(LlamaConfig(**sizes(LANGUAGE))).eval())
 
 
+LLAMA_3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32, "rope_theta": LANGUAGE.rope_theta,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def llama_3() -> torch.nn.Module:
+    """Of Llama 3.2's kind: tied tables, and RoPE stretched from 32 positions, with packs of up to 96."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    own = {"rope_parameters": LLAMA_3, "tie_word_embeddings": True, "head_dim": 24}
+    names = sizes(LANGUAGE)
+    names.pop("rope_theta")
+    return randomised(LlamaForCausalLM(LlamaConfig(**names | own)).eval())
+
+
+@pytest.fixture(scope="session")
+def llama_3_dir(llama_3: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In one file, without a table for the output layer."""
+    directory = tmp_path_factory.mktemp("llama-3")
+    llama_3.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def llama_dir(llama: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """In one file."""

@@ -1,9 +1,10 @@
-"""Runs on the workers: our language model with imported Qwen2 weights, in some layout."""
+"""Runs on the workers: our language model with imported weights, in some layout."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -16,14 +17,15 @@ from nvlm_train.parallel.topology import build_topology
 from nvlm_train.pipeline.round import Head, run_round
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.start import initial_weights
+from nvlm_train.train.step import run_step
 from tests.parity import recipes
 from tests.parity.gradients import gather
 
 
-def import_engine(parallel: ParallelConfig, weights: Path, qkv_bias: bool = True) -> Engine:
-    """The small model whose language part comes from `weights`; a Qwen2 has biases, a Llama none."""
+def import_engine(parallel: ParallelConfig, weights: Path, **fields: Any) -> Engine:
+    """The small model whose language part comes from `weights`, with a family's fields of the recipe."""
     recipe = recipes.recipe(parallel)
-    language = replace(recipe.model.language, weights=str(weights), qkv_bias=qkv_bias)
+    language = replace(recipe.model.language, weights=str(weights), **fields)
     recipe = replace(recipe, model=replace(recipe.model, language=language))
     engine = build_engine(
         recipe, recipe.stages["sft"], build_topology(parallel, recipe.seed), kernels.detect()
@@ -34,10 +36,10 @@ def import_engine(parallel: ParallelConfig, weights: Path, qkv_bias: bool = True
 
 
 def logits_of(
-    parallel: ParallelConfig, weights: Path, layouts: list, qkv_bias: bool = True
+    parallel: ParallelConfig, weights: Path, layouts: list, **fields: Any
 ) -> list[Tensor]:
     """Logits [S, V] of text-only packs, on the ranks of the last pipeline stage."""
-    engine = import_engine(parallel, weights, qkv_bias)
+    engine = import_engine(parallel, weights, **fields)
     (work,) = recipes.step_batch(layouts, engine.topology.share, 0).rounds
 
     def everywhere(microbatch: Microbatch) -> Tensor:
@@ -49,6 +51,21 @@ def logits_of(
 
     with torch.no_grad():
         return run_round(engine.replica, work, Head(everywhere, finish), forward_only=True)
+
+
+def losses_of_steps(
+    parallel: ParallelConfig, weights: Path, steps: int, **fields: Any
+) -> list[float]:
+    """Losses of training steps on packs with images and text, from imported weights."""
+    engine = import_engine(parallel, weights, **fields)
+    engine.model.train()
+    engine.reload_optimizer_weights()
+    return [
+        run_step(
+            engine, recipes.step_batch(recipes.MIXED, engine.topology.share, number), num_sources=2
+        ).loss
+        for number in range(steps)
+    ]
 
 
 def whole_weights(parallel: ParallelConfig, weights: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nvlm_train.batch import RankShare
-from nvlm_train.config.schema import LanguageConfig, ParallelConfig
+from nvlm_train.config.schema import LanguageConfig, ParallelConfig, RopeScalingConfig
 from nvlm_train.convert.names import to_hugging_face
 from nvlm_train.convert.reader import language_source
 from nvlm_train.errors import CheckpointError
@@ -70,8 +71,65 @@ def test_logits_of_a_llama_are_those_of_transformers(
     workers: WorkerPool, llama: torch.nn.Module, llama_dir: Path, layout: str
 ) -> None:
     world, parallel = LAYOUTS[layout]
-    found = workers.run(world, language_runs.logits_of, parallel, llama_dir, PACKS, False)[-1]
+    run = partial(language_runs.logits_of, qkv_bias=False)
+    found = workers.run(world, run, parallel, llama_dir, PACKS)[-1]
     assert_close(found, expected_of(llama))
+
+
+LLAMA_3 = {
+    "qkv_bias": False,
+    "head_dim": 24,
+    "tied_embeddings": True,
+    "rope_scaling": RopeScalingConfig("llama3", factor=8.0, original_max_positions=32),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_with_stretched_rope_are_those_of_transformers(
+    workers: WorkerPool, llama_3: torch.nn.Module, llama_3_dir: Path, layout: str
+) -> None:
+    world, parallel = LAYOUTS[layout]
+    run = partial(language_runs.logits_of, **LLAMA_3)
+    found = workers.run(world, run, parallel, llama_3_dir, PACKS)[-1]
+    assert_close(found, expected_of(llama_3))
+
+
+def test_without_the_stretch_they_are_others(
+    workers: WorkerPool, llama_3: torch.nn.Module, llama_3_dir: Path, tmp_path: Path
+) -> None:
+    """The control: plain RoPE on the same weights, with a config.json that says so."""
+    plain = shutil.copytree(llama_3_dir, tmp_path / "plain")
+    theta = {"rope_type": "default", "rope_theta": LANGUAGE.rope_theta}
+    change_config(plain, lambda stored: stored.update(rope_parameters=theta))
+    run = partial(language_runs.logits_of, **LLAMA_3 | {"rope_scaling": None})
+    found = workers.run(1, run, ParallelConfig(), plain, PACKS)[-1]
+    with pytest.raises(AssertionError):
+        assert_close(found, expected_of(llama_3))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama 3"])
+def test_two_steps_are_those_of_one_process(
+    workers: WorkerPool, qwen2_dir: Path, llama_3_dir: Path, family: str
+) -> None:
+    directory, fields = {"qwen2": (qwen2_dir, {}), "llama 3": (llama_3_dir, LLAMA_3)}[family]
+    run = partial(language_runs.losses_of_steps, **fields)
+    layout = ParallelConfig(tensor=2, pipeline=2)
+    split = workers.run(4, run, layout, directory, 2)[0]
+    alone = workers.run(1, run, ParallelConfig(), directory, 2)[0]
+    assert split == pytest.approx(alone, rel=1e-5)
+    assert split[1] != split[0]
+
+
+def test_a_stretch_that_differs_is_named(llama_3_dir: Path) -> None:
+    plain = error_of(llama_3_dir, **LLAMA_3 | {"rope_scaling": None})
+    assert "model.language.rope_scaling=null" in plain and "type llama3" in plain
+    assert (
+        "set model.language.rope_scaling={kind: llama3, factor: 8.0, low_freq_factor: 1.0, "
+        "high_freq_factor: 4.0, original_max_positions: 32}" in plain
+    )
+    other = RopeScalingConfig("llama3", factor=4.0, original_max_positions=32)
+    message = error_of(llama_3_dir, **LLAMA_3 | {"rope_scaling": other})
+    assert "model.language.rope_scaling.factor=4.0" in message and "factor=8.0" in message
 
 
 def test_import_and_export_round_trip(
@@ -147,9 +205,11 @@ def test_wrong_shape_is_named(qwen2_dir: Path) -> None:
         language_source(language)(name, (200, 64))
 
 
-def test_tied_embeddings_are_refused(broken: Path) -> None:
+def test_tied_embeddings_must_be_the_recipes(broken: Path) -> None:
     change_config(broken, lambda stored: stored.update(tie_word_embeddings=True))
-    assert "tie_word_embeddings=true" in error_of(broken)
+    message = error_of(broken)
+    assert "model.language.tied_embeddings=False" in message
+    assert "tie_word_embeddings=true" in message
 
 
 def test_missing_files_are_named(broken: Path, tmp_path: Path) -> None:
