@@ -6,6 +6,8 @@ Shape legend: T tiles, C channels, E tile edge, P patches of a tile + class toke
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,14 +65,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(hidden, config.norm_eps)
         self.projection_layer = nn.Linear(hidden, hidden)
 
+    def project(self, x_TPH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes queries, keys and values, each [T, P, H]."""
+        query, key = self.q_norm(self.q_proj(x_TPH)), self.k_norm(self.k_proj(x_TPH))
+        return query, key, self.v_proj(x_TPH)
+
     def forward(self, x_TPH: Tensor) -> Tensor:
         query, key, value = (
             states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for states in (
-                self.q_norm(self.q_proj(x_TPH)),
-                self.k_norm(self.k_proj(x_TPH)),
-                self.v_proj(x_TPH),
-            )
+            for states in self.project(x_TPH)
         )
         attended = F.scaled_dot_product_attention(query, key, value)
         return self.projection_layer(attended.transpose(1, 2).flatten(2))
@@ -91,13 +94,16 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-norm attention and MLP, each scaled by a learned vector before the residual."""
 
+    norm_kind: Callable[[int, float], nn.Module] = RMSNorm
+    attention_kind: Callable[[VisionConfig], nn.Module] = Attention
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.layernorm_before = RMSNorm(hidden, config.norm_eps)
-        self.attention = Attention(config)
+        self.layernorm_before = self.norm_kind(hidden, config.norm_eps)
+        self.attention = self.attention_kind(config)
         self.lambda_1 = nn.Parameter(torch.ones(hidden))
-        self.layernorm_after = RMSNorm(hidden, config.norm_eps)
+        self.layernorm_after = self.norm_kind(hidden, config.norm_eps)
         self.mlp = MLP(config)
         self.lambda_2 = nn.Parameter(torch.ones(hidden))
 
@@ -110,12 +116,14 @@ class Layer(nn.Module):
 class InternViT(nn.Module):
     """Turns uint8 tiles into pixel-shuffled features. It has no final norm and drops the class token."""
 
+    layer_kind: Callable[[VisionConfig], nn.Module] = Layer
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
         self.encoder = nn.ModuleDict(
-            {"layer": nn.ModuleList([Layer(config) for _ in range(config.num_layers)])}
+            {"layer": nn.ModuleList([self.layer_kind(config) for _ in range(config.num_layers)])}
         )
 
     @property
