@@ -22,15 +22,20 @@ def sizes(language: LanguageConfig) -> dict[str, Any]:
     }
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "intern_vit_6b": {"use_qk_norm": True, "norm_type": "rms_norm", "attention_bias": False},
+    "intern_vit_300m": {"use_qk_norm": False, "norm_type": "layer_norm", "attention_bias": True},
+}
+"""What InternVLVisionConfig says of each kind of encoder."""
+
+
 def encoder_sizes(vision: VisionConfig) -> dict[str, Any]:
-    """For InternVLVisionConfig, of InternViT-6B's kind."""
-    return {
+    """For InternVLVisionConfig, of the recipe's kind."""
+    return KINDS[vision.kind] | {
         "num_hidden_layers": vision.num_layers,
         "hidden_size": vision.hidden_size,
         "num_attention_heads": vision.num_heads,
         "intermediate_size": vision.ffn_hidden_size,
         "image_size": vision.tile_size,
         "patch_size": vision.patch_size,
-        "use_qk_norm": True,
-        "norm_type": "rms_norm",
     }

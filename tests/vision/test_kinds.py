@@ -1,0 +1,105 @@
+"""Every kind of vision encoder: its features are transformers', its table is complete, and it trains."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvlm_train import costs
+from nvlm_train.config.schema import ParallelConfig, VisionConfig
+from nvlm_train.convert import vision as tables
+from nvlm_train.errors import CheckpointError, ConfigError
+from nvlm_train.vision import encoder
+from nvlm_train.vision.build import build_vision_encoder
+from tests.hugging_face import encoder_sizes
+from tests.parity import gradients
+from tests.parity.recipes import MODEL
+from tests.vision.test_intern_vit import CONFIG, features_of_transformers, tiles
+from tests.workers import WorkerPool
+
+KINDS = list(encoder.KINDS)
+
+
+def reference(config: VisionConfig) -> torch.nn.Module:
+    """transformers' model of the kind, with weights away from zero and one everywhere."""
+    from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+    from transformers.models.internvl.modeling_internvl import InternVLVisionModel
+
+    model = InternVLVisionModel(InternVLVisionConfig(**encoder_sizes(config))).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            offset = 1.0 if "norm" in name and name.endswith("weight") or "lambda" in name else 0.0
+            parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def build(config: VisionConfig) -> encoder.VisionEncoder:
+    return build_vision_encoder(config, torch.float32, torch.device("cpu"), seed=1)
+
+
+def test_both_tables_have_the_same_kinds() -> None:
+    assert tables.KINDS.keys() == encoder.KINDS.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    model = reference(replace(CONFIG, kind=kind))
+    model.save_pretrained(tmp_path)
+    found = build(replace(CONFIG, kind=kind, weights=str(tmp_path)))(tiles(3))
+    expected = features_of_transformers(model, tiles(3))
+    assert expected.std() > 0.5, "features of about zero would prove nothing"
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_lists_the_tensors_that_the_code_has(kind: str) -> None:
+    config = replace(CONFIG, kind=kind)
+    shapes = tables.KINDS[kind].shapes(config)
+    assert shapes == {name: tuple(each.shape) for name, each in build(config).named_parameters()}
+    assert costs.vision_parameters(config) == sum(
+        parameter.numel() for parameter in reference(config).parameters()
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_steps_are_those_of_one_process(workers: WorkerPool, kind: str) -> None:
+    model = replace(MODEL, vision=replace(MODEL.vision, kind=kind))
+    run = partial(gradients.losses_of_training, model=model)
+    split, _ = workers.run(4, run, ParallelConfig(tensor=2, pipeline=2), 2)[0]
+    alone, _ = workers.run(1, run, ParallelConfig(), 2)[0]
+    assert split == pytest.approx(alone, rel=1e-5)
+    assert split[0] != split[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "other"), [("intern_vit_6b", "intern_vit_300m"), ("intern_vit_300m", "intern_vit_6b")]
+)
+def test_weights_of_the_other_kind_say_which_it_is(kind: str, other: str, tmp_path: Path) -> None:
+    reference(replace(CONFIG, kind=other)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        build(replace(CONFIG, kind=kind, weights=str(tmp_path)))
+    assert f"model.vision.kind={kind}" in str(caught.value)
+    assert f"set model.vision.kind={other}" in str(caught.value)
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kind=siglip2 is no kind .*; use intern_vit_6b or"):
+        build(replace(CONFIG, kind="siglip2"))
+
+
+def test_the_doctor_names_an_unknown_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nvlm_train.cli import main
+
+    report = tmp_path / "report.json"
+    arguments = ["experiment=smoke", "model.vision.kind=siglip2", f"run_dir={tmp_path / 'run'}"]
+    assert main(["doctor", *arguments, "--json", str(report)]) == 1
+    found = json.loads(report.read_text())
+    assert any("model.vision.kind=siglip2" in each["text"] for each in found["findings"])
