@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from nvlm_train.config.build import build
 from nvlm_train.config.origin import Sources
@@ -39,13 +41,12 @@ def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None)
         ConfigError: everything that is wrong with the recipe, not only the first problem.
     """
     directories = _directories(recipes_dir)
-    composed = _compose([_normalise(each, directories) for each in overrides], directories)
-    choices = {"": ROOT, **composed.hydra.runtime.choices}
-    sources = Sources.read(choices, overrides, directories)
-    stated = composed.items_ex(resolve=False)
+    composed, files = _compose([_normalise(each, directories) for each in overrides], directories)
+    sources = Sources.read(files, overrides, directories)
     try:
-        content = OmegaConf.create({key: value for key, value in stated if key != "hydra"})
-        plain = OmegaConf.to_container(content, resolve=True)
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except InterpolationKeyError as error:
+        raise ConfigError([_unresolved(error)]) from error
     except OmegaConfBaseException as error:
         raise ConfigError([_first_line(error)]) from error
     _check_format(plain, sources)
@@ -77,20 +78,36 @@ def _directories(own: str | Path | None) -> tuple[Path, ...]:
     return (shipped, directory)
 
 
-def _compose(overrides: list[str], directories: tuple[Path, ...]) -> DictConfig:
+def _compose(
+    overrides: list[str], directories: tuple[Path, ...]
+) -> tuple[DictConfig, list[tuple[str, str]]]:
+    """The recipe, and its files with the places of their keys in the order in which they were merged."""
     shipped, *own = directories
     if own:
         overrides = [f"hydra.searchpath=[{','.join(f'file://{path}' for path in own)}]", *overrides]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(shipped), version_base="1.3"):
-            return compose(ROOT, overrides, return_hydra_config=True)
+            composed = compose(ROOT, overrides)
+            loader = GlobalHydra.instance().config_loader()
+            merged = loader.compute_defaults_list(ROOT, overrides, RunMode.RUN).defaults
     except MissingConfigException as error:
         raise ConfigError([_missing_choice(error)]) from error
     except OverrideParseException as error:
         raise ConfigError([_not_an_override(error)]) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_first_line(error)]) from error
+
+    return composed, [(str(file.config_path), file.package or "") for file in merged]
+
+
+def _unresolved(error: InterpolationKeyError) -> str:
+    """A file refers to a key that no file states: usually a group was not chosen."""
+    missing = re.search(r"'([\w.]+)' not found", str(error))
+    key = missing.group(1) if missing else str(error)
+    part = re.match(r"model\.(vision|language)\b", key)
+    remedy = f"choose {part.group(1)}=NAME (recipes/{part.group(1)}/)" if part else "state it"
+    return f"{error.full_key} refers to {key}, which nothing states; {remedy}"
 
 
 def _not_an_override(error: OverrideParseException) -> str:

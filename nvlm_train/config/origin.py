@@ -9,8 +9,6 @@ from pathlib import Path
 
 import yaml
 
-_PACKAGE_LINE = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)
-
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -33,27 +31,24 @@ class Sources:
 
     @staticmethod
     def read(
-        choices: Mapping[str, str | None], overrides: Sequence[str], directories: Sequence[Path]
+        composed: Sequence[tuple[str, str]], overrides: Sequence[str], directories: Sequence[Path]
     ) -> Sources:
-        """Reads the chosen files.
+        """Reads the files of a recipe.
 
         Args:
-            choices: `group` or `group@mount` to the chosen file's name without .yaml.
+            composed: each file's path below a directory of recipes, without .yaml, and the dotted place of
+                its keys, empty for the root; in the order in which Hydra merges them.
             overrides: the command line.
             directories: where groups lie.
         """
         found: list[SourceFile] = []
-        for key, choice in choices.items():
-            group, _, mount = key.partition("@")
-            if group.startswith("hydra") or choice is None:
-                continue
+        for path, mount in composed:
             for directory in directories:
-                path = directory / group / f"{choice}.yaml"
-                if path.is_file():
-                    text = path.read_text(encoding="utf-8")
-                    name = path.relative_to(directory.parent).as_posix()
-                    place = _mount(group, mount, text)
-                    found.append(SourceFile(place, name, yaml.safe_load(text)))
+                file = directory / f"{path}.yaml"
+                if file.is_file():
+                    name = file.relative_to(directory.parent).as_posix()
+                    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+                    found.append(SourceFile(mount, name, content))
         keys = tuple(each.lstrip("+~").partition("=")[0] for each in overrides)
         return Sources(tuple(found), keys)
 
@@ -68,13 +63,6 @@ class Sources:
             if inside and _holds(file.content, relative.split(".")):
                 return file.name
         return None
-
-
-def _mount(group: str, mount: str, text: str) -> str:
-    stated = _PACKAGE_LINE.search(text)
-    if stated:
-        return "" if stated.group(1) == "_global_" else stated.group(1)
-    return mount or group.replace("/", ".")
 
 
 def _holds(content: object, keys: Sequence[str]) -> bool:

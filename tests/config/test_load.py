@@ -195,3 +195,55 @@ def test_yamls_own_words_for_them_are_refused_too(tmp_path: Path) -> None:
     own.write_text(f"# @package _global_\ndefaults:\n  - smoke\nname: mine\n{lines}")
     found = problems_of("experiment=mine", recipes=tmp_path)
     assert len(found) == 2 and all("is not finite" in line for line in found)
+
+
+GROUPS = {
+    group: sorted(path.stem for path in (recipes_dir() / group).glob("*.yaml"))
+    for group in ("vision", "language")
+}
+LONG = [f"stages.{stage}.sequence_length=2048" for stage in ("pretrain", "sft")]
+
+
+@pytest.mark.parametrize("vision", GROUPS["vision"])
+@pytest.mark.parametrize("language", GROUPS["language"])
+@pytest.mark.parametrize("architecture", ["d", "x", "h"])
+def test_any_encoder_goes_with_any_language_model(
+    architecture: str, language: str, vision: str
+) -> None:
+    parts = [f"model=nvlm_{architecture}", f"language={language}", f"vision={vision}"]
+    small = ["model.cross_attention.every=2"] if architecture != "d" else []
+    recipe = load_recipe(
+        ["experiment=smoke", *parts, *small, *LONG, "model.tokenizer.path=tokenizer.json"]
+    )
+    alone = load_recipe(["experiment=smoke", f"vision={vision}", *LONG])
+    assert recipe.model.vision == alone.model.vision, "files of a group state every field"
+    assert recipe.model.architecture == architecture
+    wide = recipe.model.language.ffn_hidden_size
+    assert recipe.model.projector.ffn_hidden_size == (None if architecture == "x" else wide)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_replaces_all_of_what_was_chosen_before(group: str) -> None:
+    """The demo's backbones have weights, which must not stay behind with other sizes."""
+    demo = load_recipe(["experiment=demo", *LONG])
+    other = load_recipe(["experiment=demo", f"{group}=smoke", *LONG])
+    smoke = load_recipe(["experiment=smoke", *LONG])
+    assert getattr(demo.model, group).weights is not None
+    assert getattr(other.model, group) == getattr(smoke.model, group)
+
+
+def test_a_group_that_was_not_chosen_is_named() -> None:
+    assert problems_of("experiment=smoke", "model=nvlm_d", "vision=smoke") == [
+        "model.projector.ffn_hidden_size refers to model.language.ffn_hidden_size, which nothing "
+        "states; choose language=NAME (recipes/language/)"
+    ]
+
+
+def test_the_file_that_wins_is_the_one_that_is_named(tmp_path: Path) -> None:
+    """An experiment wins over the stage file that it changes."""
+    own = tmp_path / "mine"
+    (own / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - smoke\nstages: {sft: {steps: many}}\n"
+    (own / "experiment" / "bad.yaml").write_text(text)
+    (problem,) = problems_of("experiment=bad", recipes=own)
+    assert "stages.sft.steps=many" in problem and "mine/experiment/bad.yaml" in problem
