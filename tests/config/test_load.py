@@ -204,9 +204,13 @@ GROUPS = {
 LONG = [f"stages.{stage}.sequence_length=2048" for stage in ("pretrain", "sft")]
 
 
-@pytest.mark.parametrize("vision", GROUPS["vision"])
-@pytest.mark.parametrize("language", GROUPS["language"])
-@pytest.mark.parametrize("architecture", ["d", "x", "h"])
+@pytest.mark.parametrize(
+    ("architecture", "language", "vision"),
+    [
+        *zip("dxhd", GROUPS["language"], GROUPS["vision"], strict=False),
+        *zip("hdxh", GROUPS["language"], reversed(GROUPS["vision"]), strict=False),
+    ],
+)
 def test_any_encoder_goes_with_any_language_model(
     architecture: str, language: str, vision: str
 ) -> None:
