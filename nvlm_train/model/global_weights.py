@@ -1,4 +1,4 @@
-"""Canonical tensors: the unsharded weights by name, whatever the layout.
+"""Global weights: the unsharded tensors by name, whatever the layout.
 
 megatron-core's sharded state dict says for every local tensor which slice of which global tensor it
 is. Whoever has global tensors (an importer, a seeded initialiser) fills any layout through it, so
@@ -97,7 +97,7 @@ def fill(
 
     Args:
         model: this rank's shard.
-        source: maps a canonical name and global shape to the whole tensor, or to None to leave it alone.
+        source: maps a global name and shape to the whole tensor, or to None to leave it alone.
 
     Returns:
         Names that were left alone.
