@@ -9,7 +9,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,22 +85,32 @@ def trace(call: Callable[[], object], keep: Path | None = None) -> Activity:
         keep: a file for the Chrome trace, with the host's operations too, which slow the host down.
             Without it, on a GPU, the device and CUDA's interface alone are recorded.
     """
-    activities = [ProfilerActivity.CUDA] if torch.cuda.is_available() else [ProfilerActivity.CPU]
-    if keep is not None and torch.cuda.is_available():
-        activities.append(ProfilerActivity.CPU)
+    if not torch.cuda.is_available():
+        return _traced(call, [ProfilerActivity.CPU], keep)
+    host = [] if keep is None else [ProfilerActivity.CPU]
+    found = _traced(call, [ProfilerActivity.CUDA, *host], keep)
+    # The profiler and the wait at its end synchronise too.
+    waits = found.synchronisations - _own_synchronisations()
+    return replace(found, synchronisations=max(waits, 0))
+
+
+@cache
+def _own_synchronisations() -> int:
+    return _traced(lambda: None, [ProfilerActivity.CUDA], None).synchronisations
+
+
+def _traced(
+    call: Callable[[], object], activities: list[ProfilerActivity], keep: Path | None
+) -> Activity:
     synchronize()
     with profile(activities=activities) as profiler:
         call()
-        # Outside the counts: a trace must hold its last kernel, and this waits for it.
         synchronize()
     with tempfile.TemporaryDirectory() as directory:
         path = keep or Path(directory) / "trace.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    activity = read_activity(events)
-    own = 1 if torch.cuda.is_available() else 0
-    return Activity(**{**vars(activity), "synchronisations": activity.synchronisations - own})
+        return read_activity(json.loads(path.read_text())["traceEvents"])
 
 
 def seconds_of(call: Callable[[], object], repeats: int, warm_up: int) -> float:
