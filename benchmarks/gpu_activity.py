@@ -8,8 +8,9 @@ import json
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ class Activity:
     """Copies from the device to the host."""
     operations: int
     """Calls into ATen, where the CPU was traced."""
+    kernel_ms: dict[str, float] = field(default_factory=dict)
+    """Time of each kernel by its name, summed over its runs."""
+
+    def longest(self, count: int) -> dict[str, float]:
+        """The kernels that took most of the time, with the first characters of their names."""
+        largest = sorted(self.kernel_ms.items(), key=lambda item: -item[1])[:count]
+        return {name[:90]: round(ms, 2) for name, ms in largest}
 
 
 def read_activity(events: Iterable[dict[str, Any]]) -> Activity:
@@ -54,18 +62,20 @@ def read_activity(events: Iterable[dict[str, Any]]) -> Activity:
     counts = dict.fromkeys(
         ("kernels", "launches", "synchronisations", "host_reads", "operations"), 0
     )
+    kernel_ms: dict[str, float] = defaultdict(float)
     for event in events:
         kind, name = event.get("cat"), event.get("name", "")
         if kind in ON_DEVICE:
             spans.append((event["ts"], event["ts"] + event["dur"]))
             counts["kernels"] += kind == "kernel"
+            kernel_ms[name] += event["dur"] / 1e3
             counts["host_reads"] += "DtoH" in name
         elif kind in ("cuda_runtime", "cuda_driver"):
             counts["launches"] += "Launch" in name
             counts["synchronisations"] += "ynchronize" in name
         elif kind == "cpu_op":
             counts["operations"] += name.startswith("aten::")
-    return Activity(gpu_ms=_union(spans) / 1e3, **counts)
+    return Activity(gpu_ms=_union(spans) / 1e3, kernel_ms=dict(kernel_ms), **counts)
 
 
 def _union(spans: list[tuple[float, float]]) -> float:

@@ -240,6 +240,7 @@ def waiting(activity: Activity, seconds: float) -> Row:
         "synchronisations": activity.synchronisations,
         "host_reads": activity.host_reads,
         "operations": activity.operations,
+        "longest_kernels_ms": activity.longest(12),
     }
 
 

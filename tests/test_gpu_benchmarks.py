@@ -92,9 +92,22 @@ def test_a_trace_is_counted() -> None:
         {"cat": "cpu_op", "name": "aten::mm", "ts": 0.0, "dur": 4.0},
         {"name": "process_name", "ph": "M"},
     ]
-    assert read_activity(events) == Activity(
-        gpu_ms=0.01, kernels=2, launches=2, synchronisations=1, host_reads=1, operations=1
+    activity = read_activity(events)
+    assert activity == Activity(
+        gpu_ms=0.01,
+        kernels=2,
+        launches=2,
+        synchronisations=1,
+        host_reads=1,
+        operations=1,
+        kernel_ms={
+            "gemm": 0.005,
+            "beside it": 0.005,
+            "Memcpy DtoH (Device -> Pageable)": 0.001,
+            "Memset (Device)": 0.002,
+        },
     )
+    assert list(activity.longest(3)) == ["gemm", "beside it", "Memset (Device)"]
 
 
 def test_the_plan_fills_packs_and_text_only_has_the_same_lengths() -> None:
@@ -103,16 +116,12 @@ def test_the_plan_fills_packs_and_text_only_has_the_same_lengths() -> None:
     for architecture in ("d", "x", "h"):
         samples = encode(architecture, LARGE, plan)
         lengths[architecture] = [len(sample.token_ids) for sample in samples]
-        packs = pack(samples, LARGE.pack_length)
-        assert sum(lengths[architecture]) > 0.92 * len(packs) * LARGE.pack_length
+        filled = sum(lengths[architecture]) / LARGE.pack_length
+        assert filled > 0.92 * len(pack(samples, LARGE.pack_length))
         assert {sample.num_tiles for sample in samples} == {1, 3, 4, 5, 6, 7}
     texts = [without_images(sample) for sample in encode("d", LARGE, plan)]
     assert [len(text.token_ids) for text in texts] == lengths["d"]
-    assert {pack.num_tiles for pack in pack_all(texts)} == {0}
-
-
-def pack_all(samples: Any) -> Any:
-    return pack(samples, LARGE.pack_length)
+    assert {each.num_tiles for each in pack(texts, LARGE.pack_length)} == {0}
 
 
 def test_flops_by_part_add_up() -> None:
