@@ -18,6 +18,7 @@ from benchmarks.gpu_activity import Activity, read_activity
 from benchmarks.gpu_packs import digest, encode, make_plan, pack, without_images
 from benchmarks.gpu_parts_cross import disjoint_sets
 from benchmarks.gpu_shapes import LARGE, TOY, make_recipe
+from benchmarks.gpu_tables import tables
 from benchmarks.gpu_variants import Timing, Variant, compare, relative_error
 from nvlm_train import geometry
 from nvlm_train.geometry import StepWork
@@ -147,3 +148,18 @@ def test_a_recipe_of_another_language_model() -> None:
     model = make_recipe("x", replace(LARGE, language="3b")).model
     assert model.language.hidden_size == 2048
     assert model.projector.ffn_hidden_size is None
+
+
+def test_tables_show_figures_and_failures() -> None:
+    steps = {"rows": {"d": {"ms": 1234.56, "mfu": 0.1234, "packs": 8}, "x": {"error": "Broken: a|b"},
+                      "encoder_6b": {"tiles_per_s": 12.3}}}  # fmt: skip
+    parts = {"rows": [{"part": "rope", "variant": "gathered", "ms": 0.51234, "error": 0.002}]}
+    training, encoders, rope = tables([steps, parts])
+    assert training.splitlines() == [
+        "| row | packs | ms a step | MFU |",
+        "| --- | --- | --- | --- |",
+        "| d | 8 | 1,235 | 0.1234 |",
+        "| x | failed: Broken: a/b |",
+    ]
+    assert encoders.splitlines()[-1] == "| encoder_6b | 12.3 |"
+    assert rope.splitlines()[-1] == "| gathered | 0.002 | 0.5123 |"
