@@ -30,7 +30,7 @@ from benchmarks.gpu_reference import reference_row
 from benchmarks.gpu_rows import Repeats, Row, TrainingRow, encoder_row, training_row
 from benchmarks.gpu_shapes import ENCODERS, LARGE, PRETRAIN, TOY, Sizes
 from nvlm_train.parallel import kernels
-from nvlm_train.parallel.topology import collect_engines, start_process_group
+from nvlm_train.parallel.topology import collect_engines, process_group
 
 MakeRow = Callable[[Path | None], Row]
 
@@ -95,12 +95,12 @@ def main() -> int:
     parser.add_argument("--trace", type=Path, metavar="DIRECTORY", help="keep Chrome traces there")
     options = parser.parse_args()
     sizes = TOY if options.toy else LARGE
-    start_process_group()
     rows = rows_of(sizes, Repeats(options.warm_up, options.repeats))
     names = options.rows or (list(rows) if options.full else DEFAULT)
     if unknown := sorted(set(names) - set(rows)):
         parser.error(f"--rows {' '.join(unknown)}: there are {' '.join(rows)}")
-    found = measure(rows, names, options.trace)
+    with process_group():
+        found = measure(rows, names, options.trace)
     plan = make_plan(sizes)
     result = describe_device() | {
         "plan": digest(plan),

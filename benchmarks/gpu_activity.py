@@ -48,12 +48,15 @@ class Activity:
     operations: int
     """Calls into ATen, where the CPU was traced."""
     kernel_ms: dict[str, float] = field(default_factory=dict)
-    """Time of each kernel by its name, summed over its runs."""
+    """Time of each kernel or copy by its name, summed over its runs."""
 
     def longest(self, count: int) -> dict[str, float]:
-        """The kernels that took most of the time, with the first characters of their names."""
-        largest = sorted(self.kernel_ms.items(), key=lambda item: -item[1])[:count]
-        return {name[:90]: round(ms, 2) for name, ms in largest}
+        """What took most of the time, by the first characters of kernels' names."""
+        by_start: dict[str, float] = defaultdict(float)
+        for name, ms in self.kernel_ms.items():
+            by_start[name[:90]] += ms
+        largest = sorted(by_start.items(), key=lambda item: -item[1])[:count]
+        return {name: round(ms, 2) for name, ms in largest}
 
 
 def read_activity(events: Iterable[dict[str, Any]]) -> Activity:

@@ -35,7 +35,7 @@ from benchmarks.gpu_parts_linear import (
 from benchmarks.gpu_shapes import ENCODERS, LARGE, TOY, Sizes
 from benchmarks.gpu_variants import Row, Timing
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.parallel.topology import build_topology, start_process_group
+from nvlm_train.parallel.topology import build_topology, process_group
 
 
 def parts_of(sizes: Sizes, timing: Timing) -> dict[str, Callable[[], list[Row]]]:
@@ -61,6 +61,18 @@ def parts_of(sizes: Sizes, timing: Timing) -> dict[str, Callable[[], list[Row]]]
     }
 
 
+def measure(name: str, make_rows: Callable[[], list[Row]]) -> list[Row]:
+    """A part's rows; one that says what was raised where its reference failed, or memory ran out."""
+    try:
+        return make_rows()
+    except KERNEL_FAILURES as error:
+        row: Row = {"part": name, "failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        return [row]
+    finally:
+        free_memory()
+
+
 def main() -> int:
     """Measures and prints; exit code 1 when a variant failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -69,22 +81,14 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     sizes = TOY if options.toy else LARGE
-    start_process_group()
-    build_topology(ParallelConfig(), seed=0)
-    torch.manual_seed(0)
-    parts = parts_of(sizes, Timing(repeats=options.repeats))
-    names = options.parts or list(parts)
-    if unknown := sorted(set(names) - set(parts)):
-        parser.error(f"--parts {' '.join(unknown)}: there are {' '.join(parts)}")
-    rows: list[Row] = []
-    for name in names:
-        try:
-            rows += parts[name]()
-        except KERNEL_FAILURES as error:
-            # Its reference failed, or memory did not suffice for it.
-            rows.append({"part": name, "failed": f"{type(error).__name__}: {str(error)[:300]}"})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        free_memory()
+    with process_group():
+        build_topology(ParallelConfig(), seed=0)
+        torch.manual_seed(0)
+        parts = parts_of(sizes, Timing(repeats=options.repeats))
+        names = options.parts or list(parts)
+        if unknown := sorted(set(names) - set(parts)):
+            parser.error(f"--parts {' '.join(unknown)}: there are {' '.join(parts)}")
+        rows = [row for name in names for row in measure(name, parts[name])]
     print(json.dumps(describe_device() | {"rows": rows}))
     return 1 if any("failed" in row for row in rows) else 0
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_rows import PEAK_FLOPS, encoder_flops, randomise
 from benchmarks.gpu_variants import Row, Run, Timing, Variant, captured, compare, random
@@ -101,6 +102,7 @@ def encoder_rows(
             Variant("as_is", lambda: _through(stack, x_TPH)),
             Variant("fused", lambda: fused(fused_layer, x_TPH)),
             Variant("fused_graph", lambda: captured(fused(fused_layer, x_TPH)), needs_cuda=True),
+            Variant("fused_cudnn", lambda: _with_cudnn(fused(fused_layer, x_TPH)), needs_cuda=True),
         ]
 
     def compiled(x_TPH: Tensor) -> list[Variant]:
@@ -132,6 +134,16 @@ def _through(layers: Sequence[Callable[[Tensor], Tensor]], x_TPH: Tensor) -> Run
         return (states,)
 
     return run
+
+
+def _with_cudnn(run: Run) -> Run:
+    """With cuDNN's attention; torch prefers FlashAttention 2, whose kernels are not Hopper's."""
+
+    def inside() -> Sequence[Tensor]:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return run()
+
+    return inside
 
 
 def _in_fp32(layer: Layer) -> Callable[[Tensor], Tensor]:

@@ -11,6 +11,10 @@ from typing import Literal
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel.random import (
+    get_all_rng_states,
+    model_parallel_cuda_manual_seed,
+)
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -84,7 +88,7 @@ def layer_rows(sizes: Sizes, timing: Timing) -> list[Row]:
         return Variant(name, lambda: _layer_run(problem, chosen, *fused), chosen is engine)
 
     def graph(name: str, *fused: str) -> Variant:
-        return Variant(name, lambda: captured(_layer_run(problem, engine, *fused)), True)
+        return Variant(name, lambda: _captured_layer(problem, engine, *fused), True)
 
     return compare(
         "layer",
@@ -144,6 +148,15 @@ def _layer_run(
         return output, hidden.grad, *buffers  # type: ignore[return-value]
 
     return run
+
+
+def _captured_layer(problem: LayerProblem, chosen: Kernels, *fused: str) -> Run:
+    """As one graph. megatron-core's usual generator states cannot be set while a graph is captured."""
+    model_parallel_cuda_manual_seed(0, use_cudagraphable_rng=True, force_reset_rng=True)
+    try:
+        return captured(_layer_run(problem, chosen, *fused), get_all_rng_states().values())
+    finally:
+        model_parallel_cuda_manual_seed(0, force_reset_rng=True)
 
 
 def _to_buffers(weights: Sequence[nn.Parameter]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -177,13 +176,14 @@ def loss_rows(sizes: Sizes, timing: Timing) -> list[Row]:
         )
         for rows in CHUNKS
     ]
-    variants.append(
+    variants += [
         Variant(
-            "chunks_of_512_addmm_compiled",
-            partial(_chunked, problem, 512, add_by_addmm, compiled=True),
+            f"chunks_of_{rows}_addmm_compiled",
+            partial(_chunked, problem, rows, add_by_addmm, turn_compiled),
             needs_cuda=True,
         )
-    )
+        for rows in CHUNKS
+    ]
     return compare("loss", reference, variants, timing)
 
 
@@ -205,13 +205,14 @@ def _whole(problem: Problem, losses_of: Callable[[Tensor], Tensor]) -> Run:
 
 
 def _chunked(
-    problem: Problem, rows: int, add: Callable[..., object], compiled: bool = False
+    problem: Problem,
+    rows: int,
+    add: Callable[..., object],
+    turn_made: Callable[[], Turn] = lambda: turn_logits,
 ) -> Run:
     """Logits of `rows` tokens at a time; gradients are formed with them, in the forward pass."""
     hidden, weight, labels, buffer = problem
-    turn: Callable[..., Any] = (
-        torch.compile(turn_logits, dynamic=False) if compiled else turn_logits
-    )
+    turn = turn_made()
 
     @torch.no_grad()
     def run() -> tuple[Tensor, ...]:
@@ -226,6 +227,14 @@ def _chunked(
         return torch.cat(losses), of_hidden, buffer
 
     return run
+
+
+Turn = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def turn_compiled() -> Turn:
+    """`turn_logits`, compiled for one number of rows."""
+    return torch.compile(turn_logits, dynamic=False)
 
 
 def turn_logits(logits_LV: Tensor, labels_L: Tensor, scale: float) -> tuple[Tensor, Tensor]:

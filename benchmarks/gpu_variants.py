@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ def _measure(run: Run, expected: Sequence[Tensor] | None, timing: Timing) -> Row
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The worst of the tensors; not a number where one of them is not finite."""
     errors = [
-        ((one.float() - other.float()).norm() / other.float().norm()).item()
+        ((one.float().reshape(other.shape) - other.float()).norm() / other.float().norm()).item()
         for one, other in zip(found, expected, strict=True)
     ]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
@@ -133,8 +133,13 @@ def random(*shape: int, scale: float = 1.0) -> Tensor:
     return values.to(torch.bfloat16).requires_grad_()
 
 
-def captured(run: Run) -> Run:
-    """The same as one CUDA graph, replayed: inputs and outputs stay where they are."""
+def captured(run: Run, generators: Iterable[torch.Generator] = ()) -> Run:
+    """The same as one CUDA graph, replayed: inputs and outputs stay where they are.
+
+    Args:
+        run: the work, without a read of the device.
+        generators: those that it draws from, besides the default one.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -142,10 +147,13 @@ def captured(run: Run) -> Run:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         outputs = run()
 
-    def replay() -> Sequence[Tensor]:
+    def replay(kept: Run = run) -> Sequence[Tensor]:
+        # The graph reads weights and inputs that nobody but `run` may hold.
         graph.replay()
         return outputs
 

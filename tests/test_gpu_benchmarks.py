@@ -109,6 +109,9 @@ def test_a_trace_is_counted() -> None:
         },
     )
     assert list(activity.longest(3)) == ["gemm", "beside it", "Memset (Device)"]
+    # Kernels of one template differ behind their first characters: together they count.
+    alike = {"x" * 90 + "1": 2.0, "x" * 90 + "2": 1.0, "y": 2.5}
+    assert replace(activity, kernel_ms=alike).longest(2) == {"x" * 90: 3.0, "y": 2.5}
 
 
 def test_the_plan_fills_packs_and_text_only_has_the_same_lengths() -> None:
