@@ -1,0 +1,1 @@
+"""Training on one GPU beside transformers' InternVL: `python -m benchmarks.gpu`."""
