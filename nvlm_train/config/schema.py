@@ -74,7 +74,7 @@ class CrossAttentionConfig:
     """Gated cross-attention in some layers of the language model (NVLM 1.0, sections 4.3 to 4.5)."""
 
     every: int
-    """Layers `every`, 2 `every`, ... have it: 8 of 80 at 72B, 6 of 60 at 34B, so 10 of them. [layers]"""
+    """Every layer whose number this divides has it: 8 at 72B and 6 at 34B give 10 such layers. [layers]"""
     feed_forward: Literal["none", "gated"] = "none"
     """`gated` adds a feed-forward with a gate of its own, as Flamingo has; Figure 3 of NVLM shows none."""
 
