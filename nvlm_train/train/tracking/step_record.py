@@ -56,7 +56,7 @@ class StepRecord:
     tokens_per_second: float
     """The rate is `tokens` divided by `seconds`. [tokens/second]"""
     tflops_per_rank: float
-    """Model FLOPs (`geometry.step_flops`) are divided by `seconds` and by all ranks. [TFLOP/s]"""
+    """Model FLOPs (`costs.step_flops`) are divided by `seconds` and by all ranks. [TFLOP/s]"""
     peak_memory_gib: float
     """Rank 0 had at most this much since it started, on its GPU, or resident where there is none. [GiB]"""
 
