@@ -18,14 +18,17 @@ from nvlm_train.config import schema
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "docs" / "reference" / "generate.py"
 VERBS = frozenset({
-    "add", "adds", "are", "asks", "belongs", "bounds", "chooses", "compare", "compares", "computes",
-    "counts", "decay", "decodes", "describes", "drop", "encoded", "ends", "equals", "fall", "falls",
-    "follow", "follows", "get", "gets", "give", "gives", "goes", "grows", "has", "have", "hold",
-    "holds", "is", "keeps", "leaves", "lie", "lies", "limits", "make", "makes", "means",
-    "multiplies", "must", "names", "needs", "raises", "reaches", "reads", "remain", "rises", "run",
-    "runs", "saw", "says", "scales", "sets", "share", "shares", "shows", "start", "starts", "stay",
-    "stays", "stops", "take", "takes", "told", "took", "train", "trains", "uses", "waited", "was",
-    "were", "writes",
+    "accepts", "add", "adds", "allows", "are", "asks", "becomes", "belongs", "bounds", "chooses",
+    "comes", "compare", "compares", "computes", "counts", "cuts", "decay", "decodes", "describes",
+    "divides", "draws", "drop", "encoded", "ends", "equals", "fall", "falls", "follow", "follows",
+    "get", "gets", "give", "gives", "goes", "grows", "has", "have", "hold", "holds", "is", "keeps",
+    "lasts", "leads", "leaves", "lets", "lie", "lies", "limits", "make", "makes", "marks", "means",
+    "measures", "multiplies", "must", "names", "needs", "normalises", "normalizes", "raises",
+    "reaches", "reads", "refers", "remain", "replaces", "rises", "rotates", "run", "runs", "saw",
+    "says", "scales", "sees", "selects", "sends", "sets", "share", "shares", "shows", "slows",
+    "spares", "splits", "start", "starts", "stay", "stays", "stops", "stores", "take", "takes",
+    "told", "took", "train", "trained", "trains", "turn", "turns", "uses", "waited", "was", "were",
+    "works", "writes",
 })  # fmt: skip
 """Verbs of descriptions. A new sentence whose verb is not here adds it; a fragment has none to add."""
 NAMES_IN_LOWER_CASE = ("wandb", "metrics.jsonl")
