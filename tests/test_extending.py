@@ -18,6 +18,7 @@ from tests.train.smoke import make_smoke_data, overrides
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+HEADINGS = tuple(re.findall(r"^## (.+)$", PAGE, re.MULTILINE))
 COPIED = ("nvlm_train", "recipes", "data_recipes", "docs/reference")
 
 
@@ -83,6 +84,82 @@ def code_lines(heading: str) -> list[str]:
     return re.findall(r"^    (\S.*)$", plain, re.M)
 
 
+SAVE_ENCODER = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from nvlm_train.config.schema import VisionConfig
+from nvlm_train.costs import vision_parameters
+from nvlm_train.vision.build import build_vision_encoder
+
+config = VisionConfig(
+    num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=64, tile_size=32, patch_size=8,
+    kind="plain_vit",
+)
+stored = {name: value for name, value in vars(config).items() if name in {
+    "num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "tile_size", "patch_size"}}
+where = Path(sys.argv[1])
+where.mkdir()
+
+
+def build(**fields):
+    return build_vision_encoder(replace(config, **fields), torch.float32, torch.device("cpu"), 1)
+
+
+encoder = build()
+assert sum(each.numel() for _, each in encoder.named_parameters()) == vision_parameters(config)
+save_file(dict(encoder.state_dict()), where / "model.safetensors")
+(where / "config.json").write_text(json.dumps({"model_type": "plain_vit", **stored}))
+tiles = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+assert torch.equal(build(weights=str(where))(tiles), encoder(tiles))
+assert encoder(tiles).shape == (3, 4, 128)
+(where / "config.json").write_text(json.dumps({"model_type": "plain_vit", **stored, "window": 7}))
+try:
+    build(weights=str(where))
+except Exception as error:
+    print(error)
+"""
+SAVE_MISTRAL = """
+import sys
+from transformers import MistralConfig, MistralForCausalLM
+
+MistralForCausalLM(MistralConfig(
+    vocab_size=512, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=128, head_dim=16, sliding_window=None,
+    rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+)).save_pretrained(sys.argv[1])
+"""
+
+
+def test_a_vision_encoder(copy: Path) -> None:
+    """The weights that it saved give the same features; a key that its row does not name is refused."""
+    follow("A vision encoder", copy)
+    output = run(copy, "-c", SAVE_ENCODER, copy / "encoder")
+    assert "window=7, a key that is not known here" in output
+
+
+def test_a_language_family(copy: Path) -> None:
+    """The check of weights accepts what transformers wrote, and refuses a window."""
+    follow("A language family", copy)
+    run(copy, "-c", SAVE_MISTRAL, copy / "mistral")
+    code = """
+from dataclasses import replace
+from nvlm_train.config.load import load_recipe
+from nvlm_train.convert.language import language_problems
+language = load_recipe(["experiment=smoke"]).model.language
+language = replace(language, vocab_size=512, qkv_bias=False, weights="mistral")
+print(*language_problems(language, {}), sep="\\n")
+"""
+    assert run(copy, "-c", code).strip() == ""
+    stored = copy / "mistral" / "config.json"
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"sliding_window": 64}))
+    assert "sliding_window=64" in run(copy, "-c", code)
+
+
 def test_an_input_format(copy: Path) -> None:
     follow("An input format", copy)
     (copy / "photos").mkdir()
@@ -108,13 +185,20 @@ print(*tile_tags(style, (2, 1), 2, 1, "<all>"))
     assert run(copy, "-c", code).split() == ["<tile_1_of_2>", "<tile_2_of_2>", "<all>"]
 
 
+def test_the_page_has_a_section_for_each_kind() -> None:
+    assert len(HEADINGS) == 6 and all(list(blocks(heading)) for heading in HEADINGS)
+
+
 @pytest.mark.slow
 def test_everything_in_one_run(copy: Path) -> None:
-    """A stage of the page, on the page's tags, reports the page's metric, and the reference page has it."""
-    for heading in ("A style of tile tags", "A metric", "A stage"):
+    """Stage, tags, encoder and language model of the page train, and report the page's metric."""
+    for heading in HEADINGS:
         follow(heading, copy)
+    run(copy, "-c", SAVE_MISTRAL, copy / "mistral")
     make_smoke_data(copy)
     _, *settings = overrides(copy, copy / "run", "stages.sft.tiling.tags=1d_of")
+    settings += ["model.vision.kind=plain_vit", "model.language.weights=mistral"]
+    settings += ["model.language.qkv_bias=false"]
     three = ("experiment=three", f"stages.align.blend={copy}/blend.yaml")
     run(copy, "-m", "nvlm_train", "train", *three, *settings, "--recipes", "mine")
     records = [
