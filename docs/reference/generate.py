@@ -57,9 +57,22 @@ class Description:
 class Docstrings:
     """What the source says of one class."""
 
+    name: str
     lead: str
     fields: Mapping[str, Description]
     annotations: Mapping[str, str]
+
+    def of(self, field: str) -> Description:
+        """What is said of a field.
+
+        Raises:
+            LookupError: nothing is.
+        """
+        if field not in self.fields:
+            raise LookupError(
+                f"{self.name}.{field} has no docstring under it; write a sentence there"
+            )
+        return self.fields[field]
 
 
 def read_class(path: Path, name: str) -> Docstrings:
@@ -74,7 +87,7 @@ def read_class(path: Path, name: str) -> Docstrings:
             if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
                 described[node.target.id] = Description.of(str(following.value.value))
     lead = " ".join((ast.get_docstring(found) or "").split())
-    return Docstrings(lead, described, annotations)
+    return Docstrings(name, lead, described, annotations)
 
 
 # ---- the recipe ----
@@ -156,7 +169,7 @@ def recipe_section(group: Group) -> Iterator[str]:
     said = read_class(PACKAGE / SCHEMA, group.cls.__name__)
     hints = get_type_hints(group.cls)
     rows = [
-        recipe_row(group, each, hints[each.name], said.fields[each.name])
+        recipe_row(group, each, hints[each.name], said.of(each.name))
         for each in fields(group.cls)
         if each.name in said.fields or not is_group(hints[each.name])
     ]
@@ -206,7 +219,7 @@ def metrics_section(file: str, name: str, pattern: str) -> Iterator[str]:
     yield from (f"## {name}", "", f"{said.lead} (`nvlm_train/{file}`)", "")
     yield from ("| field | type | unit | meaning |", "|---|---|---|---|")
     for field, annotation in said.annotations.items():
-        each = said.fields[field]
+        each = said.of(field)
         yield row(f"`{pattern.format(field=field)}`", words[annotation], each.unit, each.text)
     yield ""
 
