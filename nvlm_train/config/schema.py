@@ -25,7 +25,7 @@ ChatTemplateName = Literal["qwen2", "yi"]
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision encoder: always frozen, never sharded (NVLM 1.0, section 4.1)."""
+    """The vision encoder is always frozen and never sharded (NVLM 1.0, section 4.1)."""
 
     num_layers: int
     """The encoder has this many transformer layers. [layers]"""
@@ -51,7 +51,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """LayerNorm, Linear, GELU, Linear; no biases on the linears, as released for NVLM-D."""
+    """The projector is LayerNorm, Linear, GELU, Linear, without biases on the linears, as NVLM-D's is."""
 
     ffn_hidden_size: int | None
     """The two linears have this width between them; null leaves one (NVLM-X, section 4.5). [channels]"""
@@ -61,7 +61,7 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """Perceiver resampler behind the projector: for a Flamingo-style baseline; NVLM has none."""
+    """A Perceiver resampler follows the projector in a Flamingo-style baseline; NVLM has none."""
 
     num_latents: int
     """This many tokens remain of a tile. [tokens]"""
@@ -71,7 +71,7 @@ class ResamplerConfig:
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """Gated cross-attention in some layers of the language model (NVLM 1.0, sections 4.3 to 4.5)."""
+    """Some layers of the language model have gated cross-attention (NVLM 1.0, sections 4.3 to 4.5)."""
 
     every: int
     """Every layer whose number this divides has it: 8 at 72B and 6 at 34B give 10 such layers. [layers]"""
@@ -97,7 +97,7 @@ class RopeScalingConfig:
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """A decoder as Qwen2, Qwen3 and Llama have it: GQA, RMSNorm, SwiGLU, RoPE.
+    """The language model is a decoder as Qwen2, Qwen3 and Llama are: GQA, RMSNorm, SwiGLU, RoPE.
 
     What the families differ in are fields; `nvlm_train/convert/language.py` lists the families.
     """
@@ -136,7 +136,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A Hugging Face fast tokenizer, the chat template, and the special tokens that it needs."""
+    """The tokenizer is a Hugging Face fast one; a chat template and special tokens belong to it."""
 
     path: str
     """The tokenizer.json, or a directory that holds one, is named here."""
@@ -366,7 +366,7 @@ class HealthConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run. Starting the same recipe in the same run directory continues it."""
+    """A recipe is everything that decides a run. Started again in the same run directory, it continues."""
 
     name: str
     """The run is called this, by wandb and in the default of `run_dir`."""
