@@ -130,7 +130,7 @@ from transformers import MistralConfig, MistralForCausalLM
 MistralForCausalLM(MistralConfig(
     vocab_size=512, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     intermediate_size=128, head_dim=16, sliding_window=None,
-    rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
 )).save_pretrained(sys.argv[1])
 """
 
@@ -151,8 +151,8 @@ def test_a_language_family(copy: Path) -> None:
 from dataclasses import replace
 from nvlm_train.config.load import load_recipe
 from nvlm_train.convert.language import language_problems
-language = load_recipe(["experiment=smoke"]).model.language
-language = replace(language, vocab_size=512, qkv_bias=False, weights="mistral")
+language = load_recipe(["experiment=smoke", "language=mistral_smoke"]).model.language
+language = replace(language, vocab_size=512, weights="mistral")
 print(*language_problems(language, {}), sep="\\n")
 """
     assert run(copy, "-c", code).strip() == ""
@@ -197,8 +197,8 @@ def test_everything_in_one_run(copy: Path) -> None:
     run(copy, "-c", SAVE_MISTRAL, copy / "mistral")
     make_smoke_data(copy)
     _, *settings = overrides(copy, copy / "run", "stages.sft.tiling.tags=1d_of")
-    settings += ["model.vision.kind=plain_vit", "model.language.weights=mistral"]
-    settings += ["model.language.qkv_bias=false"]
+    settings += ["vision=plain_vit_smoke", "language=mistral_smoke"]
+    settings += ["model.language.weights=mistral"]
     three = ("experiment=three", f"stages.align.blend={copy}/blend.yaml")
     run(copy, "-m", "nvlm_train", "train", *three, *settings, "--recipes", "mine")
     records = [
