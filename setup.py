@@ -54,6 +54,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "ruff>=0.14",
         "mypy>=1.14",
+        "pre-commit>=4",
         "types-PyYAML>=6.0.12",
         "transformers>=4.57",
         "pyarrow>=17",

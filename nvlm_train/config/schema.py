@@ -25,125 +25,147 @@ ChatTemplateName = Literal["qwen2", "yi"]
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision encoder: always frozen, never sharded (NVLM 1.0, section 4.1)."""
+    """The vision encoder is always frozen and never sharded (NVLM 1.0, section 4.1)."""
 
     num_layers: int
+    """The encoder has this many transformer layers. [layers]"""
     hidden_size: int
+    """The encoder's residual stream has this width. [channels]"""
     num_heads: int
+    """Attention has this many heads; they divide `hidden_size`. [heads]"""
     ffn_hidden_size: int
+    """The MLP has this width between its two linears. [channels]"""
     tile_size: int
-    """Edge of a square tile in pixels (448 in the paper)."""
+    """A square tile has this edge; it is 448 in the paper. [pixels]"""
     patch_size: int
+    """A square patch, which becomes one token, has this edge. [pixels]"""
     kind: str = "intern_vit_6b"
-    """Which encoder computes the features: a row of `nvlm_train/vision/encoder.py`, whatever its sizes."""
+    """This row of `nvlm_train/vision/encoder.py` computes the features, whatever its sizes."""
     norm_eps: float = 1e-6
+    """The norms add this to the variance. [none]"""
     weights: str | None = None
-    """Directory with config.json and model.safetensors (InternVL vision layout), or none for random ones."""
+    """A directory with config.json and model.safetensors is named here; null makes random weights."""
     batch_tiles: int = 8
-    """Tiles of one encoder forward. Fixed, so that features do not depend on who computes them."""
+    """A forward pass takes this many tiles, always: features do not depend on who computes them. [tiles]"""
 
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """LayerNorm, Linear, GELU, Linear; no biases on the linears, as released for NVLM-D."""
+    """The projector is LayerNorm, Linear, GELU, Linear, without biases on the linears, as NVLM-D's is."""
 
     ffn_hidden_size: int | None
-    """Width between the two linears; none for LayerNorm and one linear (NVLM-X, section 4.5)."""
+    """The two linears have this width between them; null leaves one (NVLM-X, section 4.5). [channels]"""
     norm_eps: float = 1e-5
+    """The LayerNorm adds this to the variance. [none]"""
 
 
 @dataclass(frozen=True)
 class ResamplerConfig:
-    """Perceiver resampler behind the projector: for a Flamingo-style baseline; NVLM has none."""
+    """A Perceiver resampler follows the projector in a Flamingo-style baseline; NVLM has none."""
 
     num_latents: int
-    """Tokens that remain of a tile."""
+    """This many tokens remain of a tile. [tokens]"""
     num_layers: int = 2
+    """The resampler has this many layers of attention and feed-forward. [layers]"""
 
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """Gated cross-attention in some layers of the language model (NVLM 1.0, sections 4.3 to 4.5)."""
+    """Some layers of the language model have gated cross-attention (NVLM 1.0, sections 4.3 to 4.5)."""
 
     every: int
-    """In layers `every`, 2 `every`, ...: 8 of 80 layers at 72B, 6 of 60 at 34B, so 10 of them."""
+    """Every layer whose number this divides has it: 8 at 72B and 6 at 34B give 10 such layers. [layers]"""
     feed_forward: Literal["none", "gated"] = "none"
     """`gated` adds a feed-forward with a gate of its own, as Flamingo has; Figure 3 of NVLM shows none."""
 
 
 @dataclass(frozen=True)
 class RopeScalingConfig:
-    """RoPE turned more slowly than `rope_theta` says, for texts longer than the first ones trained on."""
+    """RoPE turns more slowly than `rope_theta` says, for texts longer than the first ones trained on."""
 
     kind: Literal["linear", "llama3"]
     """`linear` turns every channel `factor` times more slowly; `llama3` spares the fast ones (Llama 3.1)."""
     factor: float
+    """The slowed channels turn this many times more slowly. [times]"""
     low_freq_factor: float = 1.0
-    """For `llama3`: channels that turn fewer times than this in the original length are slowed fully."""
+    """`llama3` slows channels fully that turn less often than this in the original length. [turns]"""
     high_freq_factor: float = 4.0
-    """For `llama3`: channels that turn more often than this are left as they are."""
+    """`llama3` leaves channels alone that turn more often than this in it. [turns]"""
     original_max_positions: int = 8192
-    """For `llama3`: tokens of the longest text before the stretching."""
+    """`llama3` takes this as the original length, before the stretching. [tokens]"""
 
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """A decoder as Qwen2, Qwen3 and Llama have it: GQA, RMSNorm, SwiGLU, RoPE.
+    """The language model is a decoder as Qwen2, Qwen3 and Llama are: GQA, RMSNorm, SwiGLU, RoPE.
 
     What the families differ in are fields; `nvlm_train/convert/language.py` lists the families.
     """
 
     num_layers: int
+    """The decoder has this many layers; `parallel.pipeline` divides them. [layers]"""
     hidden_size: int
+    """The decoder's residual stream has this width. [channels]"""
     num_heads: int
+    """Attention has this many query heads; `parallel.tensor` divides them. [heads]"""
     num_kv_heads: int
+    """Attention has this many heads of keys and values (GQA); they divide `num_heads`. [heads]"""
     ffn_hidden_size: int
+    """The MLP has this width between its linears. [channels]"""
     vocab_size: int
-    """Rows of the embedding table, padding rows included."""
+    """The embedding table has this many rows; padding rows are included. [tokens]"""
     norm_eps: float = 1e-6
+    """The norms add this to the mean square. [none]"""
     head_dim: int | None = None
-    """Channels of a head; none for `hidden_size / num_heads`."""
+    """A head has this many channels; null divides `hidden_size` by `num_heads`. [channels]"""
     rope_theta: float = 1_000_000.0
+    """Rotary position frequencies have this base. [none]"""
     rope_scaling: RopeScalingConfig | None = None
+    """The group may slow RoPE down; null leaves it as `rope_theta` says."""
     qkv_bias: bool = True
-    """Biases on queries, keys and values: Qwen2 has them, Llama and Qwen3 do not."""
+    """The linears of queries, keys and values have a bias: Qwen2's do, Llama's and Qwen3's do not."""
     qk_norm: bool = False
-    """An RMSNorm over each head's channels of queries and keys, before RoPE: Qwen3 has it."""
+    """An RMSNorm is over each head's channels of queries and keys, before RoPE: Qwen3 has it."""
     tied_embeddings: bool = False
     """The output layer multiplies with the embedding table instead of a table of its own."""
     init_std: float = 0.014
+    """Random weights have this standard deviation, also outside the language model. [none]"""
     weights: str | None = None
-    """Directory with config.json and *.safetensors (docs/weights.md), or none for random ones."""
+    """A directory with config.json and *.safetensors is named here; null makes random weights."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A Hugging Face fast tokenizer, the chat template, and the special tokens that it needs."""
+    """The tokenizer is a Hugging Face fast one; a chat template and special tokens belong to it."""
 
     path: str
-    """A tokenizer.json, or a directory that holds one."""
+    """The tokenizer.json, or a directory that holds one, is named here."""
     pad: str = "<|endoftext|>"
+    """Packs are filled up with this token, which is never trained."""
     turn_start: str = "<|im_start|>"
+    """A turn of the chat template starts with this control token."""
     turn_end: str = "<|im_end|>"
+    """A turn, and so an answer, ends with this control token."""
     template: ChatTemplateName = "qwen2"
-    """`yi` for NVLM's 34B models; see `nvlm_train.tokens.TEMPLATES`."""
+    """Chats are written in this form, `yi` for NVLM's 34B models: see `nvlm_train.tokens.TEMPLATES`."""
     thumbnail_tag: str | None = None
-    """None for the template's own."""
+    """The thumbnail is tagged with this text; null takes the template's own."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained. The architecture is a table of routes: see `nvlm_train.routes`."""
+    """The model that is trained. Its architecture is a table of routes: see `nvlm_train.routes`."""
 
     architecture: Architecture
+    """A row of the table of routes is chosen here: NVLM-D, NVLM-X or NVLM-H."""
     vision: VisionConfig
     projector: ProjectorConfig
     language: LanguageConfig
     tokenizer: TokenizerConfig
     cross_attention: CrossAttentionConfig | None = None
-    """Needed by `x` and `h`, absent from `d`."""
+    """`x` and `h` need this group, and `d` must not have it."""
     resampler: ResamplerConfig | None = None
-    """For `x` only: cross-attention then reads latents instead of a tile's tokens."""
+    """Only `x` may have it: cross-attention then reads latents instead of a tile's tokens."""
 
 
 # ---- stages ----
@@ -151,77 +173,97 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """Dynamic high resolution (NVLM 1.0, section 4.1)."""
+    """Tiling cuts an image of any size into tiles (dynamic high resolution; NVLM 1.0, section 4.1)."""
 
     max_tiles: int = 6
-    """Most regular tiles of an image; 1 squashes it to one tile."""
+    """An image is cut into at most this many regular tiles; 1 squashes it to one tile. [tiles]"""
     thumbnail: bool = True
-    """Append the whole image as one more tile, last, when it has more than one."""
+    """The whole image follows as one more tile, last, when it has more than one."""
     tags: TileTags = "1d"
+    """Each tile is named in the text: not at all, by number, by column and row, or by its box."""
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """One optimizer step. `samples` counts samples (the paper's way), `packs` counts packed sequences."""
+    """The batch is what one optimizer step trains on."""
 
     size: int
+    """A step trains on this many samples or packs, over all data-parallel ranks. [`unit`]"""
     unit: Literal["samples", "packs"] = "samples"
+    """`size` counts these: samples are the paper's way, packs are packed sequences."""
     window: int = 1024
-    """Samples among which packs are made when unit is packs."""
+    """Packs are made among this many samples when `unit` is `packs`. [samples]"""
     max_tiles_per_pack: int | None = None
-    """Bound on the tiles of a pack, besides that on its tokens; none for tokens alone."""
+    """A pack has at most this many tiles; null bounds its tokens alone. [tiles]"""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay (NVLM 1.0, Tables 10 and 11)."""
+    """The optimizer is AdamW with linear warm-up and cosine decay (NVLM 1.0, Tables 10 and 11)."""
 
     lr: float
+    """The learning rate reaches this at the end of the warm-up. [per step]"""
     min_lr: float
+    """The learning rate has fallen to this at the stage's last step. [per step]"""
     warmup_steps: int
+    """The learning rate rises linearly over this many steps. [steps]"""
     weight_decay: float = 0.1
+    """Weights decay by this times the learning rate; norms, biases and gates do not. [none]"""
     beta1: float = 0.9
+    """The first moment, the gradient's running mean, keeps this share. [per step]"""
     beta2: float = 0.95
+    """The second moment, the running mean of squares, keeps this share. [per step]"""
     eps: float = 1e-8
+    """Adam adds this to the root of the second moment. [none]"""
     clip_grad: float = 10.0
+    """A gradient whose L2 norm over all trained parameters is larger is scaled down to it. [none]"""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Layout of one stage; data parallelism is what remains of the world."""
+    """The layout of one stage over ranks; data parallelism is what remains of the world."""
 
     tensor: int = 1
+    """This many ranks share each layer. [ranks]"""
     pipeline: int = 1
+    """The layers are cut into this many pipeline stages. [ranks]"""
     sequence_parallel: bool = False
+    """Tensor-parallel ranks also share the sequence where layers are not cut."""
     distributed_optimizer: bool = True
+    """Data-parallel ranks share the optimizer's state; otherwise each holds all of it."""
     overlap_grad_reduce: bool = False
+    """Gradients are reduced over data-parallel ranks while the backward pass runs."""
     recompute: Literal["none", "selective", "full"] = "none"
+    """The backward pass makes again what was not kept: nothing, attention, or whole layers."""
     max_tiles_in_flight: int = 256
-    """Bound on the tiles encoded before one run of the pipeline schedule (a round), per model replica."""
+    """At most this many are encoded before one run of the pipeline schedule, per model replica. [tiles]"""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One training stage: what trains, on which data, how long, laid out how."""
+    """A training stage says what trains, on which data, for how long, and how it is laid out."""
 
     trainable: tuple[TrainablePart, ...]
-    """Parts that the architecture does not have are passed over: D has no cross_attention."""
+    """These parts train; those that the architecture lacks are passed over: D has no cross_attention."""
     blend: str
-    """A data recipe: name of a file in data_recipes/ without .yaml, or a path to one."""
+    """A data recipe is named here: a file in data_recipes/ without .yaml, or a path to one."""
     steps: int
+    """The stage makes this many optimizer steps. [steps]"""
     sequence_length: int
-    """Tokens of a pack, image tokens included."""
+    """A pack has this many tokens; image tokens and padding are included. [tokens]"""
     batch: BatchConfig
     optimizer: OptimizerConfig
     tiling: TilingConfig = field(default_factory=TilingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     system_message: str | None = None
+    """Samples without a system turn get this one; null writes none."""
     prompts: Literal["pretrain", "sft"] = "sft"
-    """Prompt family for captions, VQA and OCR records."""
+    """Captions, VQA and OCR records get prompts of this family."""
     hidden_dropout: float = 0.0
-    """On words and on every branch that is added to the residual stream; never on image features."""
+    """Words and each branch of the residual stream are dropped so often, image features never.
+    [probability]"""
     attention_dropout: float = 0.0
-    """On the weights of self- and cross-attention."""
+    """Weights of self- and cross-attention are dropped so often. [probability]"""
 
 
 # ---- the run ----
@@ -229,102 +271,113 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Reading: background threads and what is done with samples that cannot be read."""
+    """The loader reads samples in background threads and deals with those that cannot be read."""
 
     data_root: str = "."
     """Relative source paths in blends start here."""
     index_dir: str | None = None
-    """Where indexes lie; none for beside the shards. Needed for remote or read-only shards."""
+    """Indexes lie here, or beside the shards when null. Remote or read-only shards need it."""
     workers: int = 1
-    """Decoding threads of a rank; 0 decodes in the training thread."""
+    """A rank decodes in this many threads; 0 decodes in the training thread. [threads]"""
     prefetch_steps: int = 2
-    """Most steps made ahead of the one that trains."""
+    """At most this many steps are made ahead of the one that trains. [steps]"""
     prefetch_gib: float = 8.0
-    """Fewer are made ahead when their pixels and those of the next step take more than this (GiB)."""
+    """Fewer are made ahead when their pixels and those of the next step take more than this. [GiB]"""
     cache_dir: str | None = None
-    """Directory on a node's disk for copies of remote shards and their indexes; none reads by range."""
+    """Copies of remote shards and indexes lie here, on a node's disk; null reads by range."""
     cache_gib: float = 100.0
-    """Limit on the copies (GiB); the least recently used ones make room."""
+    """The copies take at most this; the least recently used ones make room. [GiB]"""
     read_attempts: int = 5
-    """How often a read is tried that fails for a reason which may pass."""
+    """A read that fails for a reason which may pass is tried this many times. [attempts]"""
     max_skipped_fraction: float = 0.001
-    """Training stops when more than this share of the samples drawn so far could not be used."""
+    """Training stops when a larger share of the samples drawn so far could not be used. [fraction]"""
     max_image_pixels: int = 178_956_970
-    """Larger images are refused before they are decoded (decompression bombs)."""
+    """Larger images are refused before they are decoded (decompression bombs). [pixels]"""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving: every so many steps, and at the end of each stage."""
+    """Checkpoints are saved every so many steps, and at the end of each stage."""
 
     interval_steps: int = 500
+    """A checkpoint is saved after each multiple of this, and at the stage's end. [steps]"""
     keep_last: int = 2
+    """This many of the newest checkpoints stay. [checkpoints]"""
     keep_stage_ends: bool = False
-    """Besides the last ones, keep what each stage ended with."""
+    """What each stage ended with stays, too."""
     asynchronous: bool = True
+    """Files are written by threads while training goes on."""
     max_failed_saves: int = 0
-    """Saves in a row that may fail (disk full) before training stops. A stage's last one must succeed."""
+    """This many saves in a row may fail before training stops; a stage's last must not. [saves]"""
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """metrics.jsonl is always written; wandb on request."""
+    """metrics.jsonl is always written; wandb is fed on request."""
 
     wandb: Literal["off", "offline", "online"] = "off"
+    """wandb gets nothing, files to be synced later, or the run as it goes."""
     project: str = "nvlm-train"
+    """The run belongs to this project of wandb."""
     entity: str | None = None
+    """The run belongs to this wandb user or team; null takes the account's default."""
     log_every: int = 1
+    """Terminal and wandb show one step in this many; metrics.jsonl has all of them. [steps]"""
     num_examples: int = 4
-    """Samples of a stage whose answers wandb shows with their tiles; 0 for none."""
+    """wandb shows answers to this many samples of a stage, with their tiles. [samples]"""
     examples_every: int | None = None
-    """Steps between two such tables; none for one at the end of each stage."""
+    """Such tables are made this far apart; null makes one at the end of each stage. [steps]"""
     example_tokens: int = 32
-    """Longest answer of an example; each token is a forward pass."""
+    """An answer has at most this many tokens; each is a forward pass. [tokens]"""
 
 
 @dataclass(frozen=True)
 class HealthConfig:
-    """What is done when a run falls ill while nobody looks. `docs/health.md` explains each part."""
+    """A run does this by itself when something goes wrong. `docs/health.md` explains each part."""
 
     max_non_finite_steps: int = 3
-    """Steps in a row whose loss or gradient norm is not finite that are left out; one more stops the
-    run, and 0 stops it at the first."""
+    """This many steps in a row without a finite loss and gradient norm are left out; one more stops the run.
+    [steps]"""
     spike: Literal["off", "warn", "rollback"] = "warn"
     """`rollback` goes back to the newest checkpoint and leaves out the steps around the spike."""
     spike_window: int = 128
-    """Steps whose losses say what is usual; a quarter of them must be there before anything is a spike."""
+    """Losses of this many steps say what is usual; before a quarter of them nothing is a spike. [steps]"""
     spike_threshold: float = 10.0
-    """A spike lies so many scaled MADs (robust standard deviations) above the window's median."""
+    """A spike lies this many scaled MADs above the window's median. [standard deviations]"""
     spike_skip_steps: int = 10
-    """Steps left out on either side of the spike after a rollback."""
+    """A rollback leaves out this many steps on either side of the spike. [steps]"""
     max_rollbacks: int = 3
-    """In a run; one more spike stops it."""
+    """A run goes back at most this often; one more spike stops it. [rollbacks]"""
     hang_factor: float = 10.0
-    """A step that takes so many times the median step is a hang,"""
+    """A step is a hang when it takes longer than this times the median step. [times]"""
     hang_floor_seconds: float = 300.0
-    """but not before so many seconds,"""
+    """A step is no hang before it has taken this long. [seconds]"""
     hang_grace_seconds: float = 1800.0
-    """and so many where long waits are usual: a stage's first steps, saving, evaluation."""
+    """A stage's first steps, saving and evaluation are no hang before this. [seconds]"""
     straggler_interval_steps: int = 50
-    """Steps over which the ranks' own times are summed before they are compared."""
+    """Ranks compare the times of this many steps, summed. [steps]"""
     straggler_threshold: float = 1.2
-    """A rank is slow when its own time is so many times the median of all ranks',"""
+    """A rank is slow when its own time is this many times the median of its peers'. [times]"""
     straggler_patience: int = 3
-    """and a straggler when it is the slowest and slow so many comparisons in a row."""
+    """A rank is a straggler when it was slowest, and slow, so often in a row. [comparisons]"""
     heartbeat_seconds: float = 10.0
-    """Between two writes of RUN_DIR/heartbeat.json."""
+    """RUN_DIR/heartbeat.json is written this far apart. [seconds]"""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run. Starting the same recipe in the same run directory continues it."""
+    """A recipe is everything that decides a run. Started again in the same run directory, it continues."""
 
     name: str
+    """The run is called this, by wandb and in the default of `run_dir`."""
     run_dir: str
+    """Everything that the run writes lies in this directory, which all ranks share."""
     seed: int
+    """Initial weights, the order of samples and dropout follow from this number. [none]"""
     precision: Literal["fp32", "bf16"]
+    """Weights and activations have this type; gradients and the optimizer's state are fp32."""
     schedule: tuple[str, ...]
-    """Names of stages in the order they run."""
+    """These stages run, in this order."""
     stages: Mapping[str, StageConfig]
     model: ModelConfig
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -332,5 +385,4 @@ class Recipe:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     format: int = RECIPE_FORMAT
-    """Of the recipe's files. State it in your own experiments, so that a later version knows how to read
-    them."""
+    """The recipe's files have this format. State it, so that later versions know how to read them. [none]"""

@@ -24,7 +24,7 @@ from nvlm_train.train.health.left_out import (
     indices,
     read_left_out,
 )
-from nvlm_train.train.health.losses import LossWatch, Spike
+from nvlm_train.train.health.losses import LossWatch, NotFiniteStep, Spike
 from nvlm_train.train.health.samples import write_samples
 from nvlm_train.train.health.stragglers import StragglerReport
 from nvlm_train.train.health.watchdog import Member, Watchdog
@@ -111,7 +111,7 @@ class Health:
         self._activity.stepped(done.step, result.loss)
         self._watchdog.progressed()
         report: dict[str, Any] = self._stragglers.add(seconds, work.engine.topology)
-        return report if result.is_finite else {**report, "not_finite": 1}
+        return report if result.is_finite else {**report, **vars(NotFiniteStep())}
 
     def must_roll_back(self, done: Position, result: StepResult, work: StageWork) -> bool:
         """Whether the loss spiked and the recipe wants the run to go back.

@@ -17,6 +17,14 @@ _LEAST_DEVIATION = 0.02
 
 
 @dataclass(frozen=True)
+class NotFiniteStep:
+    """A step that was left out writes this field: its loss or gradient norm was not finite somewhere."""
+
+    not_finite: int = 1
+    """The value is 1: weights and optimizer are as before the step, on all ranks. [none]"""
+
+
+@dataclass(frozen=True)
 class Spike:
     """A loss that is far too high."""
 

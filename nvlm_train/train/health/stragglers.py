@@ -52,6 +52,26 @@ class Slowest:
         return self.times.own / max(self.peers.own, 1e-9)
 
 
+@dataclass(frozen=True)
+class SlowestRank:
+    """A step writes these fields when ranks were compared: once in `health.straggler_interval_steps`
+    steps, where there is more than one rank. Times are means over the steps since the last comparison."""
+
+    slowest_rank: int
+    """This rank's own time is the largest multiple of its peers' (the other ranks of its pipeline stage,
+    or all others where it has none). [rank]"""
+    slowest_rank_ratio: float
+    """Its own time, without waiting for other ranks, is this many times its peers' median. [times]"""
+    slowest_rank_data_seconds: float
+    """It took this long for its own data in a step. [seconds]"""
+    slowest_rank_compute_seconds: float
+    """It neither waited nor loaded for this long in a step. [seconds]"""
+    slowest_rank_wait_seconds: float
+    """It was blocked on other ranks for this long in a step, as far as its host knows. [seconds]"""
+    slowest_rank_peers_seconds: float
+    """Its peers' own time in a step has this median. [seconds]"""
+
+
 def slowest(ranks: Sequence[RankTimes]) -> Slowest:
     """Compares ranks with those that do the same work: pipeline stages are never quite equal."""
     return max((Slowest(each, _peers(each, ranks)) for each in ranks), key=lambda one: one.ratio)
@@ -97,14 +117,15 @@ class StragglerReport:
             return {}
         worst = slowest(table)
         self._speak(worst)
-        return {
-            "slowest_rank": worst.times.rank,
-            "slowest_rank_ratio": worst.ratio,
-            "slowest_rank_data_seconds": worst.times.data,
-            "slowest_rank_compute_seconds": worst.times.compute,
-            "slowest_rank_wait_seconds": worst.times.wait,
-            "slowest_rank_peers_seconds": worst.peers.own,
-        }
+        record = SlowestRank(
+            slowest_rank=worst.times.rank,
+            slowest_rank_ratio=worst.ratio,
+            slowest_rank_data_seconds=worst.times.data,
+            slowest_rank_compute_seconds=worst.times.compute,
+            slowest_rank_wait_seconds=worst.times.wait,
+            slowest_rank_peers_seconds=worst.peers.own,
+        )
+        return dict(vars(record))
 
     def _speak(self, worst: Slowest) -> None:
         is_slow = worst.ratio >= self._config.straggler_threshold

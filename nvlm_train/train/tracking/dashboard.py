@@ -1,4 +1,4 @@
-"""A ready wandb workspace for a run: sections of panels over the names that `step_record` writes."""
+"""A ready wandb workspace for a run: sections of panels over the fields of a `StepRecord`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,14 @@
-"""One line of metrics.jsonl: what a step reports, under the names that wandb shows."""
+"""One line of metrics.jsonl: what a step reports, under the names that wandb shows.
+
+Each field is declared once, with its meaning and its unit; docs/reference/metrics.md is made from that.
+"""
 
 from __future__ import annotations
 
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -13,6 +17,62 @@ from nvlm_train.config.schema import Recipe
 from nvlm_train.costs import step_flops
 from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.schedule import Position, global_step
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Every step writes these fields. Sums are over all data-parallel ranks, and equal on every rank."""
+
+    stage: str
+    """The step belongs to this stage of the recipe's schedule."""
+    step: int
+    """This many steps of the stage are done, this one included. [steps]"""
+    global_step: int
+    """This many steps of the whole schedule are done, this one included. [steps]"""
+    loss: float
+    """The cross-entropy is a mean over all trained tokens of the step. [nats per token]"""
+    grad_norm: float
+    """The L2 norm is over all trained parameters, before clipping; NaN where it is not finite. [none]"""
+    lr: float
+    """The learning rate is the one that this step's update used. [per step]"""
+    data_position: int
+    """The stage has drawn this many of what `batch.unit` counts. [samples or packs]"""
+    samples: int
+    """The step's packs hold this many samples, the skipped ones included. [samples]"""
+    samples_hash: int
+    """CRC-32 values of the samples' names are summed: equal for equal samples in any order. [none]"""
+    tokens: int
+    """The decoder saw this many tokens, image tokens included and padding not. [tokens]"""
+    trained_tokens: int
+    """The loss is over this many tokens. [tokens]"""
+    tiles: int
+    """The vision encoder encoded this many tiles, thumbnails included. [tiles]"""
+    skipped_samples: int
+    """This many samples were not trained on, since their images could not be decoded. [samples]"""
+    seconds: float
+    """Rank 0 took this long since the end of its step before. [seconds]"""
+    data_seconds: float
+    """Rank 0 took this part of `seconds` before its batch was there; a save in between is in it. [seconds]"""
+    tokens_per_second: float
+    """The rate is `tokens` divided by `seconds`. [tokens/second]"""
+    tflops_per_rank: float
+    """Model FLOPs (`costs.step_flops`) are divided by `seconds` and by all ranks. [TFLOP/s]"""
+    peak_memory_gib: float
+    """Rank 0 had at most this much since it started, on its GPU, or resident where there is none. [GiB]"""
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """A step writes these fields for each source of the blend that it trained tokens of."""
+
+    loss: float
+    """The cross-entropy is a mean over the step's trained tokens of this source. [nats per token]"""
+    trained_tokens: int
+    """This many of the step's `trained_tokens` are of this source. [tokens]"""
+
+    def named(self, source: str) -> dict[str, float | int]:
+        """The fields under their names in a record: `loss/SOURCE`."""
+        return {f"{field}/{source}": value for field, value in vars(self).items()}
 
 
 class StepTimer:
@@ -44,40 +104,37 @@ def step_record(
     result: StepResult,
     seconds: tuple[float, float],
 ) -> dict[str, float | int | str]:
-    """The record of the step that led to `done`. Rates are over the world, TFLOP/s per rank.
-
-    `data_position` counts samples or packs drawn in the stage, whichever the stage's batch counts.
-    """
+    """The record of the step that led to `done`: a StepRecord, and a SourceRecord of each source."""
     loading, total = seconds
     stage = recipe.stages[done.stage]
     flops = step_flops(recipe.model, stage, result.work)
-    record: dict[str, float | int | str] = {
-        "stage": done.stage,
-        "step": done.step,
-        "global_step": global_step(recipe, done),
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "lr": lr,
-        "data_position": done.step * stage.batch.size,
-        "samples": result.samples,
-        "samples_hash": result.samples_hash,
-        "tokens": result.work.tokens,
-        "trained_tokens": result.work.trained_tokens,
-        "tiles": result.work.tiles,
-        "skipped_samples": result.skipped_samples,
-        "seconds": total,
-        "data_seconds": loading,
-        "tokens_per_second": result.work.tokens / total,
-        "tflops_per_rank": flops / total / dist.get_world_size() / 1e12,
-        "peak_memory_gib": peak_memory_gib(),
-    }
+    record = StepRecord(
+        stage=done.stage,
+        step=done.step,
+        global_step=global_step(recipe, done),
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        lr=lr,
+        data_position=done.step * stage.batch.size,
+        samples=result.samples,
+        samples_hash=result.samples_hash,
+        tokens=result.work.tokens,
+        trained_tokens=result.work.trained_tokens,
+        tiles=result.work.tiles,
+        skipped_samples=result.skipped_samples,
+        seconds=total,
+        data_seconds=loading,
+        tokens_per_second=result.work.tokens / total,
+        tflops_per_rank=flops / total / dist.get_world_size() / 1e12,
+        peak_memory_gib=peak_memory_gib(),
+    )
+    fields: dict[str, float | int | str] = dict(vars(record))
     for name, loss, tokens in zip(
         sources, result.source_loss_sums, result.source_tokens, strict=True
     ):
         if tokens:
-            record[f"loss/{name}"] = loss / tokens
-            record[f"trained_tokens/{name}"] = tokens
-    return record
+            fields |= SourceRecord(loss=loss / tokens, trained_tokens=tokens).named(name)
+    return fields
 
 
 def peak_memory_gib() -> float:

@@ -14,10 +14,12 @@ from nvlm_train.train.signals import EXIT_REQUEUE
 from tests.train import runs
 from tests.train.health import ills
 from tests.train.layouts import NO_DROPOUT, layout
+from tests.train.metric_names import documented, records
 from tests.train.smoke import read_metrics
 from tests.workers import WorkerPool
 
 slow = pytest.mark.slow
+SOURCE_FIELDS = documented("SourceRecord")
 ONE_STAGE = ("schedule=[sft]", "stages.sft.steps=5", *NO_DROPOUT)
 
 
@@ -79,7 +81,10 @@ def test_samples_of_all_replicas_are_written(
     assert len(dump["samples"]) == 4
     keys = {(each["source"], each["shard"], each["key"]) for each in dump["samples"]}
     assert all(Path(shard).exists() and key for _, shard, key in keys)
-    assert read_metrics(tmp_path / "run")[-1]["not_finite"] == 1
+    last = records(tmp_path / "run")[-1]
+    assert last["not_finite"] == 1
+    assert documented("StepRecord") | documented("NotFiniteStep") <= last.keys()
+    assert last.keys() <= documented("StepRecord") | documented("NotFiniteStep") | SOURCE_FIELDS
 
 
 @slow
@@ -159,9 +164,11 @@ def test_slow_rank_is_named(
     run_dir = tmp_path / "run"
     overrides = [*ONE_STAGE, *parallel, *often]
     assert workers.run(world, ills.slow_rank, data, run_dir, rank, part, *overrides) == [0] * world
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    reports = [each for each in map(json.loads, lines) if "slowest_rank" in each]
+    reports = [each for each in records(run_dir) if "slowest_rank" in each]
     assert [each["step"] for each in reports] == [2, 4]
+    for each in reports:
+        assert documented("StepRecord") | documented("SlowestRank") <= each.keys()
+        assert each.keys() <= documented("StepRecord") | documented("SlowestRank") | SOURCE_FIELDS
     last = reports[-1]
     assert last["slowest_rank"] == rank
     assert last[f"slowest_rank_{part}_seconds"] > 1.0
