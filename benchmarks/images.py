@@ -2,14 +2,14 @@
 
     python -m benchmarks.images
 
-Both make the tiles of a 1600 x 1200 photo-like picture and of a 1700 x 2200 page of text: six
+Both make the tiles of a 1600 x 1200 photo-like image and of a 1700 x 2200 page of text: six
 regular tiles of 448 x 448 and the thumbnail. The baseline is Pillow's decoder, Pillow's bicubic
 filter, then what torchvision's ToTensor and Normalize do (division by 255 in fp32, the ImageNet
 mean and deviation). The two take turns; the ratio is of medians of CPU seconds, which other
 programs on the machine disturb less than they do wall seconds. The tiles' largest difference to
 Pillow's, in levels of 255, is measured in the same run: of Pillow as it is installed, and of its
 filter with the pass across before the pass down, which is what Pillow 10 to 12 do and torch does.
-(Pillow 13 goes down first where that is cheaper, for example in thumbnails of upright pictures.)
+(Pillow 13 goes down first where that is cheaper, for example in thumbnails of upright images.)
 That also of an upright photo with grain, as a sensor has it, and of a slide of text.
 """
 
@@ -37,7 +37,7 @@ QUALITY = 84
 
 
 def photo(width: int = 1600, height: int = 1200, seed: int = 0) -> Image.Image:
-    """Noise of several scales, as natural pictures have it: detail falls with frequency."""
+    """Noise of several scales, as natural images have it: detail falls with frequency."""
     draw = np.random.default_rng(seed)
     total = np.zeros((height, width, 3), dtype=np.float32)
     for octave in range(2, 10):

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.index --samples 20000 --workers 2
 
-Pictures are small JPEGs of few different contents (only headers are decoded) padded to the size of
+Images are small JPEGs of few different contents (only headers are decoded) padded to the size of
 ordinary photos, so that reading and checksums cost what they do in practice; the tokenizer is a
 byte-level BPE of 8,000 tokens trained on the spot. Time to make the shards is not counted.
 """

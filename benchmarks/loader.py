@@ -6,7 +6,7 @@ Local shards of 1600 x 1200 photo-like JPEGs (about 160 kB) with one question ea
 one core, no worker processes; CPU seconds, the sides taking turns. megatron-energon takes part
 where it can be imported. Three comparisons:
 
-- undecoded: the bytes of record and picture (here with their checksums verified);
+- undecoded: the bytes of record and image (here with their checksums verified);
 - same decoder: every side decodes, tiles and tokenises with this project's functions and joins the
   tiles of 16 samples to one tensor; and the same from one background worker, which is a thread here
   and a process of torch's DataLoader there (CPU seconds of both processes);
@@ -59,7 +59,7 @@ PASSES = 10
 
 
 def write_data(root: Path, count: int) -> list[str]:
-    pictures = [jpeg(photo(seed=seed)) for seed in range(8)]
+    images = [jpeg(photo(seed=seed)) for seed in range(8)]
     samples = (
         (
             f"s{number:05d}",
@@ -67,7 +67,7 @@ def write_data(root: Path, count: int) -> list[str]:
                 {"from": "human", "value": f"<image>\nWhat is in picture {number}?"},
                 {"from": "gpt", "value": "Noise of several scales, and nothing else at all."},
             ]},
-            [("jpg", pictures[number % len(pictures)])],
+            [("jpg", images[number % len(images)])],
         )
         for number in range(count)
     )  # fmt: skip
@@ -101,7 +101,7 @@ class Work:
         return torch.from_numpy(text.token_ids), tiles
 
     def pillow(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """The same from a picture that Pillow decoded: fp32 tiles."""
+        """The same from an image that Pillow decoded: fp32 tiles."""
         image: Image.Image = sample["jpg"]
         record = sample["json"]
         raw = record if isinstance(record, bytes) else json.dumps(record).encode()

@@ -1,4 +1,4 @@
-"""easy-vqa pictures: its questions, and captions made from the answers to its training questions.
+"""easy-vqa images: its questions, and captions made from the answers to its training questions.
 
 easy-vqa shows one shape of one colour on a 64 x 64 canvas. Its training questions name the shape,
 the colour or both; a caption says what they give away and nothing else.
@@ -23,7 +23,7 @@ READ_PROMPT = "Read the text."
 
 @dataclass(frozen=True)
 class Question:
-    """One easy-vqa question about one picture."""
+    """One easy-vqa question about one image."""
 
     text: str
     answer: str
@@ -67,7 +67,7 @@ def caption_of(questions: Iterable[Question]) -> str | None:
 
 
 def read_captions() -> dict[int, str]:
-    """Training image id -> caption, for every picture whose questions give something away."""
+    """Training image id -> caption, for every image whose questions give something away."""
     by_image: dict[int, list[Question]] = defaultdict(list)
     for question in _cached_questions("train"):
         by_image[question.image_id].append(question)

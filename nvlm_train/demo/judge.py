@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 NUM_QUESTIONS, NUM_PAGES = 1000, 40
 SEED = 20
-"""Chooses the fixed test questions and the permutation of their pictures."""
+"""Chooses the fixed test questions and the permutation of their images."""
 _ANSWER_TOKENS, _PAGE_TOKENS = 8, 72
 
 
@@ -56,7 +56,7 @@ class Judge:
     def answer(
         self, questions: Sequence[str], images: Sequence[bytes], max_new_tokens: int, max_tiles: int
     ) -> list[str]:
-        """One answer per question and picture, with at most `max_tiles` tiles a picture."""
+        """One answer per question and image, with at most `max_tiles` tiles an image."""
         tiling = replace(self.encoder.spec.tiling, max_tiles=max_tiles)
         encoder = SampleEncoder(self.encoder.tokenizer, replace(self.encoder.spec, tiling=tiling))
         prompts = [

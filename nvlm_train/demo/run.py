@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 NUM_PROCESSES = 4
 _ROWS = {
     "vqa_accuracy": "easy-VQA accuracy, 1,000 test questions",
-    "vqa_accuracy_shuffled_images": "the same, pictures shuffled",
+    "vqa_accuracy_shuffled_images": "the same, images shuffled",
     "vqa_question_only": "question-only baseline",
     "vqa_majority_answer": "majority answer",
     "page_cer_tiles": "character error on held-out pages, with tiles",

@@ -24,7 +24,7 @@ from nvlm_train.data.plan.packing import best_fit_decreasing
 from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.errors import PromptError
 from nvlm_train.parallel.topology import Topology, device
-from nvlm_train.pipeline.round import Head, Replica, run_features
+from nvlm_train.pipeline.round import OutputHead, Replica, run_features
 from nvlm_train.vision.tile_parallel import encode_round
 
 
@@ -160,7 +160,7 @@ def _next_tokens(replica: Replica, packs: list[_Pack]) -> list[list[int]]:
         replica,
         [pack.microbatch for pack in packs],
         [pack.features for pack in packs],
-        Head(positions, finish),
+        OutputHead(positions, finish),
         forward_only=True,
     )
     counts = [len(pack.slots) for pack in packs]

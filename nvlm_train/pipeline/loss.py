@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nvlm_train.batch import Microbatch
 from nvlm_train.parallel.topology import device
-from nvlm_train.pipeline.round import Head
+from nvlm_train.pipeline.round import OutputHead
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LabelLosses:
     sources: list[int]
 
 
-def loss_head(trained_tokens: int) -> Head:
+def loss_head(trained_tokens: int) -> OutputHead:
     """The head that trains.
 
     Args:
@@ -37,7 +37,7 @@ def loss_head(trained_tokens: int) -> Head:
         report = LabelLosses(losses_L.detach()[: len(sources)], sources)
         return (losses_L * weights_L).sum() / trained_tokens, report
 
-    return Head(_positions, finish)
+    return OutputHead(_positions, finish)
 
 
 def _positions(microbatch: Microbatch) -> Tensor:

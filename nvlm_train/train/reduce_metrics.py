@@ -47,7 +47,7 @@ def count_trained_tokens(batch: StepBatch, topology: Topology) -> int:
     return max(int(total), 1)
 
 
-def account(
+def reduce_step(
     batch: StepBatch,
     reports: list[LabelLosses],
     grad_norm: float,
@@ -125,4 +125,4 @@ def _hash_samples(batch: StepBatch) -> int:
 
 
 def _microbatches(batch: StepBatch) -> list[Microbatch]:
-    return [microbatch for work in batch.rounds for microbatch in work.microbatches]
+    return [microbatch for round_ in batch.rounds for microbatch in round_.microbatches]

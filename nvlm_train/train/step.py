@@ -1,4 +1,4 @@
-"""One optimizer step: drop what cannot be decoded, run the rounds, reduce, update, account.
+"""One optimizer step: drop what cannot be decoded, run the rounds, reduce, update.
 
 The loss is the sum over trained tokens divided by their number in the whole step, over all
 data-parallel ranks: the same for every layout, packing and number of rounds.
@@ -24,7 +24,7 @@ from nvlm_train.pipeline.loss import LabelLosses, loss_head
 from nvlm_train.pipeline.round import run_round
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.optimizer import gradient_norm, update
-from nvlm_train.train.reduce_metrics import StepResult, account, count_trained_tokens
+from nvlm_train.train.reduce_metrics import StepResult, count_trained_tokens, reduce_step
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def run_step(engine: Engine, batch: StepBatch, num_sources: int) -> StepResult:
     # With no token count given, nothing is rescaled: the loss was normalised before the backward.
     finalize_model_grads([engine.model])
     grad_norm = gradient_norm(engine.optimizer)
-    result = account(batch, label_losses, grad_norm, skipped, num_sources, topology)
+    result = reduce_step(batch, label_losses, grad_norm, skipped, num_sources, topology)
     if result.is_finite:
         update(engine.optimizer, grad_norm)
     return result
@@ -64,9 +64,9 @@ def forward_backward(engine: Engine, batch: StepBatch, trained_tokens: int) -> l
     """
     head = loss_head(trained_tokens)
     losses: list[LabelLosses] = []
-    for work in batch.rounds[:-1]:
+    for round_ in batch.rounds[:-1]:
         with _without_gradient_sync(engine):
-            losses += run_round(engine.replica, work, head, forward_only=False)
+            losses += run_round(engine.replica, round_, head, forward_only=False)
     engine.model.module.config.no_sync_func = engine.model.no_sync
     return losses + run_round(engine.replica, batch.rounds[-1], head, forward_only=False)
 
@@ -105,13 +105,13 @@ def drop_failures(batch: StepBatch, topology: Topology) -> tuple[StepBatch, int]
         return batch, 0
     rounds = [
         replace(
-            work,
+            round_,
             microbatches=tuple(
                 microbatch.without_labels_of({number - first[r, m] for number in failed})
-                for m, microbatch in enumerate(work.microbatches)
+                for m, microbatch in enumerate(round_.microbatches)
             ),
         )
-        for r, work in enumerate(batch.rounds)
+        for r, round_ in enumerate(batch.rounds)
     ]
     return replace(batch, rounds=tuple(rounds)), len(failed)
 
@@ -120,8 +120,8 @@ def _number_samples(batch: StepBatch) -> tuple[dict[tuple[int, int], int], int]:
     """The number of each microbatch's first sample when the replica's samples are counted through."""
     first: dict[tuple[int, int], int] = {}
     total = 0
-    for r, work in enumerate(batch.rounds):
-        for m, microbatch in enumerate(work.microbatches):
+    for r, round_ in enumerate(batch.rounds):
+        for m, microbatch in enumerate(round_.microbatches):
             first[r, m] = total
             total += len(microbatch.samples)
     return first, total

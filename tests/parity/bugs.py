@@ -82,7 +82,7 @@ def _own_tokens():
     from tests.parity import gradients
 
     def broken(batch, topology) -> int:
-        own = sum(len(m.label_ids_L) for work in batch.rounds for m in work.microbatches)
+        own = sum(len(m.label_ids_L) for round_ in batch.rounds for m in round_.microbatches)
         return own * topology.data_size
 
     return mock.patch.object(gradients, "count_trained_tokens", broken)

@@ -115,13 +115,15 @@ def _loss_function(
     engine: Engine, batch: StepBatch, generators: _Generators
 ) -> Callable[[], float]:
     trained = count_trained_tokens(batch, engine.topology)
-    (work,) = batch.rounds
-    features = encode_round(engine.encoder, work, engine.topology) or [None]
+    (round_,) = batch.rounds
+    features = encode_round(engine.encoder, round_, engine.topology) or [None]
 
     def loss() -> float:
         generators.restore()
         head = loss_head(trained)
-        reports = run_features(engine.replica, work.microbatches, features, head, forward_only=True)
+        reports = run_features(
+            engine.replica, round_.microbatches, features, head, forward_only=True
+        )
         own = sum(float(report.losses_L.double().sum()) for report in reports)
         total = torch.tensor(own / engine.topology.tensor_size, dtype=torch.float64)
         dist.all_reduce(total)

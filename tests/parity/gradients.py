@@ -15,7 +15,7 @@ from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
 from nvlm_train.train import step as step_module
 from nvlm_train.train.engine import Engine, build_engine
-from nvlm_train.train.reduce_metrics import account, count_trained_tokens
+from nvlm_train.train.reduce_metrics import count_trained_tokens, reduce_step
 from nvlm_train.vision.tile_parallel import encode_round
 from tests.parity import recipes
 
@@ -106,7 +106,7 @@ def of_batch(engine: Engine, batch: StepBatch) -> tuple[float, dict[str, Tensor]
     reports = step_module.forward_backward(engine, batch, trained)
     step_module.finalize_model_grads([engine.model])
     complete_gradients(engine)
-    result = account(batch, reports, 0.0, 0, 2, topology)
+    result = reduce_step(batch, reports, 0.0, 0, 2, topology)
     gathered = gather(engine, lambda p: p.main_grad.clone() if p.requires_grad else None)
     return result.loss, gathered
 
@@ -150,5 +150,5 @@ def _snapshot(engine: Engine) -> dict[str, Tensor]:
 def features_of_round(parallel: ParallelConfig) -> list[Tensor] | None:
     """Features of the mixed batch's microbatches as the first pipeline stage gets them."""
     engine = start_engine(parallel)
-    (work,) = recipes.step_batch(recipes.MIXED, engine.topology.share, 0).rounds
-    return encode_round(engine.encoder, work, engine.topology)
+    (round_,) = recipes.step_batch(recipes.MIXED, engine.topology.share, 0).rounds
+    return encode_round(engine.encoder, round_, engine.topology)

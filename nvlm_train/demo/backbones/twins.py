@@ -1,6 +1,6 @@
-"""Text twins of the pictures, on which the language model learns to read tiles before it has eyes.
+"""Text twins of the images, on which the language model learns to read tiles before it has eyes.
 
-In a twin every visual token of an image is replaced by one text token that says what the picture
+In a twin every visual token of an image is replaced by one text token that says what the image
 shows there: a character of a page, or the colour or shape of a drawing. Layout, tile tags,
 questions and answers are those of real samples, so that a projector has a place to map to.
 A piece of a prompt is text, or a list of slot texts of one token each.
@@ -89,7 +89,7 @@ def _kind_of(question: Question, caption: str) -> str:
 
 
 class ShapeTwins:
-    """Twins of easy-vqa's training pictures: captions and training questions about them.
+    """Twins of easy-vqa's training images: captions and training questions about them.
 
     Four yes/no questions in five ask for something that is not there, and half of them are
     negated. Drawn as they come they teach to answer without looking. So present and absent things
@@ -100,7 +100,7 @@ class ShapeTwins:
     KINDS = ("caption", "open", *(3 * ("present", "absent")), "negated present", "negated absent")
 
     def __init__(self) -> None:
-        # Only pictures of which both colour and shape are known can be written down.
+        # Only images of which both colour and shape are known can be written down.
         captions = {i: c for i, c in read_captions().items() if len(c.split()) == 3}
         captions = {i: c for i, c in captions.items() if c.endswith(SHAPES)}
         self.captions = list(captions.values())
@@ -110,7 +110,7 @@ class ShapeTwins:
                 self.questions[_kind_of(question, caption)].append((caption, question))
 
     def draw(self, rng: random.Random) -> Twin:
-        """A caption or a question about one picture."""
+        """A caption or a question about one image."""
         kind = rng.choice(self.KINDS)
         if kind == "caption":
             caption = rng.choice(self.captions)

@@ -106,7 +106,7 @@ def draw_shape(rng: random.Random) -> tuple[Image.Image, int, int]:
 
 
 def _drawing_tiles() -> Iterator[LabelledTile]:
-    """easy-vqa's training pictures as far as their captions tell, and drawings of our own."""
+    """easy-vqa's training images as far as their captions tell, and drawings of our own."""
     ignored = [IGNORED] * NUM_SLOTS
     paths = read_image_paths("train")
     for image_id, caption in read_captions().items():

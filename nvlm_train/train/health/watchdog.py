@@ -45,7 +45,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Finding:
+class RankReport:
     """One rank's account of a hang."""
 
     rank: int
@@ -106,8 +106,8 @@ class Watchdog:
             f"{self._config.hang_factor}, hang_floor_seconds={self._config.hang_floor_seconds}, "
             f"hang_grace_seconds={self._config.hang_grace_seconds})"
         )
-        finding = self._finding(idle)
-        write_stacks(directory, finding, message)
+        report = self._report(idle)
+        write_stacks(directory, report, message)
         found = meet(directory, self._member.world_size)
         message = describe(message, directory, found, self._member.world_size)
         if self._member.rank == min(each.rank for each in found):
@@ -118,8 +118,8 @@ class Watchdog:
         ending.report(TrainingError(message))
         ending.leave(ending.EXIT_HANG)
 
-    def _finding(self, idle: float) -> Finding:
-        return Finding(
+    def _report(self, idle: float) -> RankReport:
+        return RankReport(
             rank=self._member.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -136,33 +136,33 @@ def hang_directory(member: Member, activity: Activity) -> Path:
     return member.run_dir / "health" / name
 
 
-def write_stacks(directory: Path, finding: Finding, message: str) -> None:
+def write_stacks(directory: Path, report: RankReport, message: str) -> None:
     """Writes rank-N.txt (Python stacks of all threads), .trace.json (collectives) and .json, last."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"rank-{finding.rank:05d}"
+    path = directory / f"rank-{report.rank:05d}"
     with path.with_suffix(".txt").open("w") as file:
-        file.write(f"rank {finding.rank} on {finding.host}, pid {finding.pid}: {message}\n")
+        file.write(f"rank {report.rank} on {report.host}, pid {report.pid}: {message}\n")
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
     path.with_suffix(".trace.json").write_text(json.dumps(collectives.recorded()))
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(finding)))
+    partial.write_text(json.dumps(asdict(report)))
     os.replace(partial, path.with_suffix(".json"))
 
 
-def meet(directory: Path, world_size: int) -> list[Finding]:
+def meet(directory: Path, world_size: int) -> list[RankReport]:
     """Waits for the other ranks' findings, but not for ever. Returns those there are, by rank."""
     deadline = time.monotonic() + _MEETING_SECONDS
-    while len(_findings(directory)) < world_size and time.monotonic() < deadline:
+    while len(_reports(directory)) < world_size and time.monotonic() < deadline:
         time.sleep(0.1)
-    return [Finding(**json.loads(path.read_text())) for path in _findings(directory)]
+    return [RankReport(**json.loads(path.read_text())) for path in _reports(directory)]
 
 
-def _findings(directory: Path) -> list[Path]:
+def _reports(directory: Path) -> list[Path]:
     return sorted(directory.glob("rank-[0-9]*[0-9].json"))
 
 
-def describe(message: str, directory: Path, found: list[Finding], world_size: int) -> str:
+def describe(message: str, directory: Path, found: list[RankReport], world_size: int) -> str:
     """What one reads in the morning: what happened, which ranks are suspect, where the stacks are."""
     lines = [f"hang: {message}"]
     silent = sorted(set(range(world_size)) - {each.rank for each in found})

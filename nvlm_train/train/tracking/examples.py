@@ -1,4 +1,4 @@
-"""What the model answers to a few samples of the stage, now and then: pictures as the model sees them."""
+"""What the model answers to a few samples of the stage, now and then: images as the model sees them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _LOOKED_AT = 64
 """Draws of the stage among which examples are looked for."""
 _GAP = 4
-"""Pixels between tiles in a picture."""
+"""Pixels between tiles in an image."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Question:
 
 
 class ExampleSet:
-    """The first samples of a stage that have pictures. Made and used by all ranks alike.
+    """The first samples of a stage that have images. Made and used by all ranks alike.
 
     It draws nothing from the random number generators and leaves the model as it was, so a run with
     examples has the losses of one without.
@@ -85,7 +85,7 @@ class ExampleSet:
 
 
 def _questions(plan: DataPlan, encoder: SampleEncoder, room: int) -> Iterator[_Question]:
-    """Of the stage's first draws each sample once that has pictures and fits; text-only ones are last."""
+    """Of the stage's first draws each sample once that has images and fits; text-only ones are last."""
     draws = dict.fromkeys(plan.draws(0, _LOOKED_AT))
     for sample in sorted(draws, key=lambda draw: draw.num_tiles == 0):
         reader = plan.reader(sample)
@@ -108,12 +108,12 @@ def _questions(plan: DataPlan, encoder: SampleEncoder, room: int) -> Iterator[_Q
             reference=turns[first].text,
             answer="",
             tags=" ".join(tag for image in encoded.images for tag in encoder.format.tags(image)),
-            tiles_HWC=picture(prompt.tiles_TCEE, encoded.grids, encoded.tiles_per_image),
+            tiles_HWC=lay_out(prompt.tiles_TCEE, encoded.grids, encoded.tiles_per_image),
         )
         yield _Question(prompt, row)
 
 
-def picture(tiles_TCEE: Tensor, grids: Sequence[Grid], counts: Sequence[int]) -> NDArray[np.uint8]:
+def lay_out(tiles_TCEE: Tensor, grids: Sequence[Grid], counts: Sequence[int]) -> NDArray[np.uint8]:
     """Tiles as the model gets them, laid out as they lie in their images: uint8 [H, W, 3].
 
     Images are below each other, a thumbnail stands right of its image's tiles; white gaps.

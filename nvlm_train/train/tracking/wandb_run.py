@@ -112,7 +112,7 @@ class WandbRun:
             logger.warning("wandb takes no records; more are left out until the next start")
 
     def _serve(self) -> None:
-        # Tables keep their pictures there until they are uploaded, by default in this machine's home.
+        # Tables keep their images there until they are uploaded, by default in this machine's home.
         os.environ["WANDB_DATA_DIR"] = _USERS_DATA_DIR or str(self._directory.absolute())
         import wandb
 
@@ -240,8 +240,8 @@ def _table(rows: Sequence[Example]) -> object:
     names: list[str | int] = ["source", "sample", "question", "reference", "answer", "tiles"]
     table = wandb.Table(columns=names)
     for row in rows:
-        picture = wandb.Image(row.tiles_HWC, caption=row.tags) if row.tiles_HWC.size else None
-        table.add_data(row.source, row.key, row.question, row.reference, row.answer, picture)
+        image = wandb.Image(row.tiles_HWC, caption=row.tags) if row.tiles_HWC.size else None
+        table.add_data(row.source, row.key, row.question, row.reference, row.answer, image)
     return table
 
 

@@ -80,8 +80,8 @@ def test_sleeping_rank_is_found_and_named(data: Path, tmp_path: Path) -> None:
     stacks = [(directory / f"rank-{rank:05d}.txt").read_text() for rank in range(4)]
     assert "faulty.py" in stacks[2]
     assert all("run_step" in each for each in stacks)
-    findings = [json.loads((directory / f"rank-{rank:05d}.json").read_text()) for rank in range(4)]
-    assert [each["waits_in"] is None for each in findings] == [False, False, True, False]
+    reports = [json.loads((directory / f"rank-{rank:05d}.json").read_text()) for rank in range(4)]
+    assert [each["waits_in"] is None for each in reports] == [False, False, True, False]
     assert json.loads((ended.run_dir / "heartbeat.json").read_text())["step"] == 4
 
 

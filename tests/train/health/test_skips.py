@@ -75,8 +75,8 @@ def expected_steps(torn: Path, run_dir: Path, stage: str) -> list[tuple[int, int
             failed = {(each.round, each.microbatch, each.sample) for each in batch.failures}
             labels = [
                 (r, m, sample)
-                for r, work in enumerate(batch.rounds)
-                for m, microbatch in enumerate(work.microbatches)
+                for r, round_ in enumerate(batch.rounds)
+                for m, microbatch in enumerate(round_.microbatches)
                 for sample in microbatch.label_samples_L.tolist()
             ]
             steps.append((len(failed), sum(label not in failed for label in labels)))
