@@ -1,10 +1,11 @@
-"""One line of metrics.jsonl: what a step reports, under the names that wandb shows."""
+"""Makes the record of a step: one line of metrics.jsonl, under the names that wandb shows."""
 
 from __future__ import annotations
 
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -15,20 +16,30 @@ from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.schedule import Position, global_step
 
 
+@dataclass(frozen=True)
+class StepSeconds:
+    """Holds how long this rank took for one step, in seconds."""
+
+    loading: float
+    """Waiting for the batch."""
+    total: float
+    """From the end of the last step to the end of this one, loading included."""
+
+
 class StepTimer:
-    """Seconds of the parts of a step, from one call to the next."""
+    """Measures the seconds of a step from one call to the next."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
         self._loading = 0.0
 
     def loaded(self) -> None:
-        """The step's batch has arrived."""
+        """Notes that the step's batch has arrived."""
         self._loading = self._since_last()
 
-    def stepped(self) -> tuple[float, float]:
-        """The step is done. Returns seconds spent waiting for data, and in all since the last step."""
-        return self._loading, self._loading + self._since_last()
+    def stepped(self) -> StepSeconds:
+        """Returns the seconds of the step that has just been done."""
+        return StepSeconds(self._loading, self._loading + self._since_last())
 
     def _since_last(self) -> float:
         now = time.perf_counter()
@@ -42,13 +53,13 @@ def step_record(
     done: Position,
     lr: float,
     result: StepResult,
-    seconds: tuple[float, float],
+    seconds: StepSeconds,
 ) -> dict[str, float | int | str]:
-    """The record of the step that led to `done`. Rates are over the world, TFLOP/s per rank.
+    """Returns the record of the step that led to `done`.
 
-    `data_position` counts samples or packs drawn in the stage, whichever the stage's batch counts.
+    Tokens per second are those of the whole world; TFLOP/s are those of one rank. `data_position` counts
+    the samples or packs drawn in the stage, whichever the stage's batch counts.
     """
-    loading, total = seconds
     stage = recipe.stages[done.stage]
     flops = step_flops(recipe.model, stage, result.work)
     record: dict[str, float | int | str] = {
@@ -65,10 +76,10 @@ def step_record(
         "trained_tokens": result.work.trained_tokens,
         "tiles": result.work.tiles,
         "skipped_samples": result.skipped_samples,
-        "seconds": total,
-        "data_seconds": loading,
-        "tokens_per_second": result.work.tokens / total,
-        "tflops_per_rank": flops / total / dist.get_world_size() / 1e12,
+        "seconds": seconds.total,
+        "data_seconds": seconds.loading,
+        "tokens_per_second": result.work.tokens / seconds.total,
+        "tflops_per_rank": flops / seconds.total / dist.get_world_size() / 1e12,
         "peak_memory_gib": peak_memory_gib(),
     }
     for name, loss, tokens in zip(
@@ -81,7 +92,7 @@ def step_record(
 
 
 def peak_memory_gib() -> float:
-    """Most memory this rank has had so far: allocated on the GPU, or resident where there is none."""
+    """Returns the most memory that this rank has had: allocated on its GPU, else resident on the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
