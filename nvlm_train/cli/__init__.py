@@ -1,4 +1,4 @@
-"""Floor 8: the console script `nvlm`. Imports only what the chosen command needs."""
+"""Floor 8: the console script `nvlm`. It imports only what the chosen command needs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from nvlm_train.errors import ConfigError, NvlmError
 from nvlm_train.logs import set_up_logging
 
 EXIT_ERROR = 2
-"""The user's to fix; the message says what and how."""
+"""Exit code of an error that the user can fix; the message says what and how."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, 2 for a user's error, 75 for "saved, start me again"."""
+    """Runs a command.
+
+    Returns:
+        The exit code: 0, 2 for a user's error, 75 for "saved, start me again".
+    """
     options = _parser().parse_args(arguments)
     set_up_logging(_environment("RANK"), _environment("WORLD_SIZE"))
     try:
@@ -98,7 +102,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _before_megatron() -> None:
-    """Without CUDA, its imports are lighter once they have been prepared."""
+    """Prepares megatron-core's import, which without CUDA is then faster."""
     from nvlm_train.parallel import cpu
 
     cpu.install()

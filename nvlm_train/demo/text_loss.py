@@ -1,4 +1,4 @@
-"""Loss on held-out text-only chats: what training on images may not cost."""
+"""Measures the loss on held-out text-only chats, which training on images must not raise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_CHATS = 400
 
 
 def text_loss(recipe: Recipe, replica: Replica, encoder: SampleEncoder) -> float:
-    """Mean loss over the trained tokens of 400 held-out chats. Called by every rank."""
+    """Returns the mean loss over the trained tokens of 400 held-out chats. Called by every rank."""
     samples = [
         encoder.encode(str(index), json.dumps({"conversations": turns}).encode(), [])
         for index in range(NUM_CHATS)

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy at trained positions, summed and divided by a global count."""
+"""Computes the training loss: cross-entropy at trained positions, summed and divided by a global count."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from nvlm_train.pipeline.round import OutputHead
 
 @dataclass(frozen=True)
 class LabelLosses:
-    """Detached losses of one microbatch: fp32 [L], with the source of each label's sample."""
+    """Holds the detached losses of one microbatch by label."""
 
     losses_L: Tensor
+    """fp32 [L]."""
     sources: list[int]
+    """Source of each label's sample, as an index into the blend."""
 
 
 def loss_head(trained_tokens: int) -> OutputHead:
-    """The head that trains.
+    """Returns the head that computes the training loss.
 
     Args:
         trained_tokens: labels of the whole step over all data-parallel ranks; the sum of
@@ -41,9 +43,9 @@ def loss_head(trained_tokens: int) -> OutputHead:
 
 
 def _positions(microbatch: Microbatch) -> Tensor:
-    """Trained positions. A pack without labels keeps position 0, with weight zero.
+    """Returns the trained positions. A pack without labels keeps position 0, with weight zero.
 
-    Its backward then exists, so no pipeline stage and no collective waits for it in vain.
+    So every pack has a backward, and no pipeline stage and no collective waits for one in vain.
     """
     if len(microbatch.label_positions_L):
         return microbatch.label_positions_L.to(device())
@@ -51,6 +53,7 @@ def _positions(microbatch: Microbatch) -> Tensor:
 
 
 def _labels(microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+    """Returns the label at each of `_positions`, int64 [L], and its weight in the loss, fp32 [L]."""
     if len(microbatch.label_ids_L):
         labels_L = microbatch.label_ids_L.to(device())
         return labels_L, torch.ones(len(labels_L), device=device())

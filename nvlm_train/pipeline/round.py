@@ -23,7 +23,7 @@ from nvlm_train.vision.tile_parallel import encode_round
 
 @dataclass(frozen=True)
 class Replica:
-    """This rank's shard of one model replica. `model` may be wrapped in megatron-core's DDP."""
+    """Holds this rank's shard of one model replica. `model` may be wrapped in megatron-core's DDP."""
 
     model: nn.Module
     encoder: VisionEncoder
@@ -94,7 +94,7 @@ Inputs = Iterator[tuple[Microbatch, Tensor | None]]
 def _forward_step(
     inputs: Inputs, model: nn.Module, head: OutputHead
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
-    """megatron-core's forward_step_func: one microbatch through this pipeline stage."""
+    """Runs one microbatch through this pipeline stage, as megatron-core's `forward_step_func`."""
     microbatch, features = next(inputs)
     output = model(
         microbatch.token_ids_S.to(device()),
@@ -107,8 +107,8 @@ def _forward_step(
 
     def loss_function(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
         scalar, result = head.finish(microbatch, logits)
-        # A third value tells megatron-core not to divide by the number of microbatches;
-        # it is a token count, which nobody reads: the scalar is normalised already.
+        # Returning a token count tells megatron-core not to divide by the number of microbatches.
+        # Nobody reads it, because the scalar is normalised already.
         return scalar, torch.tensor(1, dtype=torch.int), result
 
     return output, loss_function

@@ -20,8 +20,8 @@ def before_and_after_install() -> dict[str, Any]:
     """Everything test_cpu.py judges, in the order in which it must be looked at."""
     symbols = cpu.patched_symbols()
     report: dict[str, Any] = {
-        "symbols": [f"{owner.__name__}.{name}" for owner, name, _ in symbols],
-        "missing": [name for owner, name, _ in symbols if not hasattr(owner, name)],
+        "symbols": [f"{each.owner.__name__}.{each.name}" for each in symbols],
+        "missing": [each.name for each in symbols if not hasattr(each.owner, each.name)],
         "literals": {key: _literals(*key) for key in _table()},
         "unpatched": _snapshot(),
     }
@@ -33,7 +33,7 @@ def before_and_after_install() -> dict[str, Any]:
     original = function.__code__
     report["errors"].append(_error_of({"utils": (("local_multi_tensor_l2_norm", 2),)}))
     function.__code__ = original
-    gone = [(torch.cuda, "no_such_symbol", lambda: None)]
+    gone = [cpu.Patch(torch.cuda, "no_such_symbol", lambda: None)]
     with mock.patch.object(cpu, "_torch_symbols", lambda: gone):
         report["errors"].append(_error_of({}))
     cpu.install()
@@ -85,8 +85,10 @@ def _literals(module: str, name: str) -> list[str]:
 
 
 def _snapshot() -> list[int]:
-    """Identities of all that may be replaced."""
-    symbols: list[Callable | CodeType] = [getattr(o, name) for o, name, _ in cpu.patched_symbols()]
+    """Returns the identities of everything that may be replaced."""
+    symbols: list[Callable | CodeType] = [
+        getattr(each.owner, each.name) for each in cpu.patched_symbols()
+    ]
     _KEPT.extend(symbols)
     codes = [cpu._find(*key).__code__ for key in _table()]
     _KEPT.extend(codes)
