@@ -1,4 +1,4 @@
-"""`nvlm data prepare` against the least that has to be done: read each image, write each tar.
+"""Compares `nvlm data prepare` with the least that has to be done: read each image, write each tar.
 
     OMP_NUM_THREADS=1 python -m benchmarks.prepare
 
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def make_input(root: Path, count: int) -> int:
-    """The list and 50 different images, linked under all names; returns the bytes to copy."""
+    """Writes the list and 50 different images, linked under all names. Returns the bytes to copy."""
     images = root / "images"
     images.mkdir()
     noise = np.random.default_rng(0)

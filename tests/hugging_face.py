@@ -8,7 +8,7 @@ from nvlm_train.config.schema import LanguageConfig, VisionConfig
 
 
 def sizes(language: LanguageConfig) -> dict[str, Any]:
-    """For Qwen2Config and LlamaConfig; the tables are not tied."""
+    """Returns arguments of Qwen2Config and LlamaConfig. The embedding tables are not tied."""
     return {
         "vocab_size": language.vocab_size,
         "hidden_size": language.hidden_size,
@@ -23,7 +23,7 @@ def sizes(language: LanguageConfig) -> dict[str, Any]:
 
 
 def encoder_sizes(vision: VisionConfig) -> dict[str, Any]:
-    """For InternVLVisionConfig, of InternViT-6B's kind."""
+    """Returns arguments of InternVLVisionConfig, of InternViT-6B's kind."""
     return {
         "num_hidden_layers": vision.num_layers,
         "hidden_size": vision.hidden_size,

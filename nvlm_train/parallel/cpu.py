@@ -107,7 +107,7 @@ def _is_no_rng_warning(record: logging.LogRecord) -> bool:
 
 
 class Patch(NamedTuple):
-    """One attribute that is replaced."""
+    """Describes one attribute that is replaced."""
 
     owner: Any
     """Module or class."""

@@ -21,7 +21,7 @@ from nvlm_train.parallel import cpu, kernels
 
 
 class Layout(NamedTuple):
-    """Sizes of tensor, pipeline and data parallelism. Checkpoints store it as a list of the three."""
+    """Holds the sizes of tensor, pipeline and data parallelism. Checkpoints store them as a list."""
 
     tensor: int
     pipeline: int

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What the action returned, or why it failed."""
+    """Holds what the action returned, or why it failed."""
 
     result: Any = None
     failure: CheckpointError | None = None

@@ -19,7 +19,7 @@ from nvlm_train.pipeline.loss import LabelLosses
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step reports, the same on every rank."""
+    """Holds what one step reports. It is the same on every rank."""
 
     loss: float
     """Mean over the step's trained tokens."""

@@ -17,7 +17,7 @@ OPTIMIZER_MODULES = ("megatron.core.optimizer", "megatron.core.optimizer.distrib
 
 
 def before_and_after_install() -> dict[str, Any]:
-    """Everything test_cpu.py judges, in the order in which it must be looked at."""
+    """Returns everything that test_cpu.py judges, in the order in which it must be examined."""
     symbols = cpu.patched_symbols()
     report: dict[str, Any] = {
         "symbols": [f"{each.owner.__name__}.{each.name}" for each in symbols],
@@ -46,14 +46,14 @@ def before_and_after_install() -> dict[str, Any]:
 
 
 def compiler_after_training_is_imported() -> list[str]:
-    """The modules of torch's compiler that are then there."""
+    """Returns the modules of torch's compiler that are loaded after training was imported."""
     cpu.install()
     importlib.import_module("nvlm_train.train.loop")
     return [name for name in ("torch._dynamo", "torch._inductor.compile_fx") if name in sys.modules]
 
 
 def is_compiled_when_installed_late() -> bool:
-    """Whether a fusion of megatron-core, imported before `install`, is handed to the compiler."""
+    """Returns whether a fusion of megatron-core that was imported before `install` is compiled."""
     fusion = importlib.import_module("megatron.core.fusions.fused_bias_gelu").bias_gelu
     compiler = importlib.import_module("torch._dynamo.utils").counters
     cpu.install()
@@ -62,7 +62,7 @@ def is_compiled_when_installed_late() -> bool:
 
 
 def what_install_adam_changes() -> set[str]:
-    """Names in the optimizer modules that are other objects afterwards."""
+    """Returns the names in the optimizer modules that are other objects afterwards."""
     modules = [importlib.import_module(name) for name in OPTIMIZER_MODULES]
     before = [dict(vars(module)) for module in modules]
     kernels.install_adam()

@@ -21,7 +21,7 @@ BUGS = {
 
 
 def gradients_with_bug(bug: str, parallel: ParallelConfig, steps: list) -> tuple:
-    """`gradients_of_step` while the named bug is in place."""
+    """Returns `gradients_of_step` while the named bug is in place."""
     from tests.parity import gradients
 
     with _PATCHES[bug]():

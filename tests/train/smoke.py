@@ -37,7 +37,7 @@ def make_smoke_data(root: Path, samples: int = 24) -> None:
 
 
 def overrides(root: Path, run_dir: Path, *more: str) -> list[str]:
-    """The smoke recipe on the data under `root`, as `nvlm train` takes it."""
+    """Returns the overrides of the smoke recipe on the data under `root`, as `nvlm train` takes them."""
     return [
         "experiment=smoke",
         f"run_dir={run_dir}",
@@ -50,7 +50,7 @@ def overrides(root: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def smoke_recipe(root: Path, run_dir: Path, *more: str) -> Recipe:
-    """`overrides`, loaded."""
+    """Loads `overrides`."""
     return load_recipe(overrides(root, run_dir, *more))
 
 

@@ -27,7 +27,7 @@ KEY = {"WANDB_API_KEY": "0" * 40, "OMP_NUM_THREADS": "1"}
 def start(
     run_dir: Path, mode: str, run_id: str, done: int, first: int, last: int, **environment: str
 ) -> tuple[dict, str]:
-    """One start of a run, in a process. Returns what it printed, and its warnings."""
+    """Starts a run once, in a process. Returns what it printed, and its warnings."""
     arguments = [str(each) for each in (run_dir, mode, run_id, done, first, last)]
     found = subprocess.run(
         [sys.executable, "-m", "tests.train.tracking.wandb_part", *arguments],
@@ -46,7 +46,7 @@ def parts(run_dir: Path) -> list[Path]:
 
 
 def records(path: Path) -> list[dict]:
-    """What a .wandb file holds, by wandb's own reader."""
+    """Returns what a .wandb file holds, by wandb's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     offline = {**os.environ, "WANDB_MODE": "offline"}
     found = subprocess.run(command, env=offline, capture_output=True, text=True, check=True)
@@ -54,7 +54,7 @@ def records(path: Path) -> list[dict]:
 
 
 def read(path: Path) -> list[dict]:
-    """History of a .wandb file."""
+    """Returns the history of a .wandb file."""
     return [each["history"]["item"] for each in records(path) if each["type"] == "history"]
 
 
