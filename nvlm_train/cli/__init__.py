@@ -55,9 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_parser(commands)
     chat = commands.add_parser("chat", help="ask a trained run about an image")
     _recipe_arguments(chat)
-    chat.add_argument("--image", action="append", default=[], metavar="FILE")
-    chat.add_argument("--question", required=True)
-    chat.add_argument("--max-new-tokens", type=int, default=64)
+    chat.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="may be given several times"
+    )
+    chat.add_argument("--question", required=True, help="without <image> markers images come first")
+    chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
     chat.set_defaults(run=_chat)
     shards = commands.add_parser("data", help="make, index and look at training data")
     data.add_parsers(shards.add_subparsers(required=True, metavar="COMMAND"))
@@ -77,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 def _recipe_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     command.add_argument(
-        "--recipes", metavar="DIR", help="your own recipes, besides the shipped ones"
+        "--recipes", metavar="DIR", help="your own recipes, in addition to the shipped ones"
     )
 
 

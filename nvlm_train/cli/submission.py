@@ -160,11 +160,10 @@ def _time_limit_s(options: tuple[str, ...]) -> int | None:
         match = re.fullmatch(r"--time=(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", option)
         if match is None:
             continue
-        days, *rest = (int(part) if part else None for part in match.groups())
-        first, second, third = rest[0] or 0, rest[1] or 0, rest[2]
-        if days is not None:
-            return ((days * 24 + first) * 60 + second) * 60 + (third or 0)
-        if third is not None:
+        days, first, second, third = (int(part or 0) for part in match.groups())
+        if match[1] is not None:
+            return ((days * 24 + first) * 60 + second) * 60 + third
+        if match[4] is not None:
             return (first * 60 + second) * 60 + third
         return first * 60 + second
     return None
