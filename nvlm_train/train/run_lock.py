@@ -22,7 +22,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
-import torch.distributed as dist
 
 from nvlm_train.errors import RunLockedError
 
@@ -186,6 +185,9 @@ def held(run_dir: Path) -> Iterator[None]:
     Raises:
         RunLockedError: on every rank, when rank 0 cannot hold it; names the owner and the remedy.
     """
+    # Imported here, because `nvlm doctor` reads the owner's file before torch is imported.
+    import torch.distributed as dist
+
     lock: RunLock | None = None
     refused: list[str | None] = [None]
     if dist.get_rank() == 0:

@@ -89,7 +89,7 @@ def _own_tokens():
 
 
 def _stretched_positions():
-    from nvlm_train.model.language import RotaryEmbedding
+    from nvlm_train.model.rope import RotaryEmbedding
 
     original = RotaryEmbedding.forward
 

@@ -18,7 +18,7 @@ def start_engine(
     trainable: tuple[str, ...] = ALL_PARTS,
     **changes: object,
 ) -> Engine:
-    """Builds one of `cross_recipes.MODELS` with weights that depend on names only, gates open."""
+    """Builds one of `cross_recipes.ALL` with weights that depend on names only, gates open."""
     model = cross_recipes.ALL[name]
     if model.cross_attention is None:
         trainable = tuple(part for part in trainable if part != "cross_attention")
