@@ -55,7 +55,7 @@ PAPER = {"x": 1.76, "h": 1.26}
 
 
 def make_recipe(architecture: Architecture, sequence_length: int) -> Recipe:
-    """Equal shapes; only routes and what follows from them differ."""
+    """Makes a recipe of one architecture. Shapes are equal; only routes and what follows from them differ."""
     assets = str(files("nvlm_train.demo") / "assets" / "language_model")
     model = ModelConfig(
         architecture,
@@ -80,7 +80,7 @@ def make_recipe(architecture: Architecture, sequence_length: int) -> Recipe:
 
 
 def prepare(architecture: Architecture) -> tuple[Engine, StepBatch, int]:
-    """Engine, the step's batch, and the sample's decoder tokens: the pack is exactly that long."""
+    """Returns engine, the step's batch, and the sample's decoder tokens: the pack is exactly that long."""
     record = {
         "conversations": [
             {"from": "human", "value": "<image>\nwhat is written here?"},

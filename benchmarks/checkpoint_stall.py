@@ -1,4 +1,4 @@
-"""What saving costs training: the demo's model as TP2 x PP2, saved while it trains.
+"""Measures what saving costs training: the demo's model as TP2 x PP2, saved while it trains.
 
     python -m benchmarks.checkpoint_stall
 
@@ -40,7 +40,7 @@ def train_and_time(root: Path, out: Path) -> None:
     """Seconds outside the saver, and whether writers were at work."""
 
     class TimedSaver(Saver):
-        """Also counts the sums of the weights, which the loop takes just before it saves."""
+        """Measures the saver's calls, and the sums of the weights that the loop takes before a save."""
 
         left = time.perf_counter()
 
@@ -90,7 +90,7 @@ def train_and_time(root: Path, out: Path) -> None:
 
 
 def figures(out: Path, interval: int) -> dict[str, Any]:
-    """From what the ranks wrote; the slowest rank counts, call by call."""
+    """Returns figures from what the ranks wrote. The slowest rank counts, call by call."""
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
     calls = [
         (each[0][0], max(call[1] for call in each))

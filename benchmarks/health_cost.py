@@ -1,4 +1,4 @@
-"""What watching a run costs a step: the watchdog, the loss window, and torch's flight recorder.
+"""Measures what watching a run costs a step: the watchdog, the loss window, and torch's flight recorder.
 
     python -m benchmarks.health_cost
 
@@ -22,7 +22,7 @@ REPEATS, CALLS = 5, 2000
 
 
 def microseconds(function: Callable[[], object]) -> float:
-    """Of one call."""
+    """Returns the median microseconds of one call."""
     times = []
     for _ in range(REPEATS):
         began = time.perf_counter()
@@ -33,7 +33,7 @@ def microseconds(function: Callable[[], object]) -> float:
 
 
 def watching() -> dict[str, float]:
-    """A step's calls into the health package, with a full window."""
+    """Measures a step's calls into the health package, with a full window."""
     from nvlm_train.config.schema import HealthConfig
     from nvlm_train.train.health.activity import Activity
     from nvlm_train.train.health.losses import LossWatch
@@ -58,7 +58,7 @@ def watching() -> dict[str, float]:
 
 
 def collective() -> float:
-    """One small all-reduce."""
+    """Measures one small all-reduce, in microseconds."""
     import torch
     import torch.distributed as dist
 
@@ -72,7 +72,7 @@ def collective() -> float:
 
 
 def with_recorder(entries: int) -> float:
-    """`collective` in a process of its own: the recorder's size is read once."""
+    """Runs `collective` in a process of its own, because the recorder's size is read only once."""
     environment = {**os.environ, "TORCH_FR_BUFFER_SIZE": str(entries)}
     command = [sys.executable, "-m", "benchmarks.health_cost", "collective"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -1,15 +1,15 @@
-"""JPEG to uint8 tiles on one core, beside the usual Pillow pipeline.
+"""Measures JPEG to uint8 tiles on one core, beside the usual Pillow pipeline.
 
     python -m benchmarks.images
 
-Both make the tiles of a 1600 x 1200 photo-like picture and of a 1700 x 2200 page of text: six
+Both make the tiles of a 1600 x 1200 photo-like image and of a 1700 x 2200 page of text: six
 regular tiles of 448 x 448 and the thumbnail. The baseline is Pillow's decoder, Pillow's bicubic
 filter, then what torchvision's ToTensor and Normalize do (division by 255 in fp32, the ImageNet
 mean and deviation). The two take turns; the ratio is of medians of CPU seconds, which other
 programs on the machine disturb less than they do wall seconds. The tiles' largest difference to
 Pillow's, in levels of 255, is measured in the same run: of Pillow as it is installed, and of its
 filter with the pass across before the pass down, which is what Pillow 10 to 12 do and torch does.
-(Pillow 13 goes down first where that is cheaper, for example in thumbnails of upright pictures.)
+(Pillow 13 goes down first where that is cheaper, for example in thumbnails of upright images.)
 That also of an upright photo with grain, as a sensor has it, and of a slide of text.
 """
 
@@ -37,7 +37,7 @@ QUALITY = 84
 
 
 def photo(width: int = 1600, height: int = 1200, seed: int = 0) -> Image.Image:
-    """Noise of several scales, as natural pictures have it: detail falls with frequency."""
+    """Returns noise of several scales, as natural images have it: detail falls with frequency."""
     draw = np.random.default_rng(seed)
     total = np.zeros((height, width, 3), dtype=np.float32)
     for octave in range(2, 10):
@@ -50,7 +50,7 @@ def photo(width: int = 1600, height: int = 1200, seed: int = 0) -> Image.Image:
 
 
 def document(width: int = 1700, height: int = 2200, seed: int = 0) -> Image.Image:
-    """A white page full of black text."""
+    """Returns a white page full of black text."""
     draw = np.random.default_rng(seed)
     page = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(28)
@@ -61,7 +61,7 @@ def document(width: int = 1700, height: int = 2200, seed: int = 0) -> Image.Imag
 
 
 def grainy(width: int = 480, height: int = 640, deviation: float = 25.0) -> Image.Image:
-    """An upright photo of COCO's size with grain."""
+    """Returns an upright photo of COCO's size with grain."""
     noise = np.random.default_rng(1).normal(0.0, deviation, (height, width, 3))
     pixels = np.asarray(photo(width, height)).astype(np.float64) + noise
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
@@ -77,19 +77,19 @@ Resize = Callable[[Image.Image, tuple[int, int]], Image.Image]
 
 
 def as_installed(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """One call of Pillow's bicubic filter."""
+    """Resizes with one call of Pillow's bicubic filter."""
     return image.resize(size, Image.BICUBIC)
 
 
 def across_first(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The same filter, rows before columns."""
+    """Resizes with the same filter, rows before columns."""
     return image.resize((size[0], image.height), Image.BICUBIC).resize(size, Image.BICUBIC)
 
 
 def pillow_tiles(
     image: Image.Image, grid: Grid, count: int, resize: Resize = as_installed
 ) -> list[Image.Image]:
-    """The released preprocessing (InternVL's `dynamic_preprocess`), in Pillow."""
+    """Does the released preprocessing (InternVL's `dynamic_preprocess`) in Pillow."""
     columns, rows = grid
     whole = resize(image, (columns * TILE, rows * TILE))
     tiles = [
@@ -101,7 +101,7 @@ def pillow_tiles(
 
 
 def to_tensor(tiles: list[Image.Image]) -> Tensor:
-    """torchvision's ToTensor and Normalize: fp32 [T, 3, E, E]."""
+    """Does what torchvision's ToTensor and Normalize do: fp32 [T, 3, E, E]."""
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
     done = []
     for tile in tiles:
@@ -111,7 +111,7 @@ def to_tensor(tiles: list[Image.Image]) -> Tensor:
 
 
 def medians(runs: list[Callable[[], object]], repeats: int) -> list[float]:
-    """CPU seconds of each, taken in turns."""
+    """Returns the median CPU seconds of each function. They take turns."""
     spent: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run()
@@ -143,7 +143,7 @@ def measure(name: str, image: Image.Image, repeats: int) -> dict[str, float]:
 
 
 def differences(name: str, image: Image.Image) -> dict[str, float]:
-    """Largest and mean difference to Pillow's tiles, in levels of 255."""
+    """Returns the largest and mean difference to Pillow's tiles, in levels of 255."""
     data = jpeg(image)
     grid = choose_grid(*image.size, TILE, 6)
     count = num_tiles(grid, 1)

@@ -1,8 +1,8 @@
-"""Indexing speed: shards of captions, documents and chats, with the lengths of one encoding.
+"""Measures indexing speed: shards of captions, documents and chats, with the lengths of one encoding.
 
     OMP_NUM_THREADS=1 python -m benchmarks.index --samples 20000 --workers 2
 
-Pictures are small JPEGs of few different contents (only headers are decoded) padded to the size of
+Images are small JPEGs of few different contents (only headers are decoded) padded to the size of
 ordinary photos, so that reading and checksums cost what they do in practice; the tokenizer is a
 byte-level BPE of 8,000 tokens trained on the spot. Time to make the shards is not counted.
 """
@@ -33,7 +33,7 @@ PHOTO_BYTES = 60_000
 
 
 def make_samples(count: int) -> Iterator[Sample]:
-    """Captions, documents and chats in turn, text in the lengths that such sets have."""
+    """Yields captions, documents and chats in turn, with text as long as in such sets."""
     numbers = np.random.default_rng(0)
     words = [
         "".join(chr(97 + letter) for letter in numbers.integers(0, 26, numbers.integers(2, 9)))
@@ -61,14 +61,14 @@ def make_samples(count: int) -> Iterator[Sample]:
 
 
 def _photo(width: int, height: int) -> bytes:
-    """A JPEG whose end is padded, after its end mark, to the size of a photo."""
+    """Returns a JPEG that is padded after its end mark to the size of a photo."""
     stream = io.BytesIO()
     Image.new("RGB", (width, height), (90, 120, 150)).save(stream, "JPEG")
     return stream.getvalue().ljust(PHOTO_BYTES, b"\0")
 
 
 def make_tokenizer(path: Path) -> TokenizerConfig:
-    """A byte-level BPE with the chat template's specials."""
+    """Trains a byte-level BPE with the chat template's special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     fast = Tokenizer(models.BPE())
@@ -85,7 +85,7 @@ def make_tokenizer(path: Path) -> TokenizerConfig:
 
 
 def make_encoding(tokenizer: TokenizerConfig) -> Encoding:
-    """The paper's tiling: tiles of 448 pixels, 256 tokens each, six and a thumbnail at most."""
+    """Returns the paper's tiling: tiles of 448 pixels, 256 tokens each, at most six and a thumbnail."""
     spec = EncodingSpec(
         tile_size=448, tokens_per_tile=256, context_tokens_per_tile=256, routes=ROUTES["d"],
         tiling=TilingConfig(), sequence_length=4096, prompts="sft", system_message=None,
@@ -97,7 +97,7 @@ def make_encoding(tokenizer: TokenizerConfig) -> Encoding:
 def measure(
     paths: list[str], encodings: list[Encoding], workers: int
 ) -> tuple[float, list[IndexedShard]]:
-    """Wall seconds, and what became of the shards."""
+    """Returns wall seconds, and the indexed shards."""
     start = time.perf_counter()
     numbers = tuple(range(len(encodings)))
     work = index_shards(

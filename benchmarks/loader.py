@@ -1,4 +1,4 @@
-"""Samples per second from shards to tiles and token ids, beside webdataset and megatron-energon.
+"""Measures samples per second from shards to tiles and token ids, beside webdataset and megatron-energon.
 
     python -m benchmarks.loader
 
@@ -6,7 +6,7 @@ Local shards of 1600 x 1200 photo-like JPEGs (about 160 kB) with one question ea
 one core, no worker processes; CPU seconds, the sides taking turns. megatron-energon takes part
 where it can be imported. Three comparisons:
 
-- undecoded: the bytes of record and picture (here with their checksums verified);
+- undecoded: the bytes of record and image (here with their checksums verified);
 - same decoder: every side decodes, tiles and tokenises with this project's functions and joins the
   tiles of 16 samples to one tensor; and the same from one background worker, which is a thread here
   and a process of torch's DataLoader there (CPU seconds of both processes);
@@ -59,7 +59,7 @@ PASSES = 10
 
 
 def write_data(root: Path, count: int) -> list[str]:
-    pictures = [jpeg(photo(seed=seed)) for seed in range(8)]
+    images = [jpeg(photo(seed=seed)) for seed in range(8)]
     samples = (
         (
             f"s{number:05d}",
@@ -67,7 +67,7 @@ def write_data(root: Path, count: int) -> list[str]:
                 {"from": "human", "value": f"<image>\nWhat is in picture {number}?"},
                 {"from": "gpt", "value": "Noise of several scales, and nothing else at all."},
             ]},
-            [("jpg", pictures[number % len(pictures)])],
+            [("jpg", images[number % len(images)])],
         )
         for number in range(count)
     )  # fmt: skip
@@ -85,7 +85,7 @@ def make_encoder() -> SampleEncoder:
 
 
 class Work:
-    """What one sample costs on either side, given its undecoded members."""
+    """Does what one sample costs on either side, given its undecoded members."""
 
     def __init__(self, encoder: SampleEncoder) -> None:
         self.encoder = encoder
@@ -94,14 +94,14 @@ class Work:
         return self.encoder.encode(sample["__key__"], sample["json"], [size])
 
     def same(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """Token ids and uint8 tiles with this project's functions."""
+        """Returns token ids and uint8 tiles, by this project's functions."""
         text = self.text(sample, read_size(sample["jpg"]))
         pixels = decode_image(sample["jpg"], MAX_PIXELS)
         tiles = cut_tiles(pixels, text.grids[0], text.num_tiles, TILE)
         return torch.from_numpy(text.token_ids), tiles
 
     def pillow(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """The same from a picture that Pillow decoded: fp32 tiles."""
+        """Returns token ids and fp32 tiles from an image that Pillow decoded."""
         image: Image.Image = sample["jpg"]
         record = sample["json"]
         raw = record if isinstance(record, bytes) else json.dumps(record).encode()
@@ -111,7 +111,7 @@ class Work:
 
 
 def join(samples: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
-    """A batch: ids of each sample, and all tiles as one tensor."""
+    """Joins samples to a batch: ids of each sample, and all tiles as one tensor."""
     return [ids for ids, _ in samples], torch.cat([tiles for _, tiles in samples])
 
 
@@ -138,7 +138,7 @@ def ours(plan: DataPlan, encoder: SampleEncoder, count: int, workers: int) -> in
 
 
 def ours_undecoded(plan: DataPlan, count: int) -> int:
-    """In the order in which a run would read them: shuffled within windows of shards."""
+    """Yields samples in the order in which a run would read them: shuffled within windows of shards."""
     done = 0
     for step in range(count // BATCH):
         for pack in plan.step(step, 1).packs[0]:
@@ -226,13 +226,13 @@ def energon_sides(root: Path, count: int, work: Work) -> dict[str, Counted]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those of its children that have ended."""
+    """Returns the CPU seconds of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def rates(sides: dict[str, Counted], count: int, repeats: int, passes: int = 1) -> dict[str, float]:
-    """Samples per CPU second of each side; they take turns of `passes` over the data.
+    """Returns samples per CPU second of each side. The sides take turns of `passes` over the data.
 
     What takes milliseconds needs several: some kernels count CPU time in ticks.
     """

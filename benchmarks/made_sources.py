@@ -1,4 +1,4 @@
-"""Sources made of numbers alone: stored indexes and lengths of samples that nobody has to draw or write.
+"""Makes sources of numbers alone: stored indexes and lengths of samples that need not be drawn or written.
 
 The files are the real ones and are opened as a run opens them; only the tars are empty (sparse).
 Lengths follow three kinds of material: captions (1 tile), documents (2 to 7 tiles), chats (text).
@@ -39,14 +39,14 @@ class NoEncoder:
 def captions(
     numbers: np.random.Generator, count: int, sequence_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """One tile and a sentence or two."""
+    """Returns lengths of captions: one tile and a sentence or two."""
     return numbers.lognormal(3.4, 0.5, count).astype(np.int64) + 20, np.ones(count, dtype=np.int64)
 
 
 def documents(
     numbers: np.random.Generator, count: int, sequence_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """As many tiles as fit of 3 to 7 (six and the thumbnail are most frequent), and their text."""
+    """Returns lengths of documents: 3 to 7 tiles as far as they fit (seven most often), and their text."""
     text = numbers.lognormal(5.0, 0.6, count).astype(np.int64) + 20
     tiles = numbers.choice([3, 4, 5, 7], count, p=[0.15, 0.15, 0.2, 0.5])
     text = np.minimum(text, sequence_length // 3)
@@ -56,7 +56,7 @@ def documents(
 def chats(
     numbers: np.random.Generator, count: int, sequence_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Text only, a long tail."""
+    """Returns lengths of chats: text only, with a long tail."""
     return numbers.lognormal(5.6, 0.9, count).astype(np.int64) + 30, np.zeros(count, dtype=np.int64)
 
 
@@ -64,7 +64,7 @@ KINDS: dict[str, Kind] = {"captions": captions, "documents": documents, "chats":
 
 
 def make_lengths(kind: str, count: int, sequence_length: int, seed: int) -> ShardLengths:
-    """Lengths of a shard of this kind."""
+    """Returns the lengths of a shard of this kind."""
     text, tiles = KINDS[kind](np.random.default_rng(seed), count, sequence_length)
     tokens = np.minimum(text + tiles * (TILE_TOKENS + TAG_TOKENS), sequence_length)
     return ShardLengths(

@@ -1,4 +1,4 @@
-"""Packing, balance and speed of plans on a realistic mix of lengths.
+"""Measures packing, balance and speed of plans on a realistic mix of lengths.
 
     OMP_NUM_THREADS=1 python -m benchmarks.plan
 
@@ -33,7 +33,7 @@ FAR = 100_000
 def make_blend(
     root: Path, sequence_length: int, num_shards: int = SHARDS, rows: int = ROWS
 ) -> Blend:
-    """Three sources of lengths for packs of this length."""
+    """Makes three sources of lengths for packs of this length."""
     sources = [
         SourceConfig(
             kind, write_source(root, kind, num_shards, rows, sequence_length, num_shards), weight
@@ -44,13 +44,13 @@ def make_blend(
 
 
 def open_plan(root: Path, blend: Blend, sequence_length: int, batch: BatchConfig) -> DataPlan:
-    """A plan as a run opens it."""
+    """Opens a plan as a run opens it."""
     sources = open_sources(blend, str(root), cast(SampleEncoder, NoEncoder()))
     return DataPlan(sources, batch, sequence_length, 1, 0.0, root / "table")
 
 
 def measure(plan: DataPlan, steps: int) -> dict[str, Any]:
-    """Figures of the first steps."""
+    """Returns figures of the first steps."""
     full, times = [], []
     imbalance: dict[str, list[float]] = {}
     for step in range(steps):
@@ -79,7 +79,7 @@ def measure(plan: DataPlan, steps: int) -> dict[str, Any]:
 def measure_far(
     root: Path, blend: Blend, sequence_length: int, batch: BatchConfig
 ) -> dict[str, Any]:
-    """Seconds to find a far step: counting from nothing, with the table's file, and once open."""
+    """Returns the seconds to find a far step: counting from nothing, with the table's file, and once open."""
     plan = open_plan(root, blend, sequence_length, batch)
     start = time.perf_counter()
     wanted = plan.step(FAR, 8)

@@ -1,4 +1,4 @@
-"""Private memory of a rank's plan over 100 million samples, and how long its steps take.
+"""Measures the private memory of a rank's plan over 100 million samples, and how long its steps take.
 
     OMP_NUM_THREADS=1 python -m benchmarks.plan_memory
 
@@ -25,7 +25,7 @@ SEQUENCE_LENGTH = 4096
 
 
 def private_mib() -> float:
-    """Unique set size of this process."""
+    """Returns the unique set size of this process, in MiB."""
     fields = Path("/proc/self/smaps_rollup").read_text().split("\n")
     sizes = [int(line.split()[1]) for line in fields if line.startswith("Private_")]
     return sum(sizes) / 1024

@@ -1,8 +1,8 @@
-"""`nvlm data prepare` against the least that has to be done: read each picture, write each tar.
+"""Compares `nvlm data prepare` with the least that has to be done: read each image, write each tar.
 
     OMP_NUM_THREADS=1 python -m benchmarks.prepare
 
-A LLaVA-style list of pictures of about 100 kB. The floor is one process that reads files and hands
+A LLaVA-style list of images of about 100 kB. The floor is one process that reads files and hands
 them to webdataset's ShardWriter: no checks, no resume, no digests. All runs are of the whole
 command's work in a fresh process; the runs take turns.
 """
@@ -68,7 +68,7 @@ def main() -> int:
 
 
 def make_input(root: Path, count: int) -> int:
-    """The list and 50 different pictures, linked under all names; returns the bytes to copy."""
+    """Writes the list and 50 different images, linked under all names. Returns the bytes to copy."""
     images = root / "images"
     images.mkdir()
     noise = np.random.default_rng(0)

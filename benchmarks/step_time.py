@@ -1,4 +1,4 @@
-"""Training step of this trainer against transformers' InternVL: same shapes, weights and tokens, one process.
+"""Compares a training step with transformers' InternVL: same shapes, weights and tokens, one process.
 
     OMP_NUM_THREADS=2 python -m benchmarks.step_time
 
@@ -65,7 +65,7 @@ Step = Callable[[], float]
 
 
 def reference_models(directory: Path) -> InternVLForConditionalGeneration:
-    """transformers' InternVL with random weights, its two backbones saved under `directory`."""
+    """Makes transformers' InternVL with random weights, and saves its two backbones under `directory`."""
     torch.manual_seed(0)
     text = Qwen2Config(
         vocab_size=LANGUAGE.vocab_size,
@@ -117,7 +117,7 @@ def reference_models(directory: Path) -> InternVLForConditionalGeneration:
 
 
 def make_inputs() -> tuple[Tensor, Tensor]:
-    """Token ids [S] with image slots in the middle of the text, and uint8 tiles."""
+    """Returns token ids [S] with image slots in the middle of the text, and uint8 tiles."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(0, 30_000, (TEXT,), generator=generator)
     ids = torch.cat([text[:16], torch.full((SLOTS,), IMAGE_ID), text[16:]])
@@ -128,7 +128,7 @@ def make_inputs() -> tuple[Tensor, Tensor]:
 
 
 def reference_step(model: InternVLForConditionalGeneration, dtype: torch.dtype) -> Step:
-    """forward, backward and AdamW as a transformers user writes them."""
+    """Returns a step of forward, backward and AdamW as a transformers user writes them."""
     ids, tiles = make_inputs()
     model = model.to(dtype).train()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -150,7 +150,7 @@ def reference_step(model: InternVLForConditionalGeneration, dtype: torch.dtype) 
 
 
 def own_step(model: InternVLForConditionalGeneration, directory: Path, precision: str) -> Step:
-    """The same sample and weights through `train.step.run_step`."""
+    """Returns a step with the same sample and weights through `train.step.run_step`."""
     engine = _build_engine(directory, precision)
     projector = model.model.multi_modal_projector.state_dict()
     names = {
@@ -193,7 +193,7 @@ def _build_engine(directory: Path, precision: str) -> Engine:
 
 
 def replace_weights(config, weights: Path):  # type: ignore[no-untyped-def]
-    """A copy of a frozen config with another weights directory."""
+    """Returns a copy of a frozen config with another weights directory."""
     import dataclasses
 
     return dataclasses.replace(config, weights=str(weights))
@@ -216,7 +216,7 @@ def _step_batch() -> StepBatch:
 
 
 def measure(precision: str, repeats: int) -> dict[str, float]:
-    """Median seconds of both, taking turns; checks that the first losses agree."""
+    """Returns the median seconds of both, which take turns. It checks that the first losses agree."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     with tempfile.TemporaryDirectory() as name:
         model = reference_models(Path(name))

@@ -11,7 +11,7 @@ from tests.workers import WorkerPool
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPool]:
-    """Four gloo processes for the whole session."""
+    """Starts four gloo processes for the whole session."""
     pool = WorkerPool(4)
     yield pool
     pool.close()

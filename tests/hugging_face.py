@@ -8,7 +8,7 @@ from nvlm_train.config.schema import LanguageConfig, VisionConfig
 
 
 def sizes(language: LanguageConfig) -> dict[str, Any]:
-    """For Qwen2Config and LlamaConfig; the tables are not tied."""
+    """Returns arguments of Qwen2Config and LlamaConfig. The embedding tables are not tied."""
     return {
         "vocab_size": language.vocab_size,
         "hidden_size": language.hidden_size,
@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def encoder_sizes(vision: VisionConfig) -> dict[str, Any]:
-    """For InternVLVisionConfig, of the recipe's kind."""
+    """Returns arguments of InternVLVisionConfig, of the recipe's kind."""
     return KINDS[vision.kind] | {
         "num_hidden_layers": vision.num_layers,
         "hidden_size": vision.hidden_size,

@@ -83,7 +83,7 @@ def _count(model: torch.nn.Module) -> int:
 
 
 def _counts_of_parts(name: str) -> dict[str, int]:
-    """On a worker: parameters of the model that is really built."""
+    """Returns on a worker the parameters of the model that is really built."""
     from nvlm_train.model.global_weights import part_of
     from tests.parity.cross_gradients import start_engine
 
@@ -102,7 +102,7 @@ def test_parameters_of_the_small_models(workers: WorkerPool, name: str) -> None:
 
 
 def test_cross_attention_at_72b() -> None:
-    """1.51 B for 10 layers, and 7.27 B with feed-forwards of the backbone's width (fact sheet, derived)."""
+    """Ten layers have 1.51 B, and 7.27 B with feed-forwards of the backbone's width (fact sheet, derived)."""
     x_72b = replace(
         D_72B, architecture="x", projector=ProjectorConfig(None),
         cross_attention=CrossAttentionConfig(every=8),
@@ -130,7 +130,7 @@ def test_cross_flops_count_both_sides_and_what_they_see() -> None:
 
 
 def test_memory_falls_with_the_layout() -> None:
-    """Weights, gradients and Adam of everything on one rank; then shared by more and more ranks."""
+    """Weights, gradients and Adam are first on one rank, then shared by more and more ranks."""
     everything = recipes.stage(ParallelConfig())
     parts = costs.part_parameters(recipes.MODEL)
     trained = parts["projector"] + parts["language_model"]
@@ -152,7 +152,7 @@ def test_memory_falls_with_the_layout() -> None:
 
 
 def test_flops_count_what_is_computed() -> None:
-    """Six per weight and token where all trains; less where parts are frozen."""
+    """A weight costs six per token when everything trains, and less where parts are frozen."""
     work = StepWork(tokens=1000, attention_pairs=0, trained_tokens=0, tiles=0)
     stage = recipes.stage(ParallelConfig())
     weights = recipes.LANGUAGE.num_layers * costs.language_layer_weights(recipes.LANGUAGE)

@@ -1,4 +1,4 @@
-"""What docstrings show is what happens."""
+"""The examples in docstrings are run."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ ONLY_IN = {
 
 
 def floors(house: str) -> dict[str, int]:
-    """Room to floor, as the package's docstring lists them."""
+    """Returns room -> floor, as the package's docstring lists them."""
     found: dict[str, int] = {}
     for line in (importlib.import_module(house).__doc__ or "").splitlines():
         match = re.fullmatch(r"    (\d+)  ((?:\w+ )*\w+)  .*", line)
@@ -44,7 +44,7 @@ def floors(house: str) -> dict[str, int]:
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Dotted names a file imports anywhere, also inside functions; what is imported from a package too."""
+    """Yields dotted names that a file imports anywhere, also inside functions and out of packages."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -56,7 +56,7 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def files_of(house: str) -> list[Path]:
-    """All files of a house but its own docstring's."""
+    """Returns all files of a house except the one with its docstring."""
     folder = ROOT.parent / house.replace(".", "/")
     outside = (folder / "__init__.py", folder / "__main__.py")
     return [path for path in FILES if folder in path.parents and path not in outside]
@@ -68,7 +68,7 @@ def room(path: Path, house: str) -> str:
 
 
 def upward(path: Path, house: str, known: dict[str, int]) -> Iterator[str]:
-    """Imports of other rooms that do not point downward. Errors are for everybody."""
+    """Returns imports of other rooms that do not point downward. Any room may import errors."""
     here = room(path, house)
     for name, line in imports(path):
         if not name.startswith(house + "."):

@@ -34,7 +34,7 @@ pins = load_pins()
 
 
 def assigned(name: str) -> object:
-    """A literal of setup.py."""
+    """Returns a literal of setup.py."""
     (found,) = (
         each.value
         for each in SETUP.body
@@ -88,7 +88,7 @@ def test_what_torch_brings() -> None:
 
 
 def test_what_a_torch_for_cuda_brings() -> None:
-    """As torch's wheels for CUDA 13 require it; their versions stay as they are."""
+    """These are the requirements of torch's wheels for CUDA 13. Their versions must stay."""
     brought = {
         "nvidia-cublas": "13.1.0", "cuda-bindings": "13.0.3", "triton": "3.6.0", "torch": "2.11.0+cu130"
     }  # fmt: skip
@@ -110,7 +110,7 @@ def test_what_is_installed_is_kept() -> None:
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Makefile"])
 def test_no_list_is_kept_twice(name: str) -> None:
-    """No version and no requirement's name but torch's stands in them; what they copy is there."""
+    """They name no version and no requirement but torch; what they copy exists."""
     text = (ROOT / name).read_text()
     commands = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     assert "==" not in commands.replace("(3, 11)", "")
@@ -134,7 +134,7 @@ def test_the_page_has_the_tables() -> None:
 
 
 def docker_commands() -> list[str]:
-    """What the Dockerfile runs where torch is there."""
+    """Returns the commands that the Dockerfile runs where torch is installed."""
     run = re.search(
         r"2>/dev/null; then \\\n(.+?) ; \\\n\s+else", (ROOT / "Dockerfile").read_text(), re.DOTALL
     )
@@ -150,7 +150,7 @@ def test_the_dockerfile_checks_what_it_built() -> None:
 
 
 def python_with_torch(place: Path, number: str) -> Path:
-    """A new Python in which a torch of this version is registered, and nothing else is installed."""
+    """Makes a Python in which a torch of this version is registered, and nothing else is installed."""
     venv.create(place, with_pip=True)
     (site,) = place.glob("lib/python*/site-packages")
     info = site / f"torch-{number}.dist-info"
@@ -167,7 +167,7 @@ def python_with_torch(place: Path, number: str) -> Path:
 
 
 def dry_run(tmp_path: Path, number: str, *extra: str) -> subprocess.CompletedProcess[str]:
-    """The Dockerfile's first two commands, the second without effect."""
+    """Runs the Dockerfile's first two commands, the second one as a dry run."""
     bin_dir, source = python_with_torch(tmp_path / "python", number), tmp_path / "source"
     ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "build", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=ignored)

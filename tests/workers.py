@@ -19,7 +19,7 @@ from typing import Any
 
 
 class WorkerPool:
-    """Processes 0 .. size - 1; `run` returns what the function returned on each rank."""
+    """Keeps processes 0 .. size - 1. `run` returns what the function returned on each rank."""
 
     def __init__(self, size: int = 4) -> None:
         self._size = size

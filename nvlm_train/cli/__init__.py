@@ -1,4 +1,4 @@
-"""Floor 8: the console script `nvlm`. Imports only what the chosen command needs."""
+"""Floor 8: the console script `nvlm`. It imports only what the chosen command needs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from nvlm_train.errors import ConfigError, NvlmError
 from nvlm_train.logs import set_up_logging
 
 EXIT_ERROR = 2
-"""The user's to fix; the message says what and how."""
+"""Exit code of an error that the user can fix; the message says what and how."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, 2 for a user's error, 75 for "saved, start me again"."""
+    """Runs a command.
+
+    Returns:
+        The exit code: 0, 2 for a user's error, 75 for "saved, start me again".
+    """
     options = _parser().parse_args(arguments)
     set_up_logging(_environment("RANK"), _environment("WORLD_SIZE"))
     try:
@@ -51,9 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     launch.add_parser(commands)
     chat = commands.add_parser("chat", help="ask a trained run about an image")
     _recipe_arguments(chat)
-    chat.add_argument("--image", action="append", default=[], metavar="FILE")
-    chat.add_argument("--question", required=True)
-    chat.add_argument("--max-new-tokens", type=int, default=64)
+    chat.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="may be given several times"
+    )
+    chat.add_argument("--question", required=True, help="without <image> markers images come first")
+    chat.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (default: 64)")
     chat.set_defaults(run=_chat)
     shards = commands.add_parser("data", help="make, index and look at training data")
     data.add_parsers(shards.add_subparsers(required=True, metavar="COMMAND"))
@@ -73,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 def _recipe_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     command.add_argument(
-        "--recipes", metavar="DIR", help="your own recipes, besides the shipped ones"
+        "--recipes", metavar="DIR", help="your own recipes, in addition to the shipped ones"
     )
 
 
@@ -98,7 +104,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _before_megatron() -> None:
-    """Without CUDA, its imports are lighter once they have been prepared."""
+    """Prepares megatron-core's import, which without CUDA is then faster."""
     from nvlm_train.parallel import cpu
 
     cpu.install()

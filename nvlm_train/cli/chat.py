@@ -1,4 +1,4 @@
-"""`nvlm chat`: one question to a trained run, in its layout (start it with torchrun for TP or PP)."""
+"""`nvlm chat`: asks a trained run one question, in its layout (started by torchrun for TP or PP)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def answer(recipe: Recipe, images: Sequence[str], question: str, max_new_tokens:
     """Prints the model's answer on rank 0.
 
     Raises:
-        NvlmError: no checkpoint, or a question that does not fit.
+        NvlmError: the run has no checkpoint, or the question does not fit.
     """
     with process_group():
         return _answer(recipe, images, question, max_new_tokens)

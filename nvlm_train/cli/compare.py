@@ -1,4 +1,4 @@
-"""`nvlm compare`: runs side by side, such as the demo's D, X and H."""
+"""`nvlm compare`: shows runs side by side, such as the demo's D, X and H."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _JUDGED = {
     "page_cer_tiles": "character error with tiles",
     "text_loss_ratio": "text loss over the backbone's",
 }
-"""Keys of summary.json, where a run has one."""
+"""Key of a demo's summary.json -> how it is shown."""
 
 
 def compare(run_dirs: Sequence[str]) -> int:
-    """Prints what the last stage of each run measured, one column a run.
+    """Prints a table of what the last stage of each run measured, with one column per run.
 
     Raises:
-        NvlmError: a directory without metrics.
+        NvlmError: a directory has no metrics.
     """
     columns = {directory: figures(Path(directory)) for directory in run_dirs}
     table = Table(title="runs side by side")
@@ -40,7 +40,11 @@ def compare(run_dirs: Sequence[str]) -> int:
 
 
 def figures(run_dir: Path) -> dict[str, str]:
-    """A run's figures by name, ready to be shown."""
+    """Returns a run's figures by name, ready to be shown.
+
+    Raises:
+        NvlmError: the directory has no metrics.
+    """
     path = run_dir / FILE_NAME
     if not path.is_file():
         raise NvlmError(f"run_dir={run_dir} has no {FILE_NAME}; name directories of runs")

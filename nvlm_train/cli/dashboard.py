@@ -7,7 +7,7 @@ import sys
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Arguments of the command; the overrides are those of `nvlm train`."""
+    """Adds the command; its overrides are those of `nvlm train`."""
     command = commands.add_parser(
         "dashboard", help="make a wandb workspace with a run's plots and example tables (online)"
     )
@@ -20,7 +20,7 @@ def dashboard(options: argparse.Namespace) -> int:
     """Saves the workspace and prints its address.
 
     Raises:
-        NvlmError: a recipe without tracking.entity, or wandb-workspaces is not installed.
+        NvlmError: the recipe has no tracking.entity, or wandb-workspaces is not installed.
     """
     from nvlm_train.config.load import load_recipe
     from nvlm_train.errors import ConfigError

@@ -1,4 +1,4 @@
-"""`nvlm doctor`: what would go wrong, before GPUs are taken."""
+"""`nvlm doctor`: finds what would go wrong, before GPUs are used."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Arguments of the command; the overrides are those of `nvlm train`."""
+    """Adds the command; its overrides are those of `nvlm train`."""
     command = commands.add_parser(
         "doctor",
         help="check a recipe, its data and the machines before training",
-        description="Alone, or on all ranks under torchrun or srun. Exit code 1 when there is an error.",
+        description="Runs alone, or on all ranks under torchrun or srun. Exits with 1 after an error.",
     )
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for nvlm train")
     command.add_argument("--recipes", metavar="DIR", help="your own recipes")
@@ -32,14 +32,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_seconds,
         default=60,
         metavar="SECONDS",
-        help="for a silent rank (default: 60)",
+        help="how long to wait for a silent rank (default: 60)",
     )
     command.add_argument("--json", metavar="FILE", help="write the findings there, too")
     command.set_defaults(run=doctor)
 
 
 def _seconds(text: str) -> float:
-    """A time that ends: NaN is neither over nor not, and a wait for it never would be."""
+    """Reads a finite time above 0. A wait for NaN seconds would never end."""
     try:
         value = float(text)
     except ValueError:
@@ -54,7 +54,7 @@ def doctor(options: argparse.Namespace) -> int:
     from nvlm_train.doctor import stack
 
     if missing := list(stack.lacking()):
-        # Nothing else can be looked at: the other checks import what is missing.
+        # No other check is possible: they import what is missing.
         sys.stdout.writelines(f"{each.level}: {each.text}; {each.remedy}\n" for each in missing)
         return 1
     from nvlm_train.doctor.checkup import Request, examine

@@ -9,7 +9,7 @@ import sys
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Arguments of the command."""
+    """Adds the command."""
     command = commands.add_parser("launch", help="check a run and submit it to SLURM")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     command.add_argument("--recipes", metavar="DIR", help="your own recipes")
@@ -34,11 +34,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def launch(options: argparse.Namespace) -> int:
-    """Prints the command and what was checked; with --dry-run the script too, and stops there.
+    """Prints the command and what was checked, then submits the run.
+
+    With --dry-run it prints the script as well, and submits nothing.
 
     Raises:
-        ConfigError: a recipe that does not load, or does not fit the nodes.
-        LaunchError: a script or options that SLURM would refuse.
+        ConfigError: a recipe does not load, or does not fit the nodes.
+        LaunchError: SLURM would refuse the script or the options.
     """
     from nvlm_train.cli.submission import Submission, check
 

@@ -1,4 +1,4 @@
-"""A run that is to be queued: its exact command, and everything that can be found wrong beforehand."""
+"""A run that is to be submitted to SLURM: its exact command, and the checks before it is queued."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import ConfigError, LaunchError
 
 WARNING_S = 300
-"""How long before the time limit slurm.sbatch asks for a save."""
+"""Seconds before the time limit at which slurm.sbatch asks for a save."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """One sbatch of launch/slurm.sbatch."""
+    """Describes one submission of launch/slurm.sbatch."""
 
     overrides: tuple[str, ...]
     nodes: int
     gpus_per_node: int
-    """0 on a cluster of CPUs."""
+    """0 on a cluster without GPUs."""
     ranks_per_node: int
     recipes: str | None = None
     image: str | None = None
     ablations: str | None = None
-    """A file with one experiment's overrides a line, or none for one run."""
+    """File with the overrides of one run per line; None for a single run."""
     extra: tuple[str, ...] = ()
     """More options of sbatch."""
 
@@ -49,10 +49,10 @@ class Submission:
 
     @cached_property
     def runs(self) -> list[list[str]]:
-        """The overrides of each run: one, or one a line of the ablations.
+        """Returns the overrides of each run: of the single run, or of each line of the ablations.
 
         Raises:
-            LaunchError: no such file.
+            LaunchError: the file does not exist.
         """
         if self.ablations is None:
             return [list(self.overrides)]
@@ -68,7 +68,7 @@ class Submission:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the script reads from the environment."""
+        """Returns the variables that the script reads from the environment."""
         found = {}
         if self.image is not None:
             found["NVLM_IMAGE"] = self.image
@@ -77,11 +77,11 @@ class Submission:
         return found
 
     def full_environment(self) -> dict[str, str]:
-        """This process's environment and the script's."""
+        """Returns this process's environment with the script's variables."""
         return {**os.environ, **self.environment}
 
     def command(self, *first: str) -> list[str]:
-        """The command line of sbatch, `first` before all other options."""
+        """Returns the command line of sbatch, with `first` before all other options."""
         size = [f"--nodes={self.nodes}", f"--ntasks-per-node={self.ranks_per_node}"]
         if self.gpus_per_node:
             size.append(f"--gpus-per-node={self.gpus_per_node}")
@@ -95,8 +95,8 @@ def check(submission: Submission) -> Iterator[str]:
     """Yields a line for each check that passed.
 
     Raises:
-        ConfigError: recipes, or nodes that do not fit them; everything that was found.
-        LaunchError: the script or the options.
+        ConfigError: recipes are wrong, or do not fit the nodes; it names everything that was found.
+        LaunchError: the script or the options are wrong.
     """
     _check_size(submission)
     yield from _check_recipes(submission)
@@ -155,16 +155,15 @@ def _check_recipes(submission: Submission) -> Iterator[str]:
 
 
 def _time_limit_s(options: tuple[str, ...]) -> int | None:
-    """Seconds of `--time`, in any of SLURM's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
+    """Returns the seconds of `--time` in any of SLURM's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S."""
     for option in options:
         match = re.fullmatch(r"--time=(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", option)
         if match is None:
             continue
-        days, *rest = (int(part) if part else None for part in match.groups())
-        first, second, third = rest[0] or 0, rest[1] or 0, rest[2]
-        if days is not None:
-            return ((days * 24 + first) * 60 + second) * 60 + (third or 0)
-        if third is not None:
+        days, first, second, third = (int(part or 0) for part in match.groups())
+        if match[1] is not None:
+            return ((days * 24 + first) * 60 + second) * 60 + third
+        if match[4] is not None:
             return (first * 60 + second) * 60 + third
         return first * 60 + second
     return None

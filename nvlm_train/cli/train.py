@@ -1,4 +1,4 @@
-"""`nvlm train`: runs a recipe, and ends a rank without waiting for the others when it fails."""
+"""`nvlm train`: runs a recipe. A rank that fails ends without waiting for the others."""
 
 from __future__ import annotations
 
@@ -18,38 +18,40 @@ from nvlm_train.train.loop import train
 logger = logging.getLogger(__name__)
 
 EXIT_UNEXPECTED = 1
-"""An error that nobody expected; the traceback is above."""
+"""Exit code of an unexpected error; the log has its traceback."""
 
 
 def run(recipe: Recipe) -> int:
-    """Trains. Returns the exit code.
+    """Trains, and returns the exit code.
 
     Raises:
-        NvlmError: the user's to fix, in a run of one process. In a larger world a rank that fails
-            says why and ends at once: interpreter exit would wait in collectives for ranks that wait for it.
+        NvlmError: an error that the user can fix, in a run of one process. In a larger world a rank
+            that fails logs why and ends at once: the interpreter's exit would wait in collectives for
+            ranks that wait for this one.
     """
     ending.prepare()
     try:
         code = train(recipe)
-        # The interpreter's exit collects garbage several times over all that is alive (1.5 s of a rank's
-        # time); what is frozen, it does not look at.
+        # The interpreter's exit collects garbage several times (1.5 s of a rank's time). The collector
+        # does not look at frozen objects.
         gc.freeze()
         return code
-    # Whatever it is, this rank must not stay: it is told in full, and the exit code says so. (torch's
-    # CheckpointException derives from BaseException.)
+    # Whatever the error is, this rank must not stay. The error is logged in full, and the exit code says
+    # that there was one. (torch's CheckpointException derives from BaseException.)
     except (Exception, CheckpointException) as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
-        code = _tell(error)
+        code = _log_error(error)
         if ending.lost_peer(error):
-            # The rank that failed goes first: launchers take the exit code of the first one to leave.
+            # The rank that failed must exit first: launchers report the exit code of the first to exit.
             time.sleep(ending.COURTESY_S)
         else:
             ending.report(error)
         ending.leave(code)
 
 
-def _tell(error: BaseException) -> int:
+def _log_error(error: BaseException) -> int:
+    """Logs why this rank ends. Returns its exit code."""
     if isinstance(error, NvlmError):
         logger.error("%s: %s", type(error).__name__, error)
         return 2

@@ -1,7 +1,7 @@
-"""easy-vqa pictures: its questions, and captions made from the answers to its training questions.
+"""Reads easy-vqa's images and questions, and makes captions from the answers to its training questions.
 
-easy-vqa shows one shape of one colour on a 64 x 64 canvas. Its training questions name the shape,
-the colour or both; a caption says what they give away and nothing else.
+An image of easy-vqa shows one shape of one colour, 64 x 64 pixels. Its training questions name the
+shape, the colour or both. A caption says what they reveal and nothing else.
 """
 
 import functools
@@ -23,7 +23,7 @@ READ_PROMPT = "Read the text."
 
 @dataclass(frozen=True)
 class Question:
-    """One easy-vqa question about one picture."""
+    """Holds one question of easy-vqa about one image."""
 
     text: str
     answer: str
@@ -37,12 +37,12 @@ def _cached_questions(split: Split) -> tuple[Question, ...]:
 
 
 def read_questions(split: Split) -> list[Question]:
-    """All 38,575 training or 9,673 test (`heldout`) questions, in the package's order."""
+    """Returns all 38,575 training or 9,673 test (`heldout`) questions, in the package's order."""
     return list(_cached_questions(split))
 
 
 def read_image_paths(split: Split) -> dict[int, Path]:
-    """Image id -> PNG file, 4,000 for training and 1,000 for testing (`heldout`)."""
+    """Returns image id -> PNG file: 4,000 for training or 1,000 for testing (`heldout`)."""
     paths = (
         easy_vqa.get_train_image_paths() if split == "train" else easy_vqa.get_test_image_paths()
     )
@@ -50,7 +50,7 @@ def read_image_paths(split: Split) -> dict[int, Path]:
 
 
 def caption_of(questions: Iterable[Question]) -> str | None:
-    """`a blue circle`, `a circle` or `a blue shape`, as far as the answers tell."""
+    """Returns `a blue circle`, `a circle` or `a blue shape`, as far as the answers say, or None."""
     shape = colour = None
     for question in questions:
         words = question.text.rstrip("?").split()
@@ -67,7 +67,7 @@ def caption_of(questions: Iterable[Question]) -> str | None:
 
 
 def read_captions() -> dict[int, str]:
-    """Training image id -> caption, for every picture whose questions give something away."""
+    """Returns training image id -> caption, for every image whose questions reveal something."""
     by_image: dict[int, list[Question]] = defaultdict(list)
     for question in _cached_questions("train"):
         by_image[question.image_id].append(question)

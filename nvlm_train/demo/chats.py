@@ -1,4 +1,4 @@
-"""Text-only chats made from the real text, deterministic from (split, index)."""
+"""Makes text-only chats from real text. A chat is a pure function of (split, index)."""
 
 import random
 import re
@@ -12,13 +12,13 @@ KINDS = ("continue", "continue", "continue", "repeat", "capitals", "which")
 
 @dataclass(frozen=True)
 class Chat:
-    """One user turn and the assistant's answer to it."""
+    """Holds one user turn and the assistant's answer to it."""
 
     user: str
     assistant: str
 
     def conversations(self) -> list[dict[str, str]]:
-        """The chat in the `conversations` form of the shards."""
+        """Returns the chat in the `conversations` form of the shards."""
         return [
             {"from": "human", "value": self.user},
             {"from": "gpt", "value": self.assistant},
@@ -52,7 +52,7 @@ MAKERS = {"continue": _continue, "repeat": _repeat, "capitals": _capitals, "whic
 
 
 def draw_chat(index: int, split: Split) -> Chat:
-    """Chat `index` of a split: continue, repeat, capitalise or search a real sentence."""
+    """Returns chat `index` of a split: continue, repeat, capitalise or search a real sentence."""
     rng = random.Random(f"chat/{split}/{index}")
     paragraphs = read_paragraphs(split)
     words: list[str] = []

@@ -1,4 +1,4 @@
-"""Real English prose that every CPython carries: the language reference and docstrings.
+"""Reads real English prose that comes with every CPython: the language reference and docstrings.
 
 A document (a topic of `pydoc_data.topics` or one module's docstrings) belongs to one split by a
 hash of its name, and a training paragraph that shares a sentence with a held-out one is dropped, so
@@ -32,14 +32,14 @@ ASCII_OF = str.maketrans(
 
 
 def split_of(document: str) -> Split:
-    """The split that a document belongs to: a pure function of its name."""
+    """Returns the split that a document belongs to, which depends on its name only."""
     digest = hashlib.sha256(document.encode()).digest()
     bucket = int.from_bytes(digest[:4], "big") % 100
     return "heldout" if bucket < HELDOUT_PERCENT else "train"
 
 
 def clean_paragraph(block: str) -> str | None:
-    """One line of plain ASCII prose made from an RST block, or None where the block is no prose."""
+    """Returns an RST block as one line of plain ASCII prose, or None when the block is no prose."""
     if any(mark in block for mark in CODE_MARKS) or "\n---" in block:
         return None
     text = re.sub(r"\s+", " ", block.translate(ASCII_OF)).strip()
@@ -54,12 +54,12 @@ def clean_paragraph(block: str) -> str | None:
 
 
 def sentences_of(paragraph: str) -> list[str]:
-    """The paragraph's sentences, cut after a full stop, colon or semicolon that a space follows."""
+    """Returns a paragraph's sentences, cut after a full stop, colon or semicolon before a space."""
     return [part.strip() for part in re.split(r"(?<=[.:;]) +", paragraph) if part.strip()]
 
 
 def _docstrings(path: Path) -> str:
-    """All docstrings of one source file, joined by empty lines, in the order of its syntax tree."""
+    """Returns all docstrings of a source file, in the order of its syntax tree, joined by empty lines."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def _docstrings(path: Path) -> str:
 
 
 def _documents(split: Split) -> Iterator[tuple[str, str]]:
-    """(name, raw text) of every document of a split, in a fixed order."""
+    """Yields (name, raw text) of every document of a split, in a fixed order."""
     for topic in sorted(topics):
         if split_of(topic) == split:
             yield topic, topics[topic]
@@ -82,7 +82,7 @@ def _documents(split: Split) -> Iterator[tuple[str, str]]:
 
 
 def _paragraphs_of(split: Split) -> dict[str, None]:
-    """The split's clean paragraphs, each once, in document order."""
+    """Returns the split's clean paragraphs, each once, in document order."""
     blocks = (block for _, text in _documents(split) for block in text.split("\n\n"))
     return {text: None for text in map(clean_paragraph, blocks) if text}
 
@@ -96,7 +96,7 @@ def _cached_paragraphs(split: Split) -> tuple[str, ...]:
 
 
 def read_paragraphs(split: Split) -> list[str]:
-    """Clean paragraphs of one split; no sentence of `heldout` occurs in `train`."""
+    """Returns the clean paragraphs of one split. No sentence of `heldout` occurs in `train`."""
     if split not in ("train", "heldout"):
         raise ValueError(f"split is {split!r}; it must be 'train' or 'heldout'")
     return list(_cached_paragraphs(split))

@@ -1,4 +1,4 @@
-"""Judges the demo's run: answers, their scores, and the baselines beside them. Runs on every rank.
+"""Judges the demo's run: lets it answer, scores the answers, and computes baselines. Runs on every rank.
 
 torchrun --nproc-per-node 4 -m nvlm_train.demo.judge --run-dir runs/demo experiment=demo
 """
@@ -41,13 +41,13 @@ logger = logging.getLogger(__name__)
 
 NUM_QUESTIONS, NUM_PAGES = 1000, 40
 SEED = 20
-"""Chooses the fixed test questions and the permutation of their pictures."""
+"""Fixes the choice of test questions and the permutation of their images."""
 _ANSWER_TOKENS, _PAGE_TOKENS = 8, 72
 
 
 @dataclass(frozen=True)
 class Judge:
-    """The trained model, and how its stage encodes prompts."""
+    """Holds the trained model, and how its stage encodes prompts."""
 
     recipe: Recipe
     replica: Replica
@@ -56,7 +56,7 @@ class Judge:
     def answer(
         self, questions: Sequence[str], images: Sequence[bytes], max_new_tokens: int, max_tiles: int
     ) -> list[str]:
-        """One answer per question and picture, with at most `max_tiles` tiles a picture."""
+        """Returns an answer to each question about its image, with at most `max_tiles` tiles per image."""
         tiling = replace(self.encoder.spec.tiling, max_tiles=max_tiles)
         encoder = SampleEncoder(self.encoder.tokenizer, replace(self.encoder.spec, tiling=tiling))
         prompts = [
@@ -69,7 +69,7 @@ class Judge:
 
 
 def judge(recipe: Recipe) -> dict[str, Any]:
-    """Every figure of the demo and a few examples."""
+    """Returns every figure of the demo and a few examples."""
     started = time.perf_counter()
     stage = recipe.schedule[-1]
     who = Judge(recipe, trained_replica(recipe, stage), build_encoder(recipe.stages[stage], recipe))
@@ -106,7 +106,7 @@ def _judge_questions(who: Judge) -> dict[str, Any]:
 
 
 def _baselines(chosen: Sequence[Question]) -> tuple[float, float]:
-    """Accuracy of the most frequent training answer, over all questions and per question text."""
+    """Returns the accuracy of the most frequent training answer: over all questions, and by question text."""
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
     for question in read_questions("train"):

@@ -1,4 +1,4 @@
-"""The demo's raw material on disk, and the shards that `nvlm data prepare` makes of it."""
+"""Writes the demo's raw material to disk, and makes shards of it as `nvlm data prepare` does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PAGES_PER_JOB = 100
 
 @dataclass(frozen=True)
 class _Job:
-    """Pages rendered by one process."""
+    """Names pages that one process renders."""
 
     kind: str
     split: Split
@@ -44,7 +44,7 @@ class _Job:
 
 
 def prepare_material(directory: Path) -> None:
-    """Renders what is missing and writes the shards that the demo's data recipes name."""
+    """Renders pages and writes the shards that the demo's data recipes name, unless they are there."""
     if (directory / "chats.manifest.json").is_file():
         return
     raw = directory / "raw"
@@ -64,7 +64,7 @@ def prepare_material(directory: Path) -> None:
 
 
 def conversation(question: str, answer: str) -> list[dict[str, str]]:
-    """One question about one image, in the shards' form."""
+    """Returns one question about one image, in the shards' form."""
     return [
         {"from": "human", "value": f"<image>\n{question}"},
         {"from": "gpt", "value": answer},

@@ -1,6 +1,6 @@
-"""High-resolution pages of real text, deterministic from (split, index).
+"""Renders high-resolution pages of real text. A page is a pure function of (split, index).
 
-A page is set in capitals on a fixed pitch, as a teleprinter would: one character per `CELL_PIXELS`
+A page is set in capitals on a fixed pitch, like a teleprinter's: one character per `CELL_PIXELS`
 square, lines broken where they are full. A tile shows 4 x 4 characters, so that at tile resolution
 (64 pixels) a character is 16 pixels wide and legible, while the thumbnail squashes the whole page
 into 64 x 64 pixels: down to 2.7 pixels a character.
@@ -33,7 +33,7 @@ FONTS = (
 
 @dataclass(frozen=True)
 class Page:
-    """A rendered page, what is written on it, and the tile grid that its shape asks for."""
+    """Holds a rendered page, the text on it, and the tile grid that fits its shape."""
 
     image: Image.Image
     text: str
@@ -42,7 +42,7 @@ class Page:
 
 @functools.cache
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """One of the DejaVu faces inside matplotlib, found without importing matplotlib."""
+    """Loads one of the DejaVu fonts inside matplotlib, without importing matplotlib."""
     spec = importlib.util.find_spec("matplotlib")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("matplotlib carries the demo's fonts: pip install matplotlib")
@@ -50,13 +50,13 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def to_capitals(text: str) -> str:
-    """The text as a teleprinter sets it: capitals, digits and a few marks, single spaces."""
+    """Returns the text as a teleprinter sets it: capitals, digits and a few marks, single spaces."""
     kept = "".join(char for char in text.upper() if char in LEGIBLE)
     return re.sub(r" +", " ", kept).strip()
 
 
 def draw_text(rng: random.Random, split: Split, min_chars: int, max_chars: int) -> str:
-    """A passage of whole words in capitals, from a word inside one paragraph of the split."""
+    """Returns a passage of whole words in capitals, which starts at a word of a paragraph of the split."""
     paragraphs = read_paragraphs(split)
     words: list[str] = []
     while len(" ".join(words)) < max_chars + 1:
@@ -69,7 +69,7 @@ def draw_text(rng: random.Random, split: Split, min_chars: int, max_chars: int) 
 
 
 def set_cells(image: Image.Image, text: str, rng: random.Random) -> None:
-    """Draw `text` into the image's cells, row by row, in one random face and ink."""
+    """Draws `text` into the image's cells, row by row, in one random font and colour."""
     draw = ImageDraw.Draw(image)
     name, size = rng.choice(FONTS)
     font = _font(name, size - rng.randrange(6))
@@ -84,14 +84,14 @@ def set_cells(image: Image.Image, text: str, rng: random.Random) -> None:
 
 
 def blank_paper(grid: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Empty light paper of `grid` tiles, 192 pixels a tile side."""
+    """Returns empty light paper of `grid` tiles, with 192 pixels per side of a tile."""
     side = CELL_PIXELS * CELLS_PER_TILE_SIDE
     paper = tuple(rng.randint(200, 255) for _ in range(3))
     return Image.new("RGB", (grid[0] * side, grid[1] * side), paper)
 
 
 def render_page(index: int, split: Split) -> Page:
-    """Page `index` of a split: several tiles of text, at most 64 characters of whole words."""
+    """Renders page `index` of a split: several tiles of text, at most 64 characters of whole words."""
     rng = random.Random(f"page/{split}/{index}")
     grid = rng.choice(GRIDS)
     text = draw_text(rng, split, MIN_PAGE_CHARS, MAX_PAGE_CHARS)
@@ -101,7 +101,7 @@ def render_page(index: int, split: Split) -> Page:
 
 
 def render_strip(index: int, split: Split) -> Page:
-    """Strip `index` of a split: one tile of text, at most 16 characters, legible without tiling."""
+    """Renders strip `index` of a split: one tile of text, at most 16 characters, legible without tiling."""
     rng = random.Random(f"strip/{split}/{index}")
     text = draw_text(rng, split, 6, CELLS_PER_TILE_SIDE**2)
     image = blank_paper((1, 1), rng)

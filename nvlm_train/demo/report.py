@@ -1,6 +1,6 @@
-"""The demo's HTML report: figures, loss curves, pictures cut into their tiles with questions and answers.
+"""Writes the demo's HTML report: figures, loss curves, and images as tiles with questions and answers.
 
-One file without scripts or outside links; pictures are embedded, curves are inline SVG.
+The report is one file without scripts or outside links. Images are embedded, curves are inline SVG.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def write_report(directory: Path, architecture: str, summary: dict[str, Any]) ->
 def _figures(summary: dict[str, Any]) -> str:
     rows = (
         ("easy-VQA accuracy", f"{summary['vqa_accuracy']:.1%}",
-         f"pictures shuffled {summary['vqa_accuracy_shuffled_images']:.1%}, "
+         f"images shuffled {summary['vqa_accuracy_shuffled_images']:.1%}, "
          f"question only {summary['vqa_question_only']:.1%}, "
          f"majority {summary['vqa_majority_answer']:.1%}"),
         ("Character error, held-out pages", f"{summary['page_cer_tiles']:.1%}",
@@ -60,7 +60,7 @@ def _figures(summary: dict[str, Any]) -> str:
 
 
 def _curves(records: Sequence[dict[str, Any]], stage: str) -> list[Curve]:
-    """The stage's loss by source, smoothed over five steps."""
+    """Returns the stage's loss by source, smoothed over five steps."""
     own = [record for record in records if record["stage"] == stage]
     names = sorted({key for record in own for key in record if key.startswith("loss/")})
     curves = []

@@ -1,4 +1,4 @@
-"""`nvlm demo`: shards, both stages by torchrun, the judgement, a table and a report.
+"""`nvlm demo`: makes shards, trains both stages with torchrun, judges the run, writes a report.
 
 Each part is skipped when the run directory already has it, so an interrupted demo goes on.
 """
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 NUM_PROCESSES = 4
 _ROWS = {
     "vqa_accuracy": "easy-VQA accuracy, 1,000 test questions",
-    "vqa_accuracy_shuffled_images": "the same, pictures shuffled",
+    "vqa_accuracy_shuffled_images": "the same, images shuffled",
     "vqa_question_only": "question-only baseline",
     "vqa_majority_answer": "majority answer",
     "page_cer_tiles": "character error on held-out pages, with tiles",
@@ -53,11 +53,11 @@ EXPERIMENTS = {"d": "demo", "x": "demo_x", "h": "demo_h"}
 
 
 def run_demo(architecture: str, run_dir: str | None, overrides: Sequence[str]) -> int:
-    """Runs what is missing and prints the figures.
+    """Runs the parts that are missing and prints the figures.
 
     Args:
         architecture: a key of `EXPERIMENTS`.
-        run_dir: where everything goes; none for runs/ and the experiment's name.
+        run_dir: where everything is written; None for runs/ and the experiment's name.
         overrides: Hydra overrides of the experiment.
 
     Raises:
@@ -87,7 +87,7 @@ def _timed(function: Any, *arguments: Any) -> float:
 
 
 def _launch(module: str, *arguments: str) -> None:
-    """Four processes by torchrun; one thread each, because there may be no more cores than two."""
+    """Starts four processes with torchrun, with one thread each, because there may be only two cores."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={NUM_PROCESSES}", "-m", module, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -1,4 +1,4 @@
-"""Loss on held-out text-only chats: what training on pictures may not cost."""
+"""Measures the loss on held-out text-only chats, which training on images must not raise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_CHATS = 400
 
 
 def text_loss(recipe: Recipe, replica: Replica, encoder: SampleEncoder) -> float:
-    """Mean loss over the trained tokens of 400 held-out chats. Called by every rank."""
+    """Returns the mean loss over the trained tokens of 400 held-out chats. Called by every rank."""
     samples = [
         encoder.encode(str(index), json.dumps({"conversations": turns}).encode(), [])
         for index in range(NUM_CHATS)
@@ -36,9 +36,9 @@ def text_loss(recipe: Recipe, replica: Replica, encoder: SampleEncoder) -> float
     )
     edge = recipe.model.vision.tile_size
     no_tiles = torch.zeros(0, 3, edge, edge, dtype=torch.uint8)
-    work = Round(packs, (0,) * replica.topology.replica_size, no_tiles)
+    round_ = Round(packs, (0,) * replica.topology.replica_size, no_tiles)
     sums = torch.zeros(2, dtype=torch.float64, device=device())
-    for report in run_round(replica, work, loss_head(1), forward_only=True):
+    for report in run_round(replica, round_, loss_head(1), forward_only=True):
         sums += torch.tensor([report.losses_L.double().sum(), len(report.losses_L)])
     # Every tensor-parallel rank of the last stage, in every replica, adds the same two numbers.
     dist.all_reduce(sums)

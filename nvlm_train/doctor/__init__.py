@@ -1,1 +1,1 @@
-"""Floor 7: what `nvlm doctor` looks at before GPUs are taken. Each check yields findings as it makes them."""
+"""Floor 7: the checks of `nvlm doctor`, made before GPUs are used. Each check yields findings one by one."""

@@ -1,4 +1,4 @@
-"""The order of the checks: what is quick and needs no torch comes first."""
+"""Runs the checks in order: quick ones that need no torch come first."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from nvlm_train.errors import ConfigError
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for."""
+    """Holds what the command line asks for."""
 
     overrides: Sequence[str]
     recipes: str | None
     shards_read: int | None
-    """Shards of a source whose labels are counted; none for all."""
+    """Shards of each source whose labels are counted; None for all."""
     script: str | None
     sbatch: str
     seconds: float
-    """How long a silent rank is waited for."""
+    """How long to wait for a silent rank."""
     json: str | None
 
 
 def examine(request: Request) -> int:
-    """Runs every check; rank 0 prints. Returns 1 when there was an error, else 0."""
+    """Runs every check, and prints the findings on rank 0. Returns 1 when there was an error, else 0."""
     world = World.here()
     if world.rank:
         return _other_rank(world, request.seconds)
@@ -50,7 +50,7 @@ def examine(request: Request) -> int:
         report.take(services.check_wandb(recipe))
     if "SLURM_JOB_ID" not in os.environ:
         report.take(services.check_slurm(request.script or str(batch_script()), request.sbatch))
-    # The other ranks wait for this one, so their turn comes before shards are read.
+    # The other ranks wait for this one, so they are checked before shards are read.
     report.take(check_port(world))
     if world.size > 1:
         report.take(check_ranks(world, request.seconds))
@@ -65,7 +65,7 @@ def examine(request: Request) -> int:
 
 
 def _recipe(request: Request, world_size: int, report: Report) -> Recipe | None:
-    """The recipe, or none with all of its problems in the report."""
+    """Loads the recipe. Returns None when it has problems, which are then in the report."""
     try:
         recipe = load_recipe(request.overrides, request.recipes)
         check(recipe, world_size if world_size > 1 else None)
@@ -83,7 +83,7 @@ def _problems(problems: ConfigError) -> Findings:
 
 
 def _other_rank(world: World, seconds: float) -> int:
-    """Takes part in what all ranks do together, and speaks only where rank 0 cannot hear it."""
+    """Takes part in the checks of all ranks, and prints only what rank 0 cannot know."""
     report = Report()
     report.take(check_ranks(world, seconds))
     return int(report.num_errors > 0)

@@ -1,4 +1,4 @@
-"""What this rank's machine has: GPU, driver, libraries, and the kernels that would run."""
+"""Checks this rank's machine: GPU, driver, libraries, kernels, and memory for the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIBRARIES = ("torch", "megatron-core", "transformer-engine", "apex", "wandb")
 
 
 def versions() -> dict[str, str]:
-    """Python's and the libraries' versions, `-` for what is not installed."""
+    """Returns the versions of Python and the libraries, `-` for those that are not installed."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def check_machine(recipe: Recipe | None) -> Findings:
-    """Versions, device and kernels; whether a rank's share of the model fits the device."""
+    """Reports versions, device and kernels, and whether a rank's share of the model fits the device."""
     import torch
 
     from nvlm_train.parallel import kernels

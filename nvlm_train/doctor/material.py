@@ -1,4 +1,4 @@
-"""Tokenizer, shards, indexes and labels: what the first step would read."""
+"""Checks what the first step would read: tokenizer, shards, indexes and labels."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from nvlm_train.errors import ConfigError, NvlmError, ShardError
 from nvlm_train.tokens import Tokenizer
 
 SHARDS_READ = 4
-"""Shards of a source whose labels are counted; more only where `--all-shards` asks for it."""
+"""Shards of each source whose labels are counted, unless `--all-shards` asks for all."""
 
 
 def check_tokenizer(recipe: Recipe) -> Findings:
-    """Control tokens are one id each and cannot be forged, tags survive a round trip, ids fit the table."""
+    """Checks that control tokens are single ids that text cannot forge, that tags survive a round trip,
+    and that all ids fit the embedding table.
+    """
     problems = list(check.tokenizer(recipe))
     yield from findings_of("tokenizer", problems)
     try:
         tokenizer = Tokenizer(recipe.model.tokenizer)
     except ConfigError:
-        return  # told above
+        return  # the problems above name it
     rows = recipe.model.language.vocab_size
     if tokenizer.vocab_size <= rows:
         yield ok("tokenizer", f"{tokenizer.vocab_size} ids fit model.language.vocab_size={rows}")
@@ -52,7 +54,7 @@ def check_tokenizer(recipe: Recipe) -> Findings:
 
 
 def check_shards(recipe: Recipe) -> Findings:
-    """Every shard of every scheduled stage is there, and indexed since it was last written."""
+    """Checks that every shard of every scheduled stage exists, and was indexed after it was written."""
     for blend in dict.fromkeys(recipe.stages[name].blend for name in recipe.schedule):
         try:
             found = _listed(blend, recipe.loader)
@@ -67,7 +69,12 @@ def check_shards(recipe: Recipe) -> Findings:
 
 
 def _listed(blend: str, loader: LoaderConfig) -> Blend:
-    """The blend with its manifests read. Raises ConfigError, ShardError."""
+    """Reads a blend and the manifests that it names.
+
+    Raises:
+        ConfigError: the blend is wrong.
+        ShardError: a manifest is missing or damaged.
+    """
     return list_shards(read_blend(blend, str(data_recipes_dir())), loader.data_root)
 
 
@@ -112,11 +119,11 @@ def _paths(sources: tuple[SourceConfig, ...], data_root: str) -> Iterator[tuple[
 
 
 def check_labels(recipe: Recipe, shards_read: int | None) -> Findings:
-    """Shares of trained tokens and unusable samples, stage by stage.
+    """Reports the shares of trained tokens and unusable samples, stage by stage. Makes missing indexes.
 
     Args:
         recipe: a checked recipe.
-        shards_read: shards of each source that are looked at; none for all. Makes their indexes.
+        shards_read: shards of each source that are looked at; None for all.
     """
     for name in recipe.schedule:
         stage = recipe.stages[name]
@@ -156,7 +163,7 @@ def _coverage(stage: str, source: Source) -> Finding:
 
 
 def _skipped(stage: str, sources: list[Source], tolerance: float) -> Finding:
-    """The share that training compares: what a draw from the blend meets."""
+    """Reports the share of unusable samples among those drawn, which training compares as well."""
     total = sum(source.weight for source in sources)
     share = sum(s.weight / total * s.num_unusable / s.num_samples for s in sources)
     text = f"stage {stage}: {share:.2%} of the samples drawn cannot be used (tolerance {tolerance:.2%})"

@@ -1,7 +1,7 @@
-"""Do all ranks find each other, agree, and add up a tensor in time?
+"""Checks that all ranks find each other, have the same versions and clocks, and can sum a tensor in time.
 
-Every rank first says "here" in the rendezvous store, so that a rank that never came is named instead of
-being waited for in a collective; so is one that does not come out of the all-reduce.
+Every rank first writes `here` to the rendezvous store. So a rank that never started is named, instead of
+all others waiting for it in a collective. A rank that does not finish the all-reduce is named as well.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 CLOCK_SECONDS = 1.0
-"""Difference of two hosts' clocks that is worth a warning."""
+"""Difference of two hosts' clocks from which on a warning is given."""
 _FAREWELL_SECONDS = 5.0
 _PREFIX = "nvlm_doctor"
 
 
 @dataclass(frozen=True)
 class _Here:
+    """Holds what a rank says about itself."""
+
     host: str
     versions: dict[str, str]
     device: str
 
 
 def check_ranks(world: World, seconds: float) -> Findings:
-    """Called by every rank; rank 0's findings are the ones to show.
+    """Checks the ranks together. Called by every rank; rank 0's findings are the ones to show.
 
     Args:
         world: this rank's place.
-        seconds: how long to wait for a silent rank, at each of the two occasions.
+        seconds: how long to wait for a silent rank, at the start and in the all-reduce.
     """
     from torch import distributed as dist
 
@@ -92,7 +94,7 @@ def check_ranks(world: World, seconds: float) -> Findings:
     backend = "gloo" if found[0].device == "cpu" else "NCCL"
     yield from reduced(store, world, hosts, backend, seconds)
     store.set("bye", "")
-    # The store ends with this rank: who still asks it would find nobody.
+    # The store ends with this rank, so it waits for the others to have read the last word.
     silent_ranks(store, "left", everyone[1:], min(seconds, _FAREWELL_SECONDS))
 
 
@@ -113,7 +115,7 @@ def _names(ranks: Sequence[int]) -> str:
 
 
 def _compare(found: dict[int, _Here]) -> Findings:
-    """All ranks have the same libraries, and each its device."""
+    """Checks that all ranks have the same libraries, and that each has its device."""
     hosts = Counter(each.host for each in found.values())
     yield ok("ranks", f"{len(found)} rank(s) on {len(hosts)} host(s), all here")
     first = found[0]
@@ -132,7 +134,7 @@ def _compare(found: dict[int, _Here]) -> Findings:
 
 
 def _clocks(store: Store, found: dict[int, _Here], seconds: float) -> Findings:
-    """Offset of each host's clock from rank 0's: half a round trip is its uncertainty."""
+    """Measures the offset of each host's clock from rank 0's. Its uncertainty is half a round trip."""
     firsts = {each.host: rank for rank, each in reversed(found.items())}
     store.set("timekeepers", json.dumps(sorted(firsts.values())))
     worst, agree = 0.0, True

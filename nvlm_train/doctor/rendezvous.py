@@ -1,4 +1,4 @@
-"""Where ranks meet: this process's place among them, the port, and waiting for words in the store."""
+"""Checks how ranks meet: this process's place among them, the port, and keys in the store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others, as torchrun or the launch script says it."""
+    """Says which rank this process is, by the variables of torchrun or the launch script."""
 
     rank: int
     size: int
@@ -26,7 +26,7 @@ class World:
 
     @classmethod
     def here(cls) -> World:
-        """From the environment; alone without one."""
+        """Reads the environment. Without these variables the world has one rank."""
         environment = os.environ
         return cls(
             int(environment.get("RANK", environment.get("SLURM_PROCID", "0"))),
@@ -37,7 +37,7 @@ class World:
 
 
 def check_port(world: World) -> Findings:
-    """MASTER_ADDR resolves; on its own host the port is free, unless torchrun already listens there."""
+    """Checks that MASTER_ADDR resolves, and that its port is free unless torchrun listens on it."""
     try:
         found = socket.getaddrinfo(world.address, world.port, type=socket.SOCK_STREAM)
     except OSError as problem:
@@ -66,18 +66,18 @@ def check_port(world: World) -> Findings:
 
 
 def agent_listens() -> bool:
-    """Whether torchrun holds the port and serves the store."""
+    """Returns whether torchrun holds the port and serves the store."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def silent_ranks(store: Store, key: str, ranks: Sequence[int], seconds: float) -> list[int]:
-    """Ranks that have not written `key/RANK` after so many seconds."""
+    """Returns the ranks that have not written `key/RANK` after `seconds`."""
     missing = absent(store, [f"{key}/{rank}" for rank in ranks], seconds)
     return [int(name.rpartition("/")[2]) for name in missing]
 
 
 def absent(store: Store, keys: list[str], seconds: float) -> list[str]:
-    """Keys that are not there after so many seconds."""
+    """Returns the keys that are not in the store after `seconds`."""
     end = time.monotonic() + seconds
     while keys:
         keys = [key for key in keys if not store.check([key])]
@@ -88,5 +88,5 @@ def absent(store: Store, keys: list[str], seconds: float) -> list[str]:
 
 
 def first_line(problem: BaseException) -> str:
-    """What went wrong, without torch's trace."""
+    """Returns the first line of an error's message, without torch's trace."""
     return (str(problem).splitlines() or [type(problem).__name__])[0]

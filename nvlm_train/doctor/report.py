@@ -1,4 +1,4 @@
-"""Findings on a terminal in colour, in a log as plain lines, and in a JSON file; printed as they come."""
+"""Shows findings as they are made: in colour on a terminal, as plain lines in a log; writes them as JSON."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _WIDTH = 7 + 2 + 12
 
 
 class Report:
-    """Collects what is found and shows it at once."""
+    """Collects findings and prints each at once."""
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
         self._console = Console(soft_wrap=True, highlight=False)
 
     def take(self, findings: Findings) -> None:
-        """Shows each finding when it is made."""
+        """Collects findings, and prints each when it is made."""
         for finding in findings:
             self.findings.append(finding)
             self._show(finding)
@@ -34,7 +34,7 @@ class Report:
         return sum(finding.level == "error" for finding in self.findings)
 
     def end(self) -> None:
-        """Says how it stands."""
+        """Prints the number of findings by level."""
         levels = [finding.level for finding in self.findings]
         self._console.print(
             f"{levels.count('ok')} ok, {levels.count('warning')} warning(s), {self.num_errors} error(s)"
@@ -42,7 +42,7 @@ class Report:
         sys.stdout.flush()
 
     def write(self, path: str) -> None:
-        """The findings as one JSON object."""
+        """Writes the findings to a file as one JSON object."""
         content = {"errors": self.num_errors, "findings": [asdict(each) for each in self.findings]}
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""What lies outside the process: wandb's server and SLURM's queue."""
+"""Checks services outside the process: wandb's server and SLURM's queue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SECONDS = 10
 
 
 def check_wandb(recipe: Recipe) -> Findings:
-    """Mode, credentials, and whether the server answers. A server that does not never stops training."""
+    """Checks wandb's mode, credentials and server. Training goes on without a server, so it is no error."""
     mode = recipe.tracking.wandb
     if mode == "off":
         yield ok("wandb", "off; metrics.jsonl is written")
@@ -57,11 +57,11 @@ def _unreachable(url: str) -> str | None:
 
 
 def check_slurm(script: str, options: str) -> Findings:
-    """The launch script parses, and SLURM would take it with these options.
+    """Checks that the launch script parses, and that SLURM would accept it with these options.
 
     Args:
-        script: the batch script.
-        options: for sbatch, as one would type them.
+        script: path of the batch script.
+        options: options of sbatch, as typed in a shell.
     """
     found = _run(["bash", "-n", script])
     if found.returncode:

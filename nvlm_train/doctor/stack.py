@@ -1,7 +1,7 @@
-"""Which versions fit together, in one table, and what of an installation does not.
+"""Lists in one table which versions fit together, and checks an installation against it.
 
-`setup.py`, the constraints files, the Dockerfile and docs/install.md are tested against it. The rules
-take what is installed as data. `python -m nvlm_train.doctor.stack` judges the Python it runs in.
+`setup.py`, the constraints files, the Dockerfile and docs/install.md are tested against the table. The
+rules take what is installed as data. `python -m nvlm_train.doctor.stack` checks the Python that runs it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from nvlm_train.doctor.finding import Finding, Findings, error, ok, warning
 
 @dataclass(frozen=True)
 class Range:
-    """Versions of one distribution that nvlm-train works with."""
+    """Names the versions of one distribution that nvlm-train works with."""
 
     name: str
-    """As the package index has it; `python` is the interpreter."""
+    """Name in the package index; `python` is the interpreter."""
     versions: str
     """A PEP 440 specifier. Pre-releases inside it count: NVIDIA's images bring torch 2.10.0a0+..."""
     why: str
@@ -60,7 +60,7 @@ RANGES: tuple[Range, ...] = (
         "pip install psutil",
     ),
 )
-"""What has to be there."""
+"""What has to be installed."""
 
 TRANSFORMER_ENGINE = Range(
     "transformer-engine",
@@ -68,7 +68,7 @@ TRANSFORMER_ENGINE = Range(
     "megatron-core 0.16.1 states it in its own extra `dev`",
     "pip install --no-build-isolation 'nvlm-train[gpu]' (CUDA 12: [gpu-cu12]), or remove it",
 )
-"""What may be there."""
+"""What may be installed."""
 
 ENGINE_PARTS = ("transformer-engine-torch", "transformer-engine-cu12", "transformer-engine-cu13")
 """Distributions that pip installs beside `transformer-engine`, all of one version."""
@@ -82,7 +82,7 @@ MEGATRON_PARTS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """One combination that fits together, a line of docs/install.md."""
+    """Holds one combination that fits together: a row in docs/install.md."""
 
     name: str
     python: str
@@ -118,7 +118,7 @@ SETUPS: tuple[Setup, ...] = (
 
 
 def setups_table() -> str:
-    """`SETUPS` in Markdown, for docs/install.md."""
+    """Returns `SETUPS` as a Markdown table, for docs/install.md."""
     columns = {
         "setup": "name", "Python": "python", "torch": "torch", "CUDA": "cuda",
         "megatron-core": "megatron_core", "Transformer Engine": "transformer_engine", "apex": "apex",
@@ -130,7 +130,7 @@ def setups_table() -> str:
 
 
 def ranges_table() -> str:
-    """`RANGES` and Transformer Engine's in Markdown, for docs/install.md."""
+    """Returns `RANGES` and Transformer Engine's range as a Markdown table, for docs/install.md."""
     rows = [f"| {each.name} | `{each.versions}` | {each.why} |" for each in RANGES]
     engine = TRANSFORMER_ENGINE
     rows.append(f"| {engine.name} (optional) | `{engine.versions}` | {engine.why} |")
@@ -139,22 +139,22 @@ def ranges_table() -> str:
 
 @dataclass(frozen=True)
 class Installed:
-    """What a Python has, as data."""
+    """Says what a Python has installed."""
 
     versions: Mapping[str, str]
-    """Distribution -> version; what is missing is not in it. `python` is the interpreter's."""
+    """Distribution -> version, without missing ones. `python` is the interpreter's version."""
     torch_cuda: str | None
-    """The CUDA that torch was built for, such as `13.0`; none of a CPU build."""
+    """CUDA version that torch was built for, such as `13.0`; None for a CPU build."""
     apex_is_nvidias: bool
-    """Whether the extension `amp_C` is there, which only NVIDIA's apex brings."""
+    """True when the extension `amp_C` is installed, which only NVIDIA's apex has."""
     missing_parts: tuple[str, ...] = ()
-    """Of `MEGATRON_PARTS`."""
+    """Members of `MEGATRON_PARTS` that Python does not find."""
     engine_problem: str | None = None
-    """Why `transformer_engine.pytorch` cannot be imported."""
+    """Why `transformer_engine.pytorch` cannot be imported; None when it can."""
 
 
 def check_stack(found: Installed) -> Findings:
-    """Everything that does not fit, each with its remedy; one line that says so when all does."""
+    """Yields everything that does not fit, with its remedy; one `ok` when there is no error."""
     problems = [*_required(found), *_megatron(found), *_engine(found), *_apex(found)]
     yield from problems
     if not any(each.level == "error" for each in problems):
@@ -190,7 +190,7 @@ def _megatron(found: Installed) -> Findings:
 
 
 def _engine(found: Installed) -> Findings:
-    """Judged as errors where there is CUDA; a CPU leaves Transformer Engine unused."""
+    """Checks Transformer Engine. Problems are errors with CUDA; a CPU does not use it, so it only warns."""
     number = found.versions.get(TRANSFORMER_ENGINE.name)
     if number is None:
         return
@@ -218,7 +218,7 @@ def _engine(found: Installed) -> Findings:
 
 
 def _import_problem(found: Installed, number: str) -> tuple[str, str]:
-    """Why Transformer Engine cannot be imported, and the remedy."""
+    """Returns why Transformer Engine cannot be imported, and the remedy."""
     text = f"Transformer Engine cannot be imported ({found.engine_problem})"
     rebuild = (
         "build it again against this torch: pip install --force-reinstall --no-deps "
@@ -231,7 +231,7 @@ def _import_problem(found: Installed, number: str) -> tuple[str, str]:
 
 
 def _base(number: str) -> str:
-    """Without the local part: NVIDIA's images have 2.10.0+769ed778.
+    """Returns a version without its local part, which versions in NVIDIA's images have.
 
     >>> _base("2.10.0+769ed778")
     '2.10.0'
@@ -250,7 +250,7 @@ def _apex(found: Installed) -> Findings:
 
 
 def lacking() -> Findings:
-    """What has to be there and is not, by names of distributions alone: nothing is imported for it."""
+    """Yields what has to be installed and is not. It looks at names only, and imports nothing."""
     found = _versions()
     for each in RANGES:
         if each.name not in found:
@@ -269,7 +269,7 @@ def _versions() -> dict[str, str]:
 
 
 def here() -> Installed:
-    """What this Python has. Imports torch, and Transformer Engine where it is installed."""
+    """Returns what this Python has. Imports torch, and Transformer Engine if it is installed."""
     import torch
 
     from nvlm_train.parallel import kernels
@@ -299,7 +299,7 @@ def _line(each: Finding) -> str:
 
 
 def main() -> int:
-    """Prints what does not fit; 1 where that is an error. The Dockerfile's last step."""
+    """Prints what does not fit. Returns 1 when that is an error. The Dockerfile runs it as its last step."""
     findings = list(lacking()) or list(check_stack(here()))
     sys.stdout.writelines(_line(each) for each in findings)
     return int(any(each.level == "error" for each in findings))

@@ -1,4 +1,4 @@
-"""The run directory: is it writable, is somebody else's, and do the checkpoints fit on its disk?"""
+"""Checks the run directory: can it be written to, is it free, and do the checkpoints fit on its disk?"""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nvlm_train.doctor.finding import Findings, error, ok, warning
 from nvlm_train.train.run_lock import FILE_NAME as OWNER_FILE
 
 _SPARE = 1.2
-"""Room that a careful person leaves beside the checkpoints: metrics, wandb, logs."""
+"""Free space that is asked for, as a multiple of what checkpoints need: metrics, wandb and logs need some."""
 
 
 def check_run_dir(recipe: Recipe) -> Findings:
-    """A file can be made there, and no other job writes there."""
+    """Checks that files can be made in the run directory, and that no other job writes there."""
     run_dir = Path(recipe.run_dir).absolute()
     place = existing_parent(run_dir)
     try:
@@ -43,7 +43,7 @@ def check_run_dir(recipe: Recipe) -> Findings:
 
 
 def _owner(path: Path) -> str | None:
-    """Who holds the run's lock; none when nobody does."""
+    """Returns who holds the run's lock; None when nobody does."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -53,14 +53,14 @@ def _owner(path: Path) -> str | None:
     except BlockingIOError:
         return " ".join(path.read_text().split()) or "a job that has just started"
     except OSError:
-        return None  # a file system without locks; training asks SLURM then
+        return None  # the file system has no locks; training asks SLURM instead
     finally:
         os.close(descriptor)
     return None
 
 
 def check_disk(recipe: Recipe) -> Findings:
-    """`checkpoint.keep_last` complete checkpoints and the one that is being written."""
+    """Checks that `checkpoint.keep_last` checkpoints and the one being written fit on the disk."""
     copies = recipe.checkpoint.keep_last + 1
     sizes = {
         name: costs.checkpoint_bytes(recipe.model, recipe.stages[name], recipe.precision)
@@ -87,14 +87,14 @@ def check_disk(recipe: Recipe) -> Findings:
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that exists."""
+    """Returns the directory itself, or the nearest directory above it that exists."""
     while not path.is_dir():
         path = path.parent
     return path
 
 
 def gigabytes(size: float) -> str:
-    """Bytes for people.
+    """Returns a number of bytes in a readable unit.
 
     >>> gigabytes(6.55e9), gigabytes(3e6)
     ('6.5 GB', '3.0 MB')

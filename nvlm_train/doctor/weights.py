@@ -1,4 +1,4 @@
-"""Weights of both backbones: what training would refuse at its start, found from headers and JSON only."""
+"""Checks the weights of both backbones as training does at its start, from headers and JSON only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nvlm_train.doctor.finding import Findings, findings_of, ok
 
 
 def check_weights(recipe: Recipe) -> Findings:
-    """Every tensor and every key of config.json of both backbones is accounted for."""
+    """Checks that every tensor and every key of config.json of both backbones fits the recipe."""
     for name, part, look in (
         ("vision", recipe.model.vision, check.vision),
         ("language", recipe.model.language, check.language),

@@ -1,1 +1,1 @@
-"""Floor 5: greedy generation in the model's own layout, and the scorers of the demo."""
+"""Floor 5: generates greedily in the model's own layout, and scores answers for the demo."""

@@ -1,8 +1,8 @@
-"""Greedy generation on the trained model in its layout, many prompts at once.
+"""Generates greedily with the trained model in its own layout, for many prompts at once.
 
-Prompts are packed like training samples, each with room for its answer. Images are encoded once;
-every new token is one forward pass of the packs that still have an unfinished prompt. Keys and values are
-not cached yet: the cost of a token is a whole forward, which packing shares among the prompts.
+Prompts are packed like training samples, each with room for its answer. Images are encoded once. Every
+new token is one forward pass of the packs that still have an unfinished prompt. Keys and values are not
+cached, so a token costs a whole forward, which packing shares among the prompts.
 
 Shape legend: S tokens of a pack, L prompts of a pack, V vocabulary.
 """
@@ -24,13 +24,13 @@ from nvlm_train.data.plan.packing import best_fit_decreasing
 from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.errors import PromptError
 from nvlm_train.parallel.topology import Topology, device
-from nvlm_train.pipeline.round import Head, Replica, run_features
+from nvlm_train.pipeline.round import OutputHead, Replica, run_features
 from nvlm_train.vision.tile_parallel import encode_round
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question: encoded up to the assistant's header, and the tiles of its images."""
+    """Holds a question that is encoded up to the assistant's header, and the tiles of its images."""
 
     encoded: EncodedSample
     tiles_TCEE: Tensor
@@ -39,19 +39,19 @@ class Prompt:
 
 @dataclass
 class _Slot:
-    """A prompt's place in a pack, and its answer so far."""
+    """Holds a prompt's place in a pack, and its answer so far."""
 
     prompt: int
-    start: int
+    """Number of the prompt."""
     next: int
-    """Position of the next token to be written."""
+    """Position in the pack where the next token is written."""
     answer: list[int] = field(default_factory=list)
     is_done: bool = False
 
 
 @dataclass
 class _Pack:
-    """Prompts that share a sequence."""
+    """Holds prompts that share a sequence."""
 
     microbatch: Microbatch
     features: Tensor | None
@@ -70,14 +70,14 @@ def generate(
     Args:
         replica: the model, in evaluation mode.
         prompts: each with room for `max_new_tokens` within the model's sequence length.
-        max_new_tokens: longest answer.
-        end_id: ends an answer; it is not part of it.
+        max_new_tokens: length of the longest answer, in tokens.
+        end_id: token that ends an answer, and is not part of it.
 
     Returns:
         Token ids of each answer, on every rank.
 
     Raises:
-        PromptError: a prompt leaves no room for its answer; on all ranks alike.
+        PromptError: on all ranks, when a prompt leaves no room for its answer.
     """
     topology = replica.topology
     _check_room(prompts, max_new_tokens, replica.sequence_length)
@@ -129,7 +129,7 @@ def _make_pack(
     )
     starts = microbatch.cu_seqlens.tolist()
     slots = [
-        _Slot(number, start, start + len(each.token_ids))
+        _Slot(number, start + len(each.token_ids))
         for number, start, each in zip(numbers, starts, encoded, strict=False)
     ]
     tiles = torch.cat([prompts[number].tiles_TCEE for number in numbers])
@@ -137,7 +137,11 @@ def _make_pack(
 
 
 def _encode(replica: Replica, microbatch: Microbatch, tiles_TCEE: Tensor) -> Tensor | None:
-    """The pack's features on the first pipeline stage; every rank of the replica encodes its share."""
+    """Encodes a pack's tiles, of which every rank of the replica encodes a share.
+
+    Returns:
+        On the first pipeline stage [T, tokens per tile, feature size]; elsewhere None.
+    """
     topology = replica.topology
     split = split_tiles(len(tiles_TCEE), topology.replica_size)
     own = tiles_TCEE.split(split)[topology.replica_rank]
@@ -146,7 +150,7 @@ def _encode(replica: Replica, microbatch: Microbatch, tiles_TCEE: Tensor) -> Ten
 
 
 def _next_tokens(replica: Replica, packs: list[_Pack]) -> list[list[int]]:
-    """The most likely next token of every slot, on every rank of the replica."""
+    """Returns the most likely next token of every slot by pack, on every rank of the replica."""
     wanted = {id(pack.microbatch): pack for pack in packs}
 
     def positions(microbatch: Microbatch) -> Tensor:
@@ -160,7 +164,7 @@ def _next_tokens(replica: Replica, packs: list[_Pack]) -> list[list[int]]:
         replica,
         [pack.microbatch for pack in packs],
         [pack.features for pack in packs],
-        Head(positions, finish),
+        OutputHead(positions, finish),
         forward_only=True,
     )
     counts = [len(pack.slots) for pack in packs]
@@ -176,11 +180,14 @@ def _next_tokens(replica: Replica, packs: list[_Pack]) -> list[list[int]]:
 
 
 def vocab_parallel_argmax(logits_LV: Tensor, topology: Topology) -> Tensor:
-    """Index of the largest logit over the whole vocabulary, int64 [L], on every tensor-parallel rank.
+    """Returns the index of the largest logit over the whole vocabulary, on every tensor-parallel rank.
 
     Args:
         logits_LV: this rank's slice of the vocabulary, [L, V / TP].
         topology: this rank's place.
+
+    Returns:
+        int64 [L].
     """
     values_L, indices_L = logits_LV.max(dim=-1)
     indices_L = indices_L + topology.tensor_rank * logits_LV.shape[-1]
@@ -194,7 +201,7 @@ def vocab_parallel_argmax(logits_LV: Tensor, topology: Topology) -> Tensor:
 
 
 def _append(pack: _Pack, tokens: list[int], end_id: int) -> None:
-    """Writes each slot's token, so that the next pass reads it; an end token finishes the slot."""
+    """Writes each slot's token, so that the next pass reads it. An end token finishes the slot."""
     ids_S = pack.microbatch.token_ids_S
     for slot, token in zip(pack.slots, tokens, strict=True):
         if slot.is_done:

@@ -1,4 +1,4 @@
-"""Questions about images as prompts for `generate`."""
+"""Makes prompts for `generate` from questions and images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from nvlm_train.evaluation.generate import Prompt
 def make_prompt(
     encoder: SampleEncoder, question: str, images: Sequence[bytes], max_new_tokens: int
 ) -> Prompt:
-    """One user turn, tiled and encoded as in training.
+    """Makes a prompt of one user turn, tiled and encoded as in training.
 
     Args:
-        encoder: of the stage that the model was trained in; its system message is used.
-        question: may hold `<image>` markers; without any the images come first.
-        images: image files.
-        max_new_tokens: room that is kept for the answer.
+        encoder: that of the stage in which the model was trained; its system message is used.
+        question: may hold `<image>` markers; without them the images come first.
+        images: contents of image files.
+        max_new_tokens: tokens that are kept free for the answer.
 
     Raises:
-        ValueError: an image that cannot be read, or a prompt that does not fit.
+        ValueError: an image cannot be read, or the prompt does not fit.
     """
     return encode_turns(encoder, [Turn("user", question)], images, max_new_tokens)
 
@@ -32,7 +32,7 @@ def make_prompt(
 def encode_turns(
     encoder: SampleEncoder, turns: Sequence[Turn], images: Sequence[bytes], max_new_tokens: int
 ) -> Prompt:
-    """Turns to answer, the last one a user's; see `make_prompt`."""
+    """Makes a prompt of several turns. The last one is a user's; see `make_prompt` for the rest."""
     import torch
 
     sizes = [read_size(image) for image in images]

@@ -1,4 +1,4 @@
-"""Scores of answers against references. Pure functions on strings."""
+"""Scores answers against references, in pure functions on strings."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, single spaces, no final punctuation: what VQA scores compare."""
+    """Returns the text as VQA scores compare it: lower case, single spaces, no full stop at the end."""
     return re.sub(r"\s+", " ", text).strip().rstrip(".").lower()
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Share of answers that equal their reference after `normalise_answer`."""
+    """Returns the share of answers that equal their reference after `normalise_answer`."""
     pairs = list(zip(answers, references, strict=True))
     return sum(normalise_answer(a) == normalise_answer(r) for a, r in pairs) / len(pairs)
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance in characters.
+    """Returns the Levenshtein distance in characters.
 
     >>> edit_distance("kitten", "sitting")
     3
@@ -33,7 +33,10 @@ def edit_distance(first: str, second: str) -> int:
 
 
 def character_error_rate(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Edits over reference characters, over all pairs together; runs of white space count as one space."""
+    """Returns the edits per reference character, over all pairs together.
+
+    A run of white space counts as one space.
+    """
     pairs = [
         (" ".join(a.split()), " ".join(r.split())) for a, r in zip(answers, references, strict=True)
     ]

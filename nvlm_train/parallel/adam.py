@@ -1,9 +1,9 @@
-"""AdamW with one step count per parameter group, as Transformer Engine's and apex's fused Adam keep it.
+"""AdamW with one step count per parameter group, as in Transformer Engine's and apex's fused Adam.
 
 torch's AdamW keeps a `step` tensor per parameter, which megatron-core 0.16's distributed optimizer
 saves and restores wrongly (it asserts on a fresh state, shares one tensor between parameters and
-misses the key on load: distrib_optimizer.py 641, 819, 938). With the count in the group the code
-path made for fused Adam is taken, and it is right.
+misses the key on load: distrib_optimizer.py 641, 819, 938). With the count in the group, it takes the
+code path that was made for fused Adam, which is correct.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch.optim.adamw import adamw
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
-    """Drop-in for apex's FusedAdam where neither apex nor Transformer Engine is installed.
+    """Replaces apex's FusedAdam where neither apex nor Transformer Engine is installed.
 
-    State per parameter: `exp_avg` and `exp_avg_sq`, of the parameter's shape and dtype.
+    It keeps `exp_avg` and `exp_avg_sq` for each parameter, with the parameter's shape and dtype.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         assert closure is None, "closures are not used by megatron-core"
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
@@ -52,7 +52,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
             if not self.state[param]:
                 self.state[param]["exp_avg"] = torch.zeros_like(param)
                 self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
-        # The functional form advances these throw-away counts itself.
+        # The functional form increments these counts itself, and they are not kept.
         previous = float(group["step"] - 1)
         steps = [torch.tensor(previous, device=param.device) for param in params]
         adamw(

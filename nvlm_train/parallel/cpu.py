@@ -1,10 +1,10 @@
-"""megatron-core without CUDA: the one file that knows that there may be no GPU.
+"""Runs megatron-core without CUDA. No other file has to know that there may be no GPU.
 
 megatron-core 0.16 names CUDA in three ways: calls of `torch.cuda`, the RNG functions of its
 `tensor_parallel.random`, and string literals ("cuda", "torch.cuda.FloatTensor") inside functions.
-`install` redirects all three to the CPU and does nothing when CUDA is there. The two tables below
-are complete for what training uses; tests/parallel/test_cpu.py checks each entry against the
-installed megatron-core, so that an upgrade which moves one of them fails loudly.
+`install` redirects all three to the CPU, and does nothing when there is CUDA. The tables below are
+complete for what training uses. tests/parallel/test_cpu.py checks each entry against the installed
+megatron-core, so that an upgrade which moves one of them fails loudly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import inspect
 import logging
 import sys
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,14 +51,14 @@ _LITERALS: dict[str, tuple[tuple[str, int], ...]] = {
     ),
     "dist_checkpointing.strategies.state_dict_saver": (("verify_global_md_reuse", 1),),
 }
-"""megatron.core module -> (function, string constants that name CUDA)."""
+"""megatron.core module -> (function, number of its string constants that name CUDA)."""
 
 
 def install() -> None:
-    """Redirects megatron-core to the CPU; returns at once when CUDA is available or it was done before.
+    """Redirects megatron-core to the CPU. Returns at once when there is CUDA, or when it was called before.
 
-    Called before megatron-core is imported for the first time, it saves each process the import of
-    torch's compiler (docs/megatron-on-cpu.md); called later, it does all else.
+    When it is called before megatron-core is imported for the first time, it also saves each process
+    the import of torch's compiler (docs/megatron-on-cpu.md).
 
     Raises:
         RuntimeError: megatron-core is not the version that the tables describe.
@@ -66,18 +66,18 @@ def install() -> None:
     if torch.cuda.is_available() or getattr(install, "done", False):
         return
     for symbols in (_torch_symbols, _megatron_symbols):
-        for owner, name, replacement in symbols():
-            if not hasattr(owner, name):
-                gone = f"{owner.__name__}.{name}"
+        for patch in symbols():
+            if not hasattr(patch.owner, patch.name):
+                gone = f"{patch.owner.__name__}.{patch.name}"
                 raise RuntimeError(f"{gone} does not exist: update parallel/cpu.py")
-            setattr(owner, name, replacement)
+            setattr(patch.owner, patch.name, patch.replacement)
     for module, functions in _LITERALS.items():
         for qualified_name, expected in functions:
             _redirect(module, qualified_name, expected)
     if "torch._dynamo" in sys.modules:
-        # megatron-core was imported first: what it had compiled then must not be compiled now.
+        # megatron-core was imported first: what it marked for compilation must not be compiled now.
         sys.modules["torch._dynamo"].config.disable = True
-    # Its tracker warns when the CPU's RNG moves inside "the GPU's": here they are one and the same.
+    # Its RNG tracker warns when the CPU's generator is used in place of the GPU's: here they are the same.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_no_rng_warning)
     cpu_bf16.install()
     _keep_freed_memory()
@@ -85,15 +85,15 @@ def install() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Lets a step use again what the last one freed.
+    """Lets a step reuse the memory that the last step freed.
 
-    glibc gives the free end of its heap back to the kernel, which zeroes it page by page for the next
-    step. Elsewhere there is no `mallopt`, and memory comes as that C library gives it.
+    glibc returns the free end of its heap to the kernel, which zeroes it page by page for the next
+    step. Other C libraries have no `mallopt`; nothing is changed there.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    # Once one of them is set, the other keeps its small first value, so both are set.
+    # Setting one of them freezes the other at its small initial value, so both are set.
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
 
@@ -106,49 +106,58 @@ def _is_no_rng_warning(record: logging.LogRecord) -> bool:
     return "CPU RNG state changed" not in record.getMessage()
 
 
-def patched_symbols() -> list[tuple[Any, str, Any]]:
-    """(owner, attribute, replacement) for every function that is replaced."""
+class Patch(NamedTuple):
+    """Describes one attribute that is replaced."""
+
+    owner: Any
+    """Module or class."""
+    name: str
+    replacement: Any
+
+
+def patched_symbols() -> list[Patch]:
+    """Returns every attribute that `install` replaces."""
     return _torch_symbols() + _megatron_symbols()
 
 
-def _torch_symbols() -> list[tuple[Any, str, Any]]:
+def _torch_symbols() -> list[Patch]:
     return [
-        (torch, "compile", _as_written),
-        (torch.cuda, "current_device", lambda: CPU),
-        (torch.cuda, "synchronize", lambda device=None: None),
-        (torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
-        (torch.cuda, "manual_seed", torch.default_generator.manual_seed),
-        (torch.distributed.Work, "wait", waiting.timed_wait),
-        (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
+        Patch(torch, "compile", _as_written),
+        Patch(torch.cuda, "current_device", lambda: CPU),
+        Patch(torch.cuda, "synchronize", lambda device=None: None),
+        Patch(torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
+        Patch(torch.cuda, "manual_seed", torch.default_generator.manual_seed),
+        Patch(torch.distributed.Work, "wait", waiting.timed_wait),
+        Patch(torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
     ]
 
 
-def _megatron_symbols() -> list[tuple[Any, str, Any]]:
+def _megatron_symbols() -> list[Patch]:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     buffers = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
     clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     mlp = importlib.import_module("megatron.core.transformer.mlp")
     rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
-    # Absent without apex: megatron-core then names it nowhere but where it is called.
+    # Without apex this name does not exist; megatron-core uses it only where it calls it.
     layers.__dict__.setdefault("fused_weight_gradient_mlp_cuda", None)
     return [
-        (random, "_get_cuda_rng_state", _get_rng_state),
-        (random, "_set_cuda_rng_state", _set_rng_state),
-        (buffers, "dist_all_gather_func", cpu_kernels.all_gather),
-        (buffers, "dist_reduce_scatter_func", cpu_kernels.reduce_scatter),
-        (clip_grads, "multi_tensor_scale_impl", cpu_kernels.scale_in_place),
-        (layers, "_grad_accum_fusion_available", True),
-        (layers, "fused_weight_gradient_mlp_cuda", cpu_kernels.WeightGradient),
-        (mlp, "bias_swiglu_impl", cpu_kernels.swiglu),
-        (rope, "_apply_rotary_pos_emb_bshd", cpu_kernels.rotary),
+        Patch(random, "_get_cuda_rng_state", _get_rng_state),
+        Patch(random, "_set_cuda_rng_state", _set_rng_state),
+        Patch(buffers, "dist_all_gather_func", cpu_kernels.all_gather),
+        Patch(buffers, "dist_reduce_scatter_func", cpu_kernels.reduce_scatter),
+        Patch(clip_grads, "multi_tensor_scale_impl", cpu_kernels.scale_in_place),
+        Patch(layers, "_grad_accum_fusion_available", True),
+        Patch(layers, "fused_weight_gradient_mlp_cuda", cpu_kernels.WeightGradient),
+        Patch(mlp, "bias_swiglu_impl", cpu_kernels.swiglu),
+        Patch(rope, "_apply_rotary_pos_emb_bshd", cpu_kernels.rotary),
     ]
 
 
 def _as_written(model: Any = None, **options: Any) -> Any:
-    """torch.compile, as a call and as a decorator, that leaves a function as it is.
+    """Takes the place of torch.compile, as a call and as a decorator, and returns the function unchanged.
 
-    Compiling costs 8 s a process here and gains nothing; importing the compiler alone is a quarter
+    Compiling costs 8 s per process here and gains nothing. Importing the compiler alone is a quarter
     of a process's start.
     """
     return (lambda function: function) if model is None else model
@@ -165,7 +174,7 @@ def _set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool =
 
 
 def _redirect(module_name: str, qualified_name: str, expected: int) -> None:
-    """Replaces the CUDA literals of one function, and insists on how many there are."""
+    """Replaces the CUDA literals of one function, and checks their number."""
     function = _find(module_name, qualified_name)
     found: list[str] = []
     function.__code__ = _replace_constants(function.__code__, found)

@@ -1,8 +1,8 @@
-"""bf16 matrix products through fp32, for CPUs that have none of their own (no AVX512-BF16, no AMX).
+"""Computes bf16 matrix products in fp32, on CPUs without bf16 products (no AVX512-BF16, no AMX).
 
-torch multiplies bf16 there in a loop of scalars, up to 100 times slower than fp32
-(docs/megatron-on-cpu.md). Factors lose nothing when they are widened to fp32, and a sum of products
-is rounded to bf16 once, as tensor cores do it: a recipe for GPUs can be tried on a laptop.
+On such CPUs torch multiplies bf16 in a loop of scalars, up to 100 times slower than fp32
+(docs/megatron-on-cpu.md). Widening the factors to fp32 loses nothing, and a sum of products is
+rounded to bf16 once, as tensor cores do. So a recipe for GPUs can be tried on a laptop.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ PRODUCTS: dict[str, tuple[torch.dtype, ...]] = {
     "_scaled_dot_product_flash_attention_for_cpu": (_ROUNDED, _KEPT),
     "_scaled_dot_product_flash_attention_for_cpu_backward": (_ROUNDED, _ROUNDED, _ROUNDED),
 }
-"""Operators of ATen that hold the products of training and generation -> dtypes of their results for bf16."""
+"""ATen operator with products of training or generation -> dtypes of its results for bf16 inputs."""
 
-_installed: list[library.Library] = []  # its kernels last as long as it does
+_installed: list[library.Library] = []  # keeps the library alive, and with it its kernels
 
 
 def install() -> None:
@@ -43,7 +43,7 @@ def install() -> None:
 
 
 class _InFp32:
-    """An operator that computes in fp32 what it is given in bf16; other dtypes go through as they are."""
+    """Calls an operator with bf16 inputs widened to fp32; inputs of other dtypes are passed on unchanged."""
 
     def __init__(self, kernel: Any, dtypes: tuple[torch.dtype, ...]) -> None:
         self.kernel, self.dtypes = kernel, dtypes

@@ -1,7 +1,7 @@
-"""CPU versions of what megatron-core fuses on a GPU; parallel/cpu.py puts them in their places.
+"""CPU versions of kernels that megatron-core fuses on a GPU; parallel/cpu.py installs them.
 
-On a CPU the time that they save is mostly allocation: a fresh tensor of more than 32 MB is mapped
-and zeroed page by page on every use.
+On a CPU they mostly save the time of allocation: a new tensor of more than 32 MB is mapped and zeroed
+page by page on every use.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class WeightGradient:
-    """Stands in for apex's extension `fused_weight_gradient_mlp_cuda`."""
+    """Takes the place of apex's extension `fused_weight_gradient_mlp_cuda`."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(input_SI: Tensor, grad_SO: Tensor, main_grad_OI: Tensor) -> None:
-        """Adds grad^T @ input to the fp32 gradient in place."""
+        """Adds grad^T @ input to the fp32 gradient [O, I] in place."""
         if input_SI.dtype == main_grad_OI.dtype:
             main_grad_OI.addmm_(grad_SO.t(), input_SI)
         else:
@@ -27,7 +27,7 @@ class WeightGradient:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of x = [gate | up]; keeps x only and writes both gradients into one tensor."""
+    """Computes silu(gate) * up of x = [gate | up]; keeps x only, and writes both gradients to one tensor."""
 
     @staticmethod
     def forward(ctx: Any, x_SF: Tensor) -> Tensor:  # type: ignore[override]
@@ -48,14 +48,14 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(x: Tensor, bias: Tensor | None, *options: bool) -> Tensor:
-    """megatron-core's `bias_swiglu_impl` for linears without bias; x is [..., 2 F], the result [..., F]."""
+    """Does what megatron-core's `bias_swiglu_impl` does for linears without bias: [..., 2 F] to [..., F]."""
     assert bias is None and not any(options), "the language model's MLP has no bias"
     output: Tensor = _SwiGLU.apply(x)
     return output
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Root-mean-square norm; as autograd composes it, backward makes more passes over memory."""
+    """Computes the root-mean-square norm. Composed by autograd, its backward would read memory more often."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:  # type: ignore[override]
@@ -76,13 +76,13 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; fp32 or fp64."""
+    """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 or fp64."""
     output: Tensor = _RMSNorm.apply(x, weight_H, eps)
     return output
 
 
 class _Rotary(torch.autograd.Function):
-    """Turns the pairs (x[i], x[i + D / 2]) by their angles; the gradient turns back."""
+    """Rotates the pairs (x[i], x[i + D / 2]) by their angles; the backward rotates the gradient back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:  # type: ignore[override]
@@ -104,7 +104,13 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:
 
 
 def rotary(x: Tensor, angles: Tensor, **options: Any) -> Tensor:
-    """megatron-core's `_apply_rotary_pos_emb_bshd`: x is [S, ..., D], the angles [S, 1, 1, D]."""
+    """Does what megatron-core's `_apply_rotary_pos_emb_bshd` does.
+
+    Args:
+        x: [S, ..., D].
+        angles: [S, 1, 1, D].
+        options: megatron-core's, at their plain values.
+    """
     plain = {"rotary_interleaved": False, "multi_latent_attention": False, "mscale": 1.0}
     assert options.items() <= plain.items() and angles.shape[-1] == x.shape[-1], "RoPE as Qwen2's"
     # Both halves of the angles are the same.
@@ -114,7 +120,7 @@ def rotary(x: Tensor, angles: Tensor, **options: Any) -> Tensor:
 
 
 def _free_on_one_rank(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """NCCL's is free on a group of one; gloo's copies the whole gradient or weight buffer."""
+    """Skips a collective in a group of one. NCCL does so itself; gloo copies the whole buffer."""
 
     def call(output: Tensor, tensor: Tensor, *, group: dist.ProcessGroup, **options: Any) -> Any:
         if group.size() == 1 and output.data_ptr() == tensor.data_ptr():
@@ -131,6 +137,6 @@ all_gather = _free_on_one_rank(dist.all_gather_into_tensor)
 def scale_in_place(
     chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], scale: float
 ) -> None:
-    """megatron-core's stand-in for the fused kernel allocates every gradient a second time."""
+    """Scales tensors in place. megatron-core's own replacement of the fused kernel allocates each anew."""
     for source, target in zip(*tensor_lists, strict=True):
         torch.mul(source, scale, out=target)

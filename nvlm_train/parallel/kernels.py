@@ -1,4 +1,4 @@
-"""Which kernels run: Transformer Engine, apex, or torch. The one file that looks for the first two."""
+"""Chooses the kernels: Transformer Engine, apex or torch. No other file looks for the first two."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import torch
 
 @dataclass(frozen=True)
 class Kernels:
-    """The implementation chosen for each job; printed at start."""
+    """Names the implementation chosen for each task. A run prints it at its start."""
 
     linear: Literal["transformer_engine", "megatron"]
     attention: Literal["transformer_engine", "torch_sdpa"]
     norm: Literal["transformer_engine", "torch"]
     adam: Literal["transformer_engine", "apex", "torch"]
     weight_gradient: Literal["apex", "torch", "separate"]
-    """What adds a linear's weight gradient to the fp32 buffer inside its matrix product; or nothing does."""
+    """What adds a linear's weight gradient to the fp32 buffer inside its matrix product. `separate` means
+    that the sum is a step of its own."""
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in vars(self).items())
@@ -27,7 +28,7 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Available:
-    """What the machine and its Python have."""
+    """Says what the machine and its Python have."""
 
     cuda: bool
     transformer_engine: bool
@@ -36,9 +37,9 @@ class Available:
 
 
 def choose(available: Available) -> Kernels:
-    """The rule, as a function of what there is, so that it is tested without a GPU.
+    """Chooses kernels from what is available. It is a pure function, so that it is tested without a GPU.
 
-    The libraries run on CUDA only: on a CPU they are ignored, installed or not.
+    The libraries run only on CUDA: without it they are ignored, even when they are installed.
     """
     if not available.cuda:
         return Kernels("megatron", "torch_sdpa", "torch", "torch", weight_gradient="torch")
@@ -53,7 +54,10 @@ def choose(available: Available) -> Kernels:
 
 
 def detect() -> Kernels:
-    """`choose` for this machine. PyPI's `apex` is another package: NVIDIA's brings the extension amp_C."""
+    """Chooses kernels for this machine.
+
+    PyPI's `apex` is another package; NVIDIA's apex has the extension amp_C.
+    """
     return choose(
         Available(
             cuda=torch.cuda.is_available(),
@@ -65,12 +69,12 @@ def detect() -> Kernels:
 
 
 def has_amp() -> bool:
-    """Whether the extension is there that only NVIDIA's apex brings."""
+    """Returns whether the extension is installed that only NVIDIA's apex has."""
     return _is_installed("amp_C")
 
 
 def engine_problem() -> str | None:
-    """Why Transformer Engine, though installed, cannot be imported; None where it can or is not there."""
+    """Returns why an installed Transformer Engine cannot be imported; None when it can, or is not there."""
     if not _is_installed("transformer_engine"):
         return None
     try:
@@ -82,7 +86,7 @@ def engine_problem() -> str | None:
 
 
 def multiplies_bf16() -> bool:
-    """Whether bf16 matrix products run at the device's speed, and not through a scalar loop."""
+    """Returns whether bf16 matrix products run at the device's speed, and not in a loop of scalars."""
     return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -91,7 +95,7 @@ def _is_installed(module: str) -> bool:
 
 
 def install_adam() -> None:
-    """Gives megatron-core `GroupStepAdamW` where no fused Adam is chosen (see adam.py for why)."""
+    """Gives megatron-core `GroupStepAdamW` when no fused Adam is chosen (adam.py says why)."""
     if detect().adam != "torch":
         return
     from nvlm_train.parallel.adam import GroupStepAdamW

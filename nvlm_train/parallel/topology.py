@@ -1,4 +1,4 @@
-"""Who this process is: one value for the layout of a stage, built on megatron-core's process groups."""
+"""This process's place in a stage's layout, built on megatron-core's process groups."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,17 @@ from nvlm_train.errors import ConfigError
 from nvlm_train.parallel import cpu, kernels
 
 
+class Layout(NamedTuple):
+    """Holds the sizes of tensor, pipeline and data parallelism. Checkpoints store them as a list."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+
 @dataclass(frozen=True)
 class Topology:
-    """Ranks and sizes of this process in one stage's layout.
+    """Holds this process's ranks and the sizes of one stage's layout.
 
     Ranks are laid out tensor fastest, then data, then pipeline (megatron-core's default order). A
     model replica is the TP x PP ranks with one data-parallel rank; its rank 0 to TP - 1 are the first
@@ -39,6 +47,10 @@ class Topology:
     data_rank: int
     replica_group: ProcessGroup
     data_group: ProcessGroup
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.tensor_size, self.pipeline_size, self.data_size)
 
     @property
     def is_first_pp_stage(self) -> bool:
@@ -58,16 +70,17 @@ class Topology:
 
     @property
     def share(self) -> RankShare:
-        """This rank's part of every step."""
+        """Returns this rank's part of every step."""
         return RankShare(self.data_rank, self.data_size, self.replica_rank, self.replica_size)
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the world that torchrun or SLURM describes in the environment; alone without one.
+    """Joins the world that torchrun or SLURM describes in the environment, or a world of one rank.
 
-    What was joined here is left when the work is done. After an error it is not: NCCL would wait
-    there for ranks that may be gone, and the process ends anyway (train/health/ending.py).
+    The process groups are destroyed when the block ends without an error. After an error they are
+    not: NCCL would wait for ranks that may be gone, and the process ends anyway
+    (train/health/ending.py).
     """
     is_ours = start_process_group()
     yield
@@ -79,7 +92,7 @@ def process_group() -> Iterator[None]:
 
 
 def start_process_group() -> bool:
-    """Joins the world for as long as the process lives. Returns whether it was not in one before."""
+    """Joins the world for as long as the process lives. Returns False when it had joined one before."""
     cpu.install()
     kernels.install_adam()
     if dist.is_initialized():
@@ -101,18 +114,18 @@ def start_process_group() -> bool:
 
 @dataclass(frozen=True)
 class PlaceInWorld:
-    """What a process group is joined with."""
+    """Holds what a process needs to join the world."""
 
     backend: Literal["nccl", "gloo"]
     rank: int
     world_size: int
     device: torch.device | None
-    """The rank's GPU; none on CPUs. NCCL that is told of it connects at once instead of guessing the
-    device at the first collective, where a wrong guess hangs the world."""
+    """The rank's GPU; None on CPUs. With it NCCL connects at once, instead of guessing the device at
+    the first collective, where a wrong guess hangs the world."""
 
 
 def place_in_world(environment: Mapping[str, str], has_cuda: bool) -> PlaceInWorld:
-    """What torchrun's or SLURM's variables say: RANK, WORLD_SIZE and LOCAL_RANK."""
+    """Reads the variables that torchrun and the launch script set: RANK, WORLD_SIZE and LOCAL_RANK."""
     rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     if not has_cuda:
         return PlaceInWorld("gloo", rank, world, None)
@@ -122,17 +135,18 @@ def place_in_world(environment: Mapping[str, str], has_cuda: bool) -> PlaceInWor
 
 
 def device() -> torch.device:
-    """Where this process computes."""
+    """Returns the device that this process computes on."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return cpu.CPU
 
 
 def _leave_groups() -> None:
-    """Ends megatron-core's process groups; it only forgets them itself.
+    """Destroys megatron-core's process groups, which it only forgets by itself.
 
-    Each has threads and sockets, with NCCL also GPU buffers. An earlier stage's engine holds them too,
-    and its weights and optimizer; all of it goes here, before the next stage's take their place.
+    Each group has threads and sockets, and with NCCL also GPU buffers. The engine of the earlier stage
+    holds them too, with its weights and optimizer. All of it is freed here, before the next stage
+    takes memory.
     """
     from megatron.core import parallel_state as mpu
 
@@ -144,10 +158,10 @@ def _leave_groups() -> None:
 
 
 def collect_engines() -> None:
-    """Frees engines that nobody holds any more: webs of cycles through tensors and hooks.
+    """Frees engines that nobody holds any more. Cycles through tensors and hooks keep them alive.
 
-    The first pass brings tensors that C++ still refers to back to life, and all that they hold with
-    them; the second finds them dead.
+    The first pass of the garbage collector revives tensors that C++ still refers to, and what they
+    hold; the second pass frees them.
     """
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
@@ -158,11 +172,11 @@ def collect_engines() -> None:
 
 
 def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
-    """Makes the process groups of a layout; replaces those of an earlier stage.
+    """Makes the process groups of a layout, in place of those of an earlier stage.
 
     Args:
         parallel: the stage's layout.
-        seed: seeds dropout, see `_seed_dropout`.
+        seed: seeds dropout (see `_seed_dropout`).
 
     Raises:
         ConfigError: the world size is not a multiple of tensor x pipeline.
@@ -200,17 +214,20 @@ def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
 
 
 def _seed_dropout(seed: int) -> None:
-    """The default generator: the same on tensor-parallel ranks, another on each pipeline stage and replica.
+    """Seeds the generators that dropout draws from.
 
-    The tracker's generator is another on every rank. As megatron-core's `model_parallel_cuda_manual_seed`
-    documents it; Megatron-LM gives data-parallel ranks seeds of their own only on request
-    (`--data-parallel-random-init`), because its initial weights come from the same generator. Ours do not
-    (model/global_weights.py), and replicas that drop the same places would average less noise away.
+    The default generator is the same on the tensor-parallel ranks of a pipeline stage, and differs
+    between pipeline stages and replicas. The tracker's generator differs on every rank, as
+    megatron-core's `model_parallel_cuda_manual_seed` documents.
+
+    Megatron-LM seeds data-parallel ranks differently only on request (`--data-parallel-random-init`),
+    because its initial weights come from the same generator. Ours do not (model/global_weights.py),
+    and replicas that drop the same places would average less noise away.
     """
     from megatron.core import parallel_state as mpu
     from megatron.core import tensor_parallel
 
     stages = mpu.get_pipeline_model_parallel_world_size()
     place = mpu.get_data_parallel_rank() * stages + mpu.get_pipeline_model_parallel_rank()
-    # The tracker's seed is 2718 + the tensor-parallel rank more: no two of them meet below TP 82.
+    # The tracker adds 2718 + the tensor-parallel rank to this seed: below TP 82 all seeds differ.
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * place, force_reset_rng=True)

@@ -1,8 +1,9 @@
-"""Seconds this process has spent waiting for other ranks, as far as its host can know.
+"""Measures the seconds that this process waits for other ranks, as far as its host can know.
 
-On gloo every collective and every pipeline transfer blocks in `Work.wait`, so the figure is complete
-(parallel/cpu.py puts `timed_wait` there). NCCL's `wait` only orders streams: there the figure has what
-is marked with `waiting()`, the agreement at the start of a step, where ranks wait for each other's data.
+With gloo every collective and every pipeline transfer blocks in `Work.wait`, so the figure is complete
+(parallel/cpu.py puts `timed_wait` there). NCCL's `wait` only orders streams, so with NCCL the figure has
+only the blocks marked with `waiting()`: the agreement at the start of a step, where ranks wait for each
+other's data.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ _depth = 0
 
 
 def waited() -> float:
-    """Seconds since the process started."""
+    """Returns the seconds that this process has waited since it started."""
     return _seconds
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Counts the time inside; nested ones count once."""
+    """Counts the time of the block as waiting; nested blocks count once."""
     global _seconds, _depth  # noqa: PLW0603
     began, _depth = time.perf_counter(), _depth + 1
     try:
@@ -38,6 +39,6 @@ def waiting() -> Iterator[None]:
 
 
 def timed_wait(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
-    """`torch.distributed.Work.wait`, counted."""
+    """Calls `torch.distributed.Work.wait` and counts its time."""
     with waiting():
         return _wait(work, *args, **kwargs)

@@ -1,1 +1,1 @@
-"""Floor 4: a round of microbatches through the encoder and megatron-core's pipeline schedule."""
+"""Floor 4: runs a round of microbatches through the encoder and megatron-core's pipeline schedule."""

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy at trained positions, summed and divided by a global count."""
+"""Computes the training loss: cross-entropy at trained positions, summed and divided by a global count."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from torch import Tensor
 
 from nvlm_train.batch import Microbatch
 from nvlm_train.parallel.topology import device
-from nvlm_train.pipeline.round import Head
+from nvlm_train.pipeline.round import OutputHead
 
 
 @dataclass(frozen=True)
 class LabelLosses:
-    """Detached losses of one microbatch: fp32 [L], with the source of each label's sample."""
+    """Holds the detached losses of one microbatch by label."""
 
     losses_L: Tensor
+    """fp32 [L]."""
     sources: list[int]
+    """Source of each label's sample, as an index into the blend."""
 
 
-def loss_head(trained_tokens: int) -> Head:
-    """The head that trains.
+def loss_head(trained_tokens: int) -> OutputHead:
+    """Returns the head that computes the training loss.
 
     Args:
         trained_tokens: labels of the whole step over all data-parallel ranks; the sum of
@@ -37,13 +39,13 @@ def loss_head(trained_tokens: int) -> Head:
         report = LabelLosses(losses_L.detach()[: len(sources)], sources)
         return (losses_L * weights_L).sum() / trained_tokens, report
 
-    return Head(_positions, finish)
+    return OutputHead(_positions, finish)
 
 
 def _positions(microbatch: Microbatch) -> Tensor:
-    """Trained positions. A pack without labels keeps position 0, with weight zero.
+    """Returns the trained positions. A pack without labels keeps position 0, with weight zero.
 
-    Its backward then exists, so no pipeline stage and no collective waits for it in vain.
+    So every pack has a backward, and no pipeline stage and no collective waits for one in vain.
     """
     if len(microbatch.label_positions_L):
         return microbatch.label_positions_L.to(device())
@@ -51,6 +53,7 @@ def _positions(microbatch: Microbatch) -> Tensor:
 
 
 def _labels(microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+    """Returns the label at each of `_positions`, int64 [L], and its weight in the loss, fp32 [L]."""
     if len(microbatch.label_ids_L):
         labels_L = microbatch.label_ids_L.to(device())
         return labels_L, torch.ones(len(labels_L), device=device())

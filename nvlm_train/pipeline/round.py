@@ -1,6 +1,7 @@
 """Runs one round: tile-parallel encoding, then the 1F1B schedule over its microbatches.
 
-Training and generation differ in which positions they want logits of, and in what they do with them.
+Training and generation differ in the positions that they need logits of, and in what they do with
+the logits: each brings its own `OutputHead`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nvlm_train.vision.tile_parallel import encode_round
 
 @dataclass(frozen=True)
 class Replica:
-    """This rank's shard of one model replica. `model` may be wrapped in megatron-core's DDP."""
+    """Holds this rank's shard of one model replica. `model` may be wrapped in megatron-core's DDP."""
 
     model: nn.Module
     encoder: VisionEncoder
@@ -31,40 +32,49 @@ class Replica:
 
 
 @dataclass(frozen=True)
-class Head:
-    """What the last pipeline stage does with a microbatch."""
+class OutputHead:
+    """Says what the last pipeline stage does with a microbatch."""
 
     positions: Callable[[Microbatch], Tensor]
-    """The positions whose logits are computed: int64 [L], at least one."""
+    """Returns the positions whose logits are computed: int64 [L], at least one."""
     finish: Callable[[Microbatch, Tensor], tuple[Tensor, Any]]
-    """Takes vocabulary-parallel logits [L, 1, V / TP]; gives a scalar for the backward, and a result."""
+    """Takes vocabulary-parallel logits [L, 1, V / TP]. Returns a scalar for the backward, and a result."""
 
 
-def run_round(replica: Replica, work: Round, head: Head, forward_only: bool) -> list[Any]:
-    """Called by every rank of a replica.
+def run_round(replica: Replica, round_: Round, head: OutputHead, forward_only: bool) -> list[Any]:
+    """Encodes a round's tiles and runs its microbatches. Called by every rank of a replica.
 
     Args:
         replica: the model and its place.
-        work: the round's microbatches and this rank's tiles.
-        head: see `Head`.
-        forward_only: no backward; otherwise gradients are accumulated.
+        round_: the microbatches and this rank's tiles.
+        head: what the last pipeline stage does with each microbatch.
+        forward_only: whether to leave out the backward; otherwise gradients are accumulated.
 
     Returns:
-        On the last pipeline stage the head's result of each microbatch, in order; elsewhere nothing.
+        On the last pipeline stage the head's result of each microbatch, in order; elsewhere an empty
+        list.
     """
-    features = encode_round(replica.encoder, work, replica.topology)
-    known: Sequence[Tensor | None] = features or [None] * len(work.microbatches)
-    return run_features(replica, work.microbatches, known, head, forward_only)
+    encoded = encode_round(replica.encoder, round_, replica.topology)
+    features: Sequence[Tensor | None] = encoded or [None] * len(round_.microbatches)
+    return run_features(replica, round_.microbatches, features, head, forward_only)
 
 
 def run_features(
     replica: Replica,
     microbatches: Sequence[Microbatch],
     features: Sequence[Tensor | None],
-    head: Head,
+    head: OutputHead,
     forward_only: bool,
 ) -> list[Any]:
-    """`run_round` with features that were encoded before; None past the first pipeline stage."""
+    """Does what `run_round` does, with features that were encoded before.
+
+    Args:
+        replica: the model and its place.
+        microbatches: the round's.
+        features: by microbatch, [T, tokens per tile, feature size]; None past the first pipeline stage.
+        head: what the last pipeline stage does with each microbatch.
+        forward_only: whether to leave out the backward.
+    """
     inputs = zip(microbatches, features, strict=True)
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, head=head),
@@ -82,9 +92,9 @@ Inputs = Iterator[tuple[Microbatch, Tensor | None]]
 
 
 def _forward_step(
-    inputs: Inputs, model: nn.Module, head: Head
+    inputs: Inputs, model: nn.Module, head: OutputHead
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
-    """megatron-core's forward_step_func: one microbatch through this pipeline stage."""
+    """Runs one microbatch through this pipeline stage, as megatron-core's `forward_step_func`."""
     microbatch, features = next(inputs)
     output = model(
         microbatch.token_ids_S.to(device()),
@@ -97,8 +107,8 @@ def _forward_step(
 
     def loss_function(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
         scalar, result = head.finish(microbatch, logits)
-        # A third value tells megatron-core not to divide by the number of microbatches;
-        # it is a token count, which nobody reads: the scalar is normalised already.
+        # Returning a token count tells megatron-core not to divide by the number of microbatches.
+        # Nobody reads it, because the scalar is normalised already.
         return scalar, torch.tensor(1, dtype=torch.int), result
 
     return output, loss_function

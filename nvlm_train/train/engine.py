@@ -1,4 +1,4 @@
-"""What one stage trains with on this rank: model, encoder, optimizer, put together from the recipe."""
+"""Builds what one stage trains with on this rank: model, vision encoder and optimizer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nvlm_train.vision.encoder import VisionEncoder
 
 @dataclass
 class Engine:
-    """The moving parts of a stage. `model` is the NVLM shard inside megatron-core's DDP wrapper."""
+    """Holds what a stage trains with. `model` is this rank's NVLM shard in megatron-core's DDP wrapper."""
 
     stage: StageConfig
     topology: Topology
@@ -36,33 +36,36 @@ class Engine:
 
     @property
     def replica(self) -> Replica:
-        """What the rounds of this stage run on."""
+        """Returns what the rounds of this stage run on."""
         return Replica(self.model, self.encoder, self.topology, self.stage.sequence_length)
 
     def reload_optimizer_weights(self) -> None:
-        """Call after weights were written into the model: the optimizer keeps fp32 copies of its own."""
+        """Copies the model's weights into the optimizer, which keeps fp32 copies of its own.
+
+        Must be called after weights were written into the model.
+        """
         self.optimizer.reload_model_params()
 
     def set_learning_rate(self, rate: float) -> None:
-        """Prepares the optimizer for an update at `rate`; everything else comes from the recipe."""
+        """Prepares the optimizer for an update at `rate`; the other constants come from the recipe."""
         set_groups(self.optimizer, self.stage.optimizer, rate)
 
 
 @dataclass(frozen=True)
 class StageWork:
-    """A stage that is ready to train."""
+    """Holds a stage that is ready to train: its engine, its data and how samples are encoded."""
 
     engine: Engine
     plan: DataPlan
     encoder: SampleEncoder
     outside: dict[str, str]
-    """What checkpoints say of files that are not in them (outside.py)."""
+    """Digests of the files that matter and are in no checkpoint (checkpoint/outside.py)."""
 
 
 def build_engine(
     recipe: Recipe, stage: StageConfig, topology: Topology, kernels: Kernels
 ) -> Engine:
-    """Builds everything with uninitialised weights; the caller imports, initialises or resumes them."""
+    """Builds a stage with uninitialised weights; the caller imports, initialises or resumes them."""
     module = build_model(recipe, stage, topology, kernels)
     module.train()
     model = DistributedDataParallel(module.config, ddp_config(stage), module)
@@ -81,7 +84,7 @@ def build_engine(
 
 
 def ddp_config(stage: StageConfig) -> DistributedDataParallelConfig:
-    """Gradients are accumulated and reduced in fp32."""
+    """Returns the settings of megatron-core's DDP: gradients are accumulated and reduced in fp32."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=stage.parallel.overlap_grad_reduce,
@@ -92,7 +95,7 @@ def ddp_config(stage: StageConfig) -> DistributedDataParallelConfig:
 
 
 def optimizer_config(recipe: Recipe, stage: StageConfig) -> OptimizerConfig:
-    """megatron-core's AdamW; the learning rate is set before every step (train/schedule.py)."""
+    """Returns the settings of megatron-core's AdamW; every step sets its learning rate (schedule.py)."""
     settings = stage.optimizer
     return OptimizerConfig(
         optimizer="adam",

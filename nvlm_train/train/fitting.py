@@ -1,4 +1,4 @@
-"""At a stage's start: what `nvlm doctor` calls an error of weights or tokenizer ends the run."""
+"""Ends a run whose weights or tokenizer do not fit the recipe, by the checks of `nvlm doctor`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 def require_fitting(recipe: Recipe) -> None:
     """Checks weights and tokenizer on every rank, before any of them takes memory for a model.
 
-    Called by all ranks together: each may see other files (a node's own disk), and what one of them
-    finds ends all.
+    Called by all ranks together. Each rank may see other files, on its node's own disk; a problem on
+    one rank ends all of them.
 
     Raises:
-        ConfigError: on every rank, with all problems of all ranks, each once.
+        ConfigError: on every rank; it names the problems of all ranks, each once.
     """
     problems = list(check.all_of(recipe))
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]

@@ -1,4 +1,4 @@
-"""The train loop: the schedule's stages, and the steps of one stage."""
+"""The train loop: runs the schedule's stages, and the steps of one stage."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe) -> int:
-    """Runs the schedule from wherever the run directory stands to its end. Called by every rank.
+    """Runs the schedule to its end, from the newest checkpoint in the run directory. Called by every rank.
 
     Returns:
         0 when the schedule is finished, EXIT_REQUEUE when a signal stopped it after a save.
 
     Raises:
-        NvlmError: the user's to fix, or training that cannot go on.
+        NvlmError: something that the user has to fix, or that keeps training from going on.
     """
     record_collectives()
     with process_group():
@@ -54,7 +54,7 @@ def run_schedule(recipe: Recipe) -> int:
     run_id = run.state.wandb_run_id if run.state else None
     saver = Saver(Path(recipe.run_dir), recipe.checkpoint)
     with Tracker(recipe, run_id, steps_done) as tracker, Health(recipe) as health:
-        # After a stage, or when one went back: the run directory says where to go on.
+        # After each stage, and after a rollback inside one, the run directory says where to go on.
         while position := next(stages_to_run(recipe, run.position), None):
             tracker.rewind(global_step(recipe, position))
             with memory.explained(recipe, position.stage):
@@ -78,7 +78,20 @@ def run_stage(
     stop_requested: Callable[[], bool],
     health: Health,
 ) -> bool:
-    """Trains one stage from `position`. Returns whether a signal stopped it before its end."""
+    """Trains one stage from `position`, until it ends, is stopped or is rolled back.
+
+    Args:
+        recipe: the whole recipe.
+        position: where the stage starts.
+        run: the checkpoint that the stage starts from, if there is one.
+        tracker: receives a record of every step.
+        saver: saves checkpoints.
+        stop_requested: returns whether some rank got a signal; called by all ranks together.
+        health: watches the steps, and says when to go back to the last checkpoint.
+
+    Returns:
+        Whether a signal stopped the run before its end.
+    """
     stage, left_out = recipe.stages[position.stage], health.start_stage(position)
     work = start.start_stage(recipe, position, run)
     engine, plan = work.engine, work.plan

@@ -1,7 +1,8 @@
-"""megatron-core's optimizer step in two halves, so that all ranks can agree in between.
+"""Splits megatron-core's optimizer step in two, so that all ranks can agree between the halves.
 
-`MegatronOptimizer.step` takes the norm, clips and updates in one call, and knows of its own process
-group only. These are the same calls in the same order (optimizer/optimizer.py, ChainedOptimizer.step).
+`MegatronOptimizer.step` takes the norm, clips and updates in one call, and reduces over its own
+process group only. The functions here make the same calls in the same order
+(megatron/core/optimizer/optimizer.py, `ChainedOptimizer.step`).
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from nvlm_train.config.schema import OptimizerConfig
 
 
 def set_groups(optimizer: MegatronOptimizer, settings: OptimizerConfig, rate: float) -> None:
-    """Gives every parameter group what the next update reads: rate, weight decay, Adam's constants.
+    """Sets what the next update reads in every parameter group: rate, weight decay, Adam's constants.
 
     megatron-core puts norms, biases and gates (parameters of one dimension) into a group whose
-    `wd_mult` is 0, and leaves it to its own scheduler to multiply it in
-    (optimizer_param_scheduler.py, `step`); `lr_mult` it applies nowhere. A loaded checkpoint brings
-    the groups of the run that wrote it, so the recipe's constants are set again as well.
+    `wd_mult` is 0. Only its own scheduler multiplies by it (optimizer_param_scheduler.py, `step`), and
+    `lr_mult` is applied nowhere. A loaded checkpoint brings the groups of the run that wrote it, so
+    the recipe's constants are set again as well.
 
     Args:
-        optimizer: of this rank; one without parameters has no groups.
+        optimizer: this rank's; it has no groups when the rank trains no parameter.
         settings: the stage's optimizer.
         rate: the step's learning rate.
     """
@@ -35,10 +36,11 @@ def set_groups(optimizer: MegatronOptimizer, settings: OptimizerConfig, rate: fl
 
 
 def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Loads what another kernel library's Adam may have saved.
+    """Loads an optimizer's state, which another kernel library's Adam may have saved.
 
-    A loaded group takes the place of the built one, and each library keeps fields of its own there
-    (Transformer Engine's and apex's Adam read `bias_correction`): those that it lacks stay as built.
+    A loaded group replaces the one that was built, and each library keeps fields of its own there
+    (Transformer Engine's and apex's Adam read `bias_correction`). Fields that the loaded group lacks
+    keep the values that were built.
     """
     built = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -48,9 +50,9 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
 
 
 def make_moments(optimizer: MegatronOptimizer) -> None:
-    """Gives parameters that were never updated moments of zero, which megatron-core expects in a save.
+    """Gives parameters that were never updated moments of zero: megatron-core expects them in a save.
 
-    Such a save comes when no step since the stage's start was finite.
+    Such a save happens when no step since the stage's start was finite.
     """
     for each in parts(optimizer):
         if not each.is_stub_optimizer:
@@ -58,14 +60,14 @@ def make_moments(optimizer: MegatronOptimizer) -> None:
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Makes reduced gradients ready for the update. Returns their norm, of all parameters of the model."""
+    """Prepares reduced gradients for the update. Returns their norm over all parameters of the model."""
     overflowed = optimizer.prepare_grads()
     assert not overflowed, "there is no loss scale in fp32 and bf16"
     return float(optimizer.get_grad_norm() or 0.0)
 
 
 def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clips by the norm that was taken, and changes weights, moments and step counts."""
+    """Clips the gradients by `grad_norm`, and changes weights, moments and step counts."""
     for each in parts(optimizer):
         parameters = [] if each.is_stub_optimizer else each.get_parameters()
         if parameters and each.config.clip_grad > 0.0:
@@ -79,7 +81,7 @@ def update(optimizer: MegatronOptimizer, grad_norm: float) -> None:
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers of a chain, or the one that there is."""
+    """Returns the optimizers of a chain, or the optimizer itself when it is no chain."""
     if isinstance(optimizer, ChainedOptimizer):
         return list(optimizer.chained_optimizers)
     return [optimizer]

@@ -1,8 +1,8 @@
-"""One run directory, one writer: rank 0 holds a kernel lock on a file that says who holds it.
+"""Keeps a run directory to one writer: rank 0 holds a kernel lock on a file that names the holder.
 
-The kernel lets go of the lock when the owner and what it forked have died, however they die. What a
-kernel cannot know, because the owner ran on another host and not every network file system carries
-locks, is asked of SLURM.
+The kernel releases the lock when the owner and the processes that it forked have died, however they
+die. When the owner ran on another host, the kernel may not know whether it lives, because not every
+network file system carries locks: SLURM is asked then.
 """
 
 from __future__ import annotations
@@ -22,22 +22,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
-import torch.distributed as dist
 
 from nvlm_train.errors import RunLockedError
 
+logger = logging.getLogger(__name__)
+
 FILE_NAME = "owner.json"
-"""In the run directory; its writer holds a kernel lock on it (run_lock.py)."""
+"""Lies in the run directory; the writer of the directory holds a kernel lock on it."""
+
+PATIENCE_S = 10.0
+"""How long an owner may take to die before the directory is refused."""
+REQUEUE_PATIENCE_S = 120.0
+"""The same for an earlier life of this SLURM job; an NFS server frees a lost host's locks after 90 s."""
 
 _ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL"),
     *("OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"),
 }
+"""States of a SLURM job that no longer runs."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that writes to a run directory."""
+    """Identifies the process that writes to a run directory."""
 
     host: str
     boot: str
@@ -52,7 +59,7 @@ class Owner:
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> Owner:
-        """This process."""
+        """Returns this process."""
         return cls(
             host=socket.gethostname(),
             boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
@@ -70,13 +77,17 @@ class Owner:
         return f"process {self.pid} on {self.host}{job}{restart}, started {since}"
 
     def is_earlier_life_of(self, other: Owner) -> bool:
-        """Whether SLURM ended this life of a job before it started the other's."""
+        """Returns whether SLURM ended this owner and then requeued its job as `other`."""
         same_job = (self.slurm_job, self.slurm_cluster) == (other.slurm_job, other.slurm_cluster)
         return bool(self.slurm_job) and same_job and self.slurm_restart < other.slurm_restart
 
 
 def read_owner(path: Path) -> Owner | None:
-    """None where the last owner released the directory, or was just about to write its name."""
+    """Reads who owns a run directory.
+
+    Returns:
+        None when the last owner released the directory, or has not written its name yet.
+    """
     try:
         return Owner(**json.loads(path.read_text()))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -84,18 +95,21 @@ def read_owner(path: Path) -> Owner | None:
 
 
 def why_alive(owner: Owner, me: Owner, is_locked: bool) -> str | None:
-    """Why an owner that never released the directory may still write to it; none when it is dead.
+    """Says why an owner that never released the directory may still write to it.
 
     Args:
-        owner: whom the directory names.
-        me: who wants it.
+        owner: the process that the directory names.
+        me: the process that wants the directory.
         is_locked: whether the kernel gave `me` the lock; False on a file system without locks.
+
+    Returns:
+        The reason, or None when the owner is dead.
     """
     if owner.host == me.host and owner.boot != me.boot:
-        return None  # the host has started anew since
+        return None  # the host has restarted since
     if owner.boot == me.boot:
         if is_locked:
-            return None  # one kernel: it gave us the lock, so the owner has none
+            return None  # the same kernel gave us the lock, so the owner has none
         return "its process is alive" if _lives(owner) else None
     if owner.is_earlier_life_of(me):
         return None
@@ -112,7 +126,7 @@ def _lives(owner: Owner) -> bool:
 
 
 def slurm_says_alive(job: str) -> str | None:
-    """Why a job may still run, or none; squeue forgets jobs some minutes after their end."""
+    """Says why a SLURM job may still run, or None. squeue forgets jobs some minutes after their end."""
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -126,16 +140,13 @@ def slurm_says_alive(job: str) -> str | None:
     return f"SLURM does not answer ({answer.stderr.strip()})"
 
 
-logger = logging.getLogger(__name__)
-
-PATIENCE_S = 10.0
-"""How long an owner may still be busy with dying."""
-REQUEUE_PATIENCE_S = 120.0
-"""The same for an earlier life of this SLURM job; an NFS server frees a lost host's locks after 90 s."""
-
-
 class RunLock:
-    """Held from `take` to `release`, or to the death of the process.
+    """Holds a run directory from its construction to `release`, or until the process dies.
+
+    Args:
+        run_dir: is made when it is not there.
+        me: this process.
+        patience_s: seconds to wait for another holder; None for the module's constants.
 
     Raises:
         RunLockedError: another process writes to the directory, or nobody can tell.
@@ -156,7 +167,7 @@ class RunLock:
         self._write(json.dumps(dataclasses.asdict(me), indent=1) + "\n")
 
     def release(self) -> None:
-        """Says that nobody writes here any more. The file stays: removing it would race."""
+        """Marks the directory as free. The file stays, because removing it would be a race."""
         self._write("")
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         os.close(self._descriptor)
@@ -169,11 +180,14 @@ class RunLock:
 
 @contextlib.contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Rank 0 holds the directory; where it cannot, every rank raises. Called by every rank.
+    """Holds the run directory on rank 0 while the block runs. Called by every rank.
 
     Raises:
-        RunLockedError: names the owner and the remedy.
+        RunLockedError: on every rank, when rank 0 cannot hold it; names the owner and the remedy.
     """
+    # Imported here, because `nvlm doctor` reads the owner's file before torch is imported.
+    import torch.distributed as dist
+
     lock: RunLock | None = None
     refused: list[str | None] = [None]
     if dist.get_rank() == 0:
@@ -194,7 +208,11 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def _wait_for_kernel(path: Path, me: Owner, patience_s: float | None) -> tuple[int, bool]:
-    """An open file with the kernel's lock; False where the file system has no locks."""
+    """Opens the owner's file and waits for its lock.
+
+    Returns:
+        The open file, and whether it is locked: False when the file system has no locks.
+    """
     start, announced = time.monotonic(), False
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -1,4 +1,4 @@
-"""Pure functions of the step: the learning rate, and where in the schedule of stages a run stands."""
+"""Pure functions of the step: the learning rate, and the run's place in the schedule of stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from nvlm_train.config.schema import OptimizerConfig, Recipe
 
 
 def learning_rate(settings: OptimizerConfig, step: int, num_steps: int) -> float:
-    """Linear warm-up, then a cosine from `lr` to `min_lr` over the stage (NVLM 1.0, Tables 10 and 11).
+    """Returns the learning rate of a step: a linear warm-up, then a cosine from `lr` to `min_lr`.
+
+    The schedule is that of the paper (NVLM 1.0, Tables 10 and 11).
 
     Args:
         settings: the stage's optimizer.
@@ -26,20 +28,25 @@ def learning_rate(settings: OptimizerConfig, step: int, num_steps: int) -> float
 
 @dataclass(frozen=True)
 class Position:
-    """Steps done in a stage. One integer is all the state that the data has."""
+    """Counts the steps done in a stage. This integer is the whole state of the data."""
 
     stage: str
     step: int
 
 
 def global_step(recipe: Recipe, position: Position) -> int:
-    """Steps done since the start of the schedule."""
+    """Returns the steps done since the start of the schedule."""
     earlier = recipe.schedule[: recipe.schedule.index(position.stage)]
     return sum(recipe.stages[name].steps for name in earlier) + position.step
 
 
 def stages_to_run(recipe: Recipe, done: Position | None) -> Iterator[Position]:
-    """Where each unfinished stage starts: the interrupted one at its step, later ones at 0."""
+    """Yields where each unfinished stage starts: the interrupted one at its step, later ones at 0.
+
+    Args:
+        recipe: its schedule and the steps of its stages matter.
+        done: where the newest checkpoint stands; None when there is none.
+    """
     reached = done is None
     for name in recipe.schedule:
         if done is not None and name == done.stage:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: finish the step, save, leave with a code that says "start me again"."""
+"""Handles SIGTERM and SIGUSR1: finish the step, save, exit with a code that means "start me again"."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class StopRequest:
         self._received = number
 
     def agreed(self) -> bool:
-        """Whether some rank got a signal. Called by every rank after every step: one small all-reduce."""
+        """Returns whether some rank got a signal, by one small all-reduce.
+
+        Called by every rank after every step.
+        """
         flag = torch.tensor(self._received, dtype=torch.int32, device=device())
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)

@@ -1,4 +1,4 @@
-"""Before the first step: where the run stands, and a stage's data, model and weights."""
+"""Prepares a run and its stages: finds where the run stands, builds data and model, gives weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nvlm_train.errors import CheckpointError, NvlmError
 from nvlm_train.model import global_weights
 from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel import kernels
-from nvlm_train.parallel.topology import Topology, build_topology, device
+from nvlm_train.parallel.topology import build_topology, device
 from nvlm_train.pipeline.round import Replica
 from nvlm_train.train.checkpoint import directory, sharded_state
 from nvlm_train.train.checkpoint.finite import ENCODER, not_finite, summary
@@ -37,7 +37,7 @@ from nvlm_train.train.checkpoint.run_state import (
     read_state,
 )
 from nvlm_train.train.checkpoint.verify import newest_undamaged
-from nvlm_train.train.engine import StageWork, build_engine
+from nvlm_train.train.engine import Engine, StageWork, build_engine
 from nvlm_train.train.fitting import require_fitting
 from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.schedule import Position, stages_to_run
@@ -47,14 +47,14 @@ logger = logging.getLogger(__name__)
 
 
 def open_run(recipe: Recipe) -> Run:
-    """Finds where to go on, for training: damaged checkpoints are set aside. Called by all ranks.
+    """Finds the checkpoint to go on from, and sets damaged ones aside. Called by all ranks.
 
     Raises:
         CheckpointError: every checkpoint is damaged, or was made by a recipe that this one does not continue.
     """
     run, damaged = _find_run(recipe, TO_TRAIN)
-    for each in damaged:
-        aside = on_rank_0(partial(directory.set_aside, each))
+    for checkpoint in damaged:
+        aside = on_rank_0(partial(directory.set_aside, checkpoint))
         logger.warning("set aside as %s; remove it when you have looked at it", aside)
     if run.state is not None and run.state.format == 1 and dist.get_rank() == 0:
         logger.warning(
@@ -66,6 +66,7 @@ def open_run(recipe: Recipe) -> Run:
 
 
 def _find_run(recipe: Recipe, rules: Sequence[Rule]) -> tuple[Run, tuple[Path, ...]]:
+    """Returns where the run stands, and the damaged checkpoints that are newer."""
     found = newest_undamaged(Path(recipe.run_dir))
     if found.checkpoint is None:
         return Run(None, None), found.damaged
@@ -89,45 +90,13 @@ def start_stage(recipe: Recipe, position: Position, run: Run) -> StageWork:
         check_outside(run.state.outside, outside, recipe, run.checkpoint)
     plan, encoder = _build_data_rank_0_first(recipe, position)
     engine = build_engine(recipe, stage, topology, kernels.detect())
-    if run.checkpoint is None or run.state is None:
-        initial_weights(recipe, engine.model.module)
-        engine.reload_optimizer_weights()
-    elif run.state.stage == position.stage:
-        plan.check_digests(run.state.shard_digests)
-        layout = layout_of(topology)
-        goes_on = run.state.has_generators_for(layout, device().type)
-        sharded_state.load(engine, run.checkpoint, goes_on)
-        is_other = run.state.layout != layout
-        logger.info("resumed %s%s", run.checkpoint, " in another layout" if is_other else "")
-    else:
-        sharded_state.load_weights(engine.model.module, run.checkpoint)
-        engine.reload_optimizer_weights()
-        logger.info("stage %s starts from the weights of %s", position.stage, run.checkpoint)
-    if run.state is not None:
-        global_weights.check_fingerprint(engine.model.module, run.state.weights_fingerprint)
-    if broken := not_finite(engine):
-        raise CheckpointError(
-            f"stage {position.stage} cannot start at step {position.step}: {summary(broken)}; "
-            f"{_remedy(recipe, run, broken)}"
-        )
+    _set_weights(recipe, position, run, engine, plan)
+    _check_weights(recipe, position, run, engine)
     return StageWork(engine, plan, encoder, outside)
 
 
-def _remedy(recipe: Recipe, run: Run, broken: Sequence[str]) -> str:
-    """Where weights or moments that are not finite came from, and what to do about it."""
-    if any(name.startswith(ENCODER) for name in broken):
-        return f"they lie in model.vision.weights={recipe.model.vision.weights}: fetch them again"
-    if run.checkpoint is not None:
-        return f"remove {run.checkpoint}, and the same command goes on from the one before"
-    if recipe.model.language.weights is not None:
-        return (
-            f"they lie in model.language.weights={recipe.model.language.weights}: fetch them again"
-        )
-    return "model.language.init_std or the seed gives such weights: change it"
-
-
 def _check_hand_over(recipe: Recipe, position: Position, run: Run) -> None:
-    """What was saved last may have been damaged or removed since: a stage never starts from less.
+    """Refuses to start a stage from less than was saved last: it may have been damaged or removed since.
 
     Raises:
         CheckpointError: the newest undamaged checkpoint does not lead to this position.
@@ -139,26 +108,11 @@ def _check_hand_over(recipe: Recipe, position: Position, run: Run) -> None:
         )
 
 
-def open_loader(
-    recipe: Recipe, position: Position, work: StageWork, left_out: Collection[int] = ()
-) -> Loader:
-    """This rank's batches from the position's step to the stage's last, without the steps left out."""
-    engine = work.engine
-    steps = range(position.step, engine.stage.steps)
-    return Loader(
-        work.plan,
-        work.encoder,
-        engine.topology.share,
-        recipe.loader,
-        engine.stage.parallel.max_tiles_in_flight,
-        [step for step in steps if step not in left_out],
-    )
-
-
 def _build_data_rank_0_first(recipe: Recipe, position: Position) -> tuple[DataPlan, SampleEncoder]:
-    """Rank 0 indexes shards that are not indexed yet; the others then read the files it wrote.
+    """Lets rank 0 index shards that have no index yet; the other ranks then read the files it wrote.
 
-    Where rank 0 fails, all ranks fail: none waits for it.
+    Raises:
+        NvlmError: on every rank, when rank 0 fails; so no rank waits for it.
     """
     stage, blends = recipe.stages[position.stage], str(data_recipes_dir())
     failed: list[str | None] = [None]
@@ -174,8 +128,31 @@ def _build_data_rank_0_first(recipe: Recipe, position: Position) -> tuple[DataPl
     return built if dist.get_rank() == 0 else build_data(stage, recipe, blends)
 
 
+def _set_weights(
+    recipe: Recipe, position: Position, run: Run, engine: Engine, plan: DataPlan
+) -> None:
+    """Initialises the weights of a new run, resumes a stage, or hands weights over to the next stage."""
+    if run.checkpoint is None or run.state is None:
+        initial_weights(recipe, engine.model.module)
+        engine.reload_optimizer_weights()
+    elif run.state.stage == position.stage:
+        plan.check_digests(run.state.shard_digests)
+        layout = engine.topology.layout
+        has_generators = run.state.has_generators_for(layout, device().type)
+        sharded_state.load(engine, run.checkpoint, has_generators)
+        is_other = run.state.layout != layout
+        logger.info("resumed %s%s", run.checkpoint, " in another layout" if is_other else "")
+    else:
+        sharded_state.load_weights(engine.model.module, run.checkpoint)
+        engine.reload_optimizer_weights()
+        logger.info("stage %s starts from the weights of %s", position.stage, run.checkpoint)
+
+
 def initial_weights(recipe: Recipe, module: MegatronModule) -> None:
-    """The language model from Hugging Face weights where the recipe names some; the rest seeded by name.
+    """Fills a model before any training.
+
+    The language model gets the Hugging Face weights that the recipe names. Every other tensor, and the
+    language model of a recipe without weights, is seeded by its name.
 
     Raises:
         CheckpointError: the weights do not fit the recipe.
@@ -191,20 +168,66 @@ def initial_weights(recipe: Recipe, module: MegatronModule) -> None:
     global_weights.fill(module, source)
 
 
-def layout_of(topology: Topology) -> tuple[int, int, int]:
-    """TP, PP, DP."""
-    return topology.tensor_size, topology.pipeline_size, topology.data_size
+def _check_weights(recipe: Recipe, position: Position, run: Run, engine: Engine) -> None:
+    """Checks that the weights are those that were saved, and that all of them are finite.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    if run.state is not None:
+        global_weights.check_fingerprint(engine.model.module, run.state.weights_fingerprint)
+    if broken := not_finite(engine):
+        raise CheckpointError(
+            f"stage {position.stage} cannot start at step {position.step}: {summary(broken)}; "
+            f"{_remedy(recipe, run, broken)}"
+        )
+
+
+def _remedy(recipe: Recipe, run: Run, broken: Sequence[str]) -> str:
+    """Says where weights or moments that are not finite came from, and what to do about it."""
+    if any(name.startswith(ENCODER) for name in broken):
+        return f"they lie in model.vision.weights={recipe.model.vision.weights}: fetch them again"
+    if run.checkpoint is not None:
+        return f"remove {run.checkpoint}, and the same command goes on from the one before"
+    if recipe.model.language.weights is not None:
+        return (
+            f"they lie in model.language.weights={recipe.model.language.weights}: fetch them again"
+        )
+    return "model.language.init_std or the seed gives such weights: change it"
+
+
+def open_loader(
+    recipe: Recipe, position: Position, work: StageWork, left_out: Collection[int] = ()
+) -> Loader:
+    """Opens this rank's batches from the position's step to the stage's last.
+
+    Args:
+        recipe: its `loader` counts.
+        position: where the stage starts.
+        work: the stage.
+        left_out: steps of the stage that are passed over, counted from 0.
+    """
+    engine = work.engine
+    steps = range(position.step, engine.stage.steps)
+    return Loader(
+        work.plan,
+        work.encoder,
+        engine.topology.share,
+        recipe.loader,
+        engine.stage.parallel.max_tiles_in_flight,
+        [step for step in steps if step not in left_out],
+    )
 
 
 def run_state(
     recipe: Recipe, work: StageWork, done: Position, wandb_run_id: str | None
 ) -> RunState:
-    """What a checkpoint made now says about itself. Called by every rank."""
+    """Returns what a checkpoint that is saved now says about itself. Called by every rank."""
     return RunState(
         stage=done.stage,
         step=done.step,
         recipe=plain_recipe(recipe),
-        layout=layout_of(work.engine.topology),
+        layout=work.engine.topology.layout,
         shard_digests=work.plan.digests,
         weights_fingerprint=global_weights.fingerprint(work.engine.model.module),
         wandb_run_id=wandb_run_id,
@@ -215,9 +238,9 @@ def run_state(
 
 
 def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
-    """The newest weights of a run in a stage's layout, for generation.
+    """Loads the newest weights of a run in a stage's layout, for generation.
 
-    There is no optimizer, no dropout and no gradient.
+    The model has no optimizer, no dropout and no gradient.
 
     Raises:
         CheckpointError: the run has no complete checkpoint, or it does not fit.
@@ -235,13 +258,14 @@ def trained_replica(recipe: Recipe, stage_name: str) -> Replica:
 
 
 def untrained_replica(recipe: Recipe, stage_name: str) -> Replica:
-    """The model before any training, in a stage's layout: what a run is compared with."""
+    """Builds the model before any training, in a stage's layout, to compare a run with."""
     replica = _empty_replica(recipe, stage_name)
     initial_weights(recipe, replica.model)
     return replica
 
 
 def _empty_replica(recipe: Recipe, stage_name: str) -> Replica:
+    """Builds a model with uninitialised weights, in evaluation mode."""
     require_fitting(recipe)
     stage = replace(recipe.stages[stage_name], trainable=())
     topology = build_topology(stage.parallel, recipe.seed)

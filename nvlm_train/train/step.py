@@ -1,7 +1,7 @@
-"""One optimizer step: drop what cannot be decoded, run the rounds, reduce, update, account.
+"""Runs one optimizer step: drop what cannot be decoded, run the rounds, reduce, update.
 
 The loss is the sum over trained tokens divided by their number in the whole step, over all
-data-parallel ranks: the same for every layout, packing and number of rounds.
+data-parallel ranks. It is therefore the same for every layout, packing and number of rounds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nvlm_train.pipeline.loss import LabelLosses, loss_head
 from nvlm_train.pipeline.round import run_round
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.optimizer import gradient_norm, update
-from nvlm_train.train.reduce_metrics import StepResult, account, count_trained_tokens
+from nvlm_train.train.reduce_metrics import StepResult, count_trained_tokens, reduce_step
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +32,16 @@ logger = logging.getLogger(__name__)
 def run_step(engine: Engine, batch: StepBatch, num_sources: int) -> StepResult:
     """Trains on one step's batch. Called by every rank; the learning rate must have been set.
 
-    A loss or gradient norm that is not finite on some rank leaves weights and optimizer as they are
-    on every rank.
+    When the loss or the gradient norm is not finite on some rank, no rank changes its weights or its
+    optimizer.
 
     Args:
         engine: this rank's model, encoder and optimizer.
         batch: this rank's view of the step.
         num_sources: sources of the stage's blend, for losses per source.
+
+    Returns:
+        What the step did, summed over the world.
     """
     topology = engine.topology
     with waiting():
@@ -47,26 +50,27 @@ def run_step(engine: Engine, batch: StepBatch, num_sources: int) -> StepResult:
     engine.model.zero_grad_buffer()
     engine.optimizer.zero_grad()
     label_losses = forward_backward(engine, batch, trained_tokens)
-    # With no token count given, nothing is rescaled: the loss was normalised before the backward.
+    # Called without a token count, it rescales nothing: the loss was normalised before the backward.
     finalize_model_grads([engine.model])
     grad_norm = gradient_norm(engine.optimizer)
-    result = account(batch, label_losses, grad_norm, skipped, num_sources, topology)
+    result = reduce_step(batch, label_losses, grad_norm, skipped, num_sources, topology)
     if result.is_finite:
         update(engine.optimizer, grad_norm)
     return result
 
 
 def forward_backward(engine: Engine, batch: StepBatch, trained_tokens: int) -> list[LabelLosses]:
-    """Runs the rounds, accumulating gradients; their data-parallel reduction starts in the last one.
+    """Runs the rounds and accumulates gradients. Their data-parallel reduction starts in the last round.
 
     Returns:
-        Losses by label of this rank's microbatches on the last pipeline stage; empty elsewhere.
+        On the last pipeline stage the losses by label of this rank's microbatches; elsewhere an empty
+        list.
     """
     head = loss_head(trained_tokens)
     losses: list[LabelLosses] = []
-    for work in batch.rounds[:-1]:
+    for round_ in batch.rounds[:-1]:
         with _without_gradient_sync(engine):
-            losses += run_round(engine.replica, work, head, forward_only=False)
+            losses += run_round(engine.replica, round_, head, forward_only=False)
     engine.model.module.config.no_sync_func = engine.model.no_sync
     return losses + run_round(engine.replica, batch.rounds[-1], head, forward_only=False)
 
@@ -83,10 +87,10 @@ def drop_failures(batch: StepBatch, topology: Topology) -> tuple[StepBatch, int]
     """Removes the labels of samples whose image some rank of the replica could not decode.
 
     Only the rank that decodes an image knows that it is broken, but the last pipeline stage holds
-    the labels: one small all-reduce a step makes all ranks of the replica agree.
+    the labels. One small all-reduce a step makes all ranks of the replica agree.
 
     Returns:
-        The batch, and how many of this replica's samples were dropped.
+        The batch without those labels, and the number of this replica's samples that lost them.
     """
     first, total = _number_samples(batch)
     flags = torch.zeros(total, dtype=torch.int32, device=device())
@@ -105,30 +109,38 @@ def drop_failures(batch: StepBatch, topology: Topology) -> tuple[StepBatch, int]
         return batch, 0
     rounds = [
         replace(
-            work,
+            round_,
             microbatches=tuple(
                 microbatch.without_labels_of({number - first[r, m] for number in failed})
-                for m, microbatch in enumerate(work.microbatches)
+                for m, microbatch in enumerate(round_.microbatches)
             ),
         )
-        for r, work in enumerate(batch.rounds)
+        for r, round_ in enumerate(batch.rounds)
     ]
     return replace(batch, rounds=tuple(rounds)), len(failed)
 
 
 def _number_samples(batch: StepBatch) -> tuple[dict[tuple[int, int], int], int]:
-    """The number of each microbatch's first sample when the replica's samples are counted through."""
+    """Numbers the replica's samples from 0, in the order of rounds and microbatches.
+
+    Returns:
+        The number of the first sample of each (round, microbatch), and the number of all samples.
+    """
     first: dict[tuple[int, int], int] = {}
     total = 0
-    for r, work in enumerate(batch.rounds):
-        for m, microbatch in enumerate(work.microbatches):
+    for r, round_ in enumerate(batch.rounds):
+        for m, microbatch in enumerate(round_.microbatches):
             first[r, m] = total
             total += len(microbatch.samples)
     return first, total
 
 
 class SkipBudget:
-    """Counts samples that were drawn and those that could not be decoded, since the process started."""
+    """Counts drawn and undecodable samples since the process started, and ends a run that has too many.
+
+    Args:
+        max_fraction: undecodable samples that are tolerated, as a share of the drawn ones.
+    """
 
     def __init__(self, max_fraction: float) -> None:
         self._max_fraction = max_fraction
@@ -137,7 +149,7 @@ class SkipBudget:
     def add(self, skipped: int, drawn: int) -> None:
         """Adds a step's counts. Both are the same on every rank, so all ranks stop together.
 
-        The allowance is rounded up: any tolerance above zero forgives one sample.
+        The number of tolerated samples is rounded up: any tolerance above zero allows one sample.
 
         Raises:
             TrainingError: more were skipped than the recipe tolerates.

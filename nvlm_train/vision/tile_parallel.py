@@ -16,18 +16,18 @@ from nvlm_train.parallel.topology import Topology
 from nvlm_train.vision.encoder import VisionEncoder
 
 
-def encode_round(encoder: VisionEncoder, work: Round, topology: Topology) -> list[Tensor] | None:
+def encode_round(encoder: VisionEncoder, round_: Round, topology: Topology) -> list[Tensor] | None:
     """Features of each microbatch of a round. Called by every rank of the replica.
 
     Returns:
         On the first pipeline stage, per microbatch [T, tokens per tile, feature size] in the
         encoder's dtype; None on the other stages.
     """
-    own = encode_tiles(encoder, work.pixels_TCEE)
-    features = _to_first_stage(own, work.tile_split, topology)
+    own = encode_tiles(encoder, round_.pixels_TCEE)
+    features = _to_first_stage(own, round_.tile_split, topology)
     if features is None:
         return None
-    return list(features.split([microbatch.num_tiles for microbatch in work.microbatches]))
+    return list(features.split([microbatch.num_tiles for microbatch in round_.microbatches]))
 
 
 def encode_tiles(encoder: VisionEncoder, tiles_TCEE: Tensor) -> Tensor:

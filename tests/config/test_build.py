@@ -1,4 +1,4 @@
-"""Mappings to dataclasses: what is accepted, and what is said about the rest."""
+"""Mappings become dataclasses: what is accepted, and what is said about the rest."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from nvlm_train.batch import Microbatch
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
-from nvlm_train.pipeline.round import Head, run_round
+from nvlm_train.pipeline.round import OutputHead, run_round
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.start import initial_weights
 from nvlm_train.train.step import run_step
@@ -40,7 +40,7 @@ def logits_of(
 ) -> list[Tensor]:
     """Logits [S, V] of text-only packs, on the ranks of the last pipeline stage."""
     engine = import_engine(parallel, weights, **fields)
-    (work,) = recipes.step_batch(layouts, engine.topology.share, 0).rounds
+    (round_,) = recipes.step_batch(layouts, engine.topology.share, 0).rounds
 
     def everywhere(microbatch: Microbatch) -> Tensor:
         return torch.arange(len(microbatch.token_ids_S))
@@ -50,7 +50,7 @@ def logits_of(
         return logits.sum(), whole.detach().clone()
 
     with torch.no_grad():
-        return run_round(engine.replica, work, Head(everywhere, finish), forward_only=True)
+        return run_round(engine.replica, round_, OutputHead(everywhere, finish), forward_only=True)
 
 
 def losses_of_steps(

@@ -1,4 +1,4 @@
-"""Smoke data of one's own for each test: these tests break it."""
+"""Gives each test smoke data of its own, because these tests break it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.train.smoke import make_smoke_data, overrides, smoke_recipe
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer and shards, to copy."""
+    """Makes a tokenizer and shards, to copy."""
     root = tmp_path_factory.mktemp("doctor")
     make_smoke_data(root)
     return root
@@ -22,7 +22,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(original: Path, tmp_path: Path) -> Path:
-    """A copy with a blend that names its shards."""
+    """Makes a copy with a blend that names its shards."""
     copy = tmp_path / "data"
     shutil.copytree(original, copy)
     blend = copy / "blend.yaml"
@@ -32,11 +32,11 @@ def root(original: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(root: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """`recipe(*overrides)` on that data."""
+    """Returns `recipe(*overrides)`, which loads the recipe on that data."""
     return lambda *more: smoke_recipe(root, tmp_path / "run", *more)
 
 
 @pytest.fixture
 def recipe_arguments(root: Path, tmp_path: Path) -> list[str]:
-    """The same recipe as `nvlm doctor` takes it."""
+    """Returns the same recipe as arguments of `nvlm doctor`."""
     return overrides(root, tmp_path / "run")

@@ -59,7 +59,7 @@ def test_a_tag_that_does_not_come_back(recipe: Make, root: Path) -> None:
 
 
 def lose(text: str) -> Callable[[dict], None]:
-    """A tokenizer that cannot give `text` back."""
+    """Returns a change of tokenizer.json after which it cannot give `text` back."""
     normalizer = {"type": "Replace", "pattern": {"String": text}, "content": "?"}
     return lambda content: content.update(normalizer=normalizer)
 

@@ -53,7 +53,7 @@ def line(output: str, check: str) -> str:
 
 @contextmanager
 def ended(*processes: subprocess.Popen[str]) -> Iterator[list[str]]:
-    """What they printed; none is left behind."""
+    """Waits for processes, and leaves none behind. Returns what they printed."""
     try:
         yield [process.communicate(timeout=120)[0] for process in processes]
     finally:

@@ -28,7 +28,7 @@ print(json.dumps(dataclasses.asdict(found)))
 
 
 def wandb_finding(arguments: list[str], home: Path, **environment: str) -> dict[str, str]:
-    """What a process finds whose home knows no login."""
+    """Returns what a process finds whose home has no login."""
     clean = {"PATH": "/usr/bin:/bin", "HOME": str(home), **environment}
     command = [sys.executable, "-c", LOOK, *arguments, "tracking.wandb=online"]
     found = subprocess.run(command, env=clean, check=True, capture_output=True, timeout=200)

@@ -31,7 +31,7 @@ ENGINE = {
 
 
 def having(found: Installed, **versions: str) -> Installed:
-    """With other versions; `_` stands for `-`."""
+    """Returns the installation with other versions; `_` stands for `-`."""
     named = {name.replace("_", "-"): number for name, number in versions.items()}
     return replace(found, versions={**found.versions, **named})
 
@@ -142,7 +142,7 @@ def test_a_cpu_does_not_use_transformer_engine() -> None:
 
 
 def test_this_python_fits() -> None:
-    """The tests would not mean what they say elsewhere."""
+    """In a Python that does not fit, the other tests would prove nothing."""
     assert [each.level for each in check_stack(stack.here())] == ["ok"]
     assert stack.main() == 0
 
@@ -158,7 +158,7 @@ def test_parts_of_megatron_core_are_those_that_are_imported() -> None:
 def test_parts_of_several_versions_are_named_though_the_import_asserts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Transformer Engine does; a package in its place asserts, since no GPU is needed for that."""
+    """Transformer Engine asserts at import. A package in its place asserts too, so no GPU is needed."""
     package = tmp_path / "transformer_engine"
     package.mkdir()
     (package / "__init__.py").write_text("")

@@ -20,7 +20,7 @@ Make = Callable[..., Recipe]
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
+    """Makes a file system of 4 MiB."""
     place = tmp_path / "tiny"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]

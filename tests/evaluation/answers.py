@@ -16,12 +16,12 @@ from nvlm_train.evaluation.generate import Prompt, generate, vocab_parallel_argm
 from nvlm_train.geometry import tokens_per_tile
 from nvlm_train.parallel.topology import build_topology
 from nvlm_train.tiling import lay_out
-from tests.convert.qwen_runs import import_engine
+from tests.convert.language_runs import import_engine
 from tests.parity.recipes import VISION
 
 
 def make_prompts(sizes: list[tuple[int, int]], pixel_seed: int = 0) -> list[Prompt]:
-    """Prompts given as (text tokens, tiles), ids and pixels made up; tiles come after the first token."""
+    """Makes prompts given as (text tokens, tiles), with made-up ids. Tiles come after the first token."""
     none = np.zeros(0, dtype=np.int64)
     prompts = []
     for number, (text, tiles) in enumerate(sizes):
@@ -49,14 +49,14 @@ def answer(
 
 
 def refusal(weights: Path, prompts: list[Prompt], max_new_tokens: int) -> str:
-    """The message for prompts without room; ranks of DP2 that hold none of them must stop, too."""
+    """Returns the message for prompts without room. Ranks of DP2 that hold none of them must stop, too."""
     with pytest.raises(PromptError) as caught:
         answer(ParallelConfig(), weights, prompts, max_new_tokens, end_id=0)
     return str(caught.value)
 
 
 def argmax_of_slices(logits_LV: Tensor) -> Tensor:
-    """vocab_parallel_argmax of the world's slices of whole logits."""
+    """Returns `vocab_parallel_argmax` of the world's slices of whole logits."""
     topology = build_topology(ParallelConfig(tensor=2), seed=1)
     own = logits_LV.chunk(2, dim=-1)[topology.tensor_rank]
     return vocab_parallel_argmax(own, topology)

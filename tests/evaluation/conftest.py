@@ -1,4 +1,4 @@
-"""The small Qwen2 of the conversion tests answers here, too."""
+"""The small Qwen2 of the conversion tests, which answers here, too."""
 
 from tests.convert.conftest import qwen2, qwen2_dir
 

@@ -70,7 +70,7 @@ def test_answers_depend_on_the_pixels(
 def test_an_end_token_ends_one_answer_only(
     workers: WorkerPool, qwen2_dir: Path, single: list[list[int]]
 ) -> None:
-    """Each answer stops where the end token was; fewer prompts than data-parallel ranks are fine."""
+    """Each answer stops where its end token was. Fewer prompts than data-parallel ranks are fine."""
     end = single[0][2]
     prompts = answers.make_prompts(SIZES)
     found = workers.run(1, answers.answer, ParallelConfig(), qwen2_dir, prompts, NEW_TOKENS, end)[0]

@@ -29,7 +29,7 @@ def test_there_are_scripts() -> None:
 
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
-    """Stand-ins for the programs that a script starts: each prints its command line."""
+    """Makes stand-ins for the programs that a script starts. Each prints its command line."""
     directory = tmp_path / "bin"
     directory.mkdir()
     for name in ("torchrun", "sbatch"):

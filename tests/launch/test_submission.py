@@ -17,7 +17,7 @@ Make = Callable[..., Submission]
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """A submission of the smoke recipe on two nodes of four, on a machine without sbatch."""
+    """Returns a submission of the smoke recipe on two nodes of four, on a machine without sbatch."""
     monkeypatch.setenv("PATH", "/bin")
     monkeypatch.setattr("shutil.which", lambda name: None)
 

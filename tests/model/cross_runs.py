@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from nvlm_train.batch import Microbatch
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.data.samples.encoder import SampleEncoder
-from nvlm_train.pipeline.round import Head, run_features
+from nvlm_train.pipeline.round import OutputHead, run_features
 from nvlm_train.train.engine import Engine
 from nvlm_train.vision.tile_parallel import encode_tiles
 from tests.model import dense
@@ -149,7 +149,7 @@ def gates_at_zero(name: str, parallel: ParallelConfig) -> bool | None:
 def logits(engine: Engine, microbatches: list[Microbatch], features: list[Tensor]) -> list[Tensor]:
     """Every position's logits of each pack, on the last pipeline stage."""
     engine.model.module.eval()
-    head = Head(
+    head = OutputHead(
         positions=lambda microbatch: torch.arange(len(microbatch.token_ids_S)),
         finish=lambda microbatch, logits: (logits.sum(), logits.detach().clone()),
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.model.last_layer import Pack, SdpaOfWanted
 from nvlm_train.model.layers import SdpaAttention
-from nvlm_train.pipeline.round import Head, run_features
+from nvlm_train.pipeline.round import OutputHead, run_features
 from nvlm_train.vision.tile_parallel import encode_tiles
 from tests.parity import cross_gradients, cross_recipes
 
@@ -62,7 +62,7 @@ def rows_of_layers(name: str, parallel: ParallelConfig) -> dict[int, tuple[int, 
         features = features[microbatch.context.decoder_tiles]
         microbatch = replace(microbatch, context=None)
     known = features if engine.topology.is_first_pp_stage else None
-    head = Head(
+    head = OutputHead(
         positions=lambda microbatch: torch.tensor(WANTED),
         finish=lambda microbatch, logits: (logits.sum(), len(logits)),
     )

@@ -11,14 +11,14 @@ import pytest
 
 @pytest.fixture(scope="package")
 def fresh() -> Iterator[ProcessPoolExecutor]:
-    """One new process; nothing of nvlm_train has been installed there."""
+    """Starts a new process, in which nothing of nvlm_train has been installed."""
     with _process() as executor:
         yield executor
 
 
 @pytest.fixture
 def new() -> Iterator[ProcessPoolExecutor]:
-    """Another, which has not imported megatron-core either."""
+    """Starts another process, which has not imported megatron-core either."""
     with _process() as executor:
         yield executor
 

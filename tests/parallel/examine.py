@@ -17,11 +17,11 @@ OPTIMIZER_MODULES = ("megatron.core.optimizer", "megatron.core.optimizer.distrib
 
 
 def before_and_after_install() -> dict[str, Any]:
-    """Everything test_cpu.py judges, in the order in which it must be looked at."""
+    """Returns everything that test_cpu.py judges, in the order in which it must be examined."""
     symbols = cpu.patched_symbols()
     report: dict[str, Any] = {
-        "symbols": [f"{owner.__name__}.{name}" for owner, name, _ in symbols],
-        "missing": [name for owner, name, _ in symbols if not hasattr(owner, name)],
+        "symbols": [f"{each.owner.__name__}.{each.name}" for each in symbols],
+        "missing": [each.name for each in symbols if not hasattr(each.owner, each.name)],
         "literals": {key: _literals(*key) for key in _table()},
         "unpatched": _snapshot(),
     }
@@ -33,7 +33,7 @@ def before_and_after_install() -> dict[str, Any]:
     original = function.__code__
     report["errors"].append(_error_of({"utils": (("local_multi_tensor_l2_norm", 2),)}))
     function.__code__ = original
-    gone = [(torch.cuda, "no_such_symbol", lambda: None)]
+    gone = [cpu.Patch(torch.cuda, "no_such_symbol", lambda: None)]
     with mock.patch.object(cpu, "_torch_symbols", lambda: gone):
         report["errors"].append(_error_of({}))
     cpu.install()
@@ -46,14 +46,14 @@ def before_and_after_install() -> dict[str, Any]:
 
 
 def compiler_after_training_is_imported() -> list[str]:
-    """The modules of torch's compiler that are then there."""
+    """Returns the modules of torch's compiler that are loaded after training was imported."""
     cpu.install()
     importlib.import_module("nvlm_train.train.loop")
     return [name for name in ("torch._dynamo", "torch._inductor.compile_fx") if name in sys.modules]
 
 
 def is_compiled_when_installed_late() -> bool:
-    """Whether a fusion of megatron-core, imported before `install`, is handed to the compiler."""
+    """Returns whether a fusion of megatron-core that was imported before `install` is compiled."""
     fusion = importlib.import_module("megatron.core.fusions.fused_bias_gelu").bias_gelu
     compiler = importlib.import_module("torch._dynamo.utils").counters
     cpu.install()
@@ -62,7 +62,7 @@ def is_compiled_when_installed_late() -> bool:
 
 
 def what_install_adam_changes() -> set[str]:
-    """Names in the optimizer modules that are other objects afterwards."""
+    """Returns the names in the optimizer modules that are other objects afterwards."""
     modules = [importlib.import_module(name) for name in OPTIMIZER_MODULES]
     before = [dict(vars(module)) for module in modules]
     kernels.install_adam()
@@ -85,8 +85,10 @@ def _literals(module: str, name: str) -> list[str]:
 
 
 def _snapshot() -> list[int]:
-    """Identities of all that may be replaced."""
-    symbols: list[Callable | CodeType] = [getattr(o, name) for o, name, _ in cpu.patched_symbols()]
+    """Returns the identities of everything that may be replaced."""
+    symbols: list[Callable | CodeType] = [
+        getattr(each.owner, each.name) for each in cpu.patched_symbols()
+    ]
     _KEPT.extend(symbols)
     codes = [cpu._find(*key).__code__ for key in _table()]
     _KEPT.extend(codes)

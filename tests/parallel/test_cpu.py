@@ -73,6 +73,6 @@ def test_another_megatron_core_is_an_error(report: dict[str, Any]) -> None:
 
 
 def test_nothing_is_compiled(fresh: ProcessPoolExecutor, new: ProcessPoolExecutor) -> None:
-    """Installed first, nobody imports torch's compiler; installed late, nothing is handed to it."""
+    """When it is installed first, nobody imports torch's compiler; when late, nothing is compiled."""
     assert new.submit(examine.compiler_after_training_is_imported).result(timeout=120) == []
     assert not fresh.submit(examine.is_compiled_when_installed_late).result(timeout=120)

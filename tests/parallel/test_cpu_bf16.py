@@ -35,7 +35,7 @@ COMPUTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def rounding_of_products() -> dict[str, list[float]]:
-    """Distance of bf16 results, and of both gradients, from those of fp64, relative to their norms."""
+    """Returns the distance of bf16 results and both gradients from those of fp64, relative to their norms."""
     torch.manual_seed(0)
     factors = [torch.randn(16, 48), torch.randn(48, 48)]
     found: dict[str, list[float]] = {}
@@ -56,7 +56,7 @@ def rounding_of_products() -> dict[str, list[float]]:
 
 
 def products_of_a_step() -> set[str]:
-    """Which of `PRODUCTS` a step of H and of Flamingo calls with bf16."""
+    """Returns which of `PRODUCTS` a step of H and of Flamingo calls with bf16."""
     from nvlm_train.train.step import run_step
     from tests.parity import cross_gradients, cross_recipes
 
@@ -77,7 +77,7 @@ def products_of_a_step() -> set[str]:
 
 
 def test_products_are_rounded_once(workers: WorkerPool) -> None:
-    """One rounding to 8 bits is off by 2^-9 at most; gradients see those of the result again."""
+    """One rounding to 8 bits is off by at most 2^-9. Gradients get the error of the result once more."""
     for name, distances in workers.run(1, rounding_of_products)[0].items():
         assert len(distances) == (1 if name == "convolution" else 3)
         assert 0 < distances[0] < 2**-9 and all(0 < each < 2**-7 for each in distances), name
@@ -91,7 +91,7 @@ def test_a_step_calls_no_other_product(workers: WorkerPool) -> None:
 
 
 def bf16_against_fp32() -> float:
-    """Ratio of seconds of one product of the kind that backward makes, each the best of five."""
+    """Returns the ratio of seconds of one product of the backward's kind, each the best of five."""
     best = []
     for dtype in (torch.bfloat16, torch.float32):
         grad, weight = torch.ones(256, 512).to(dtype), torch.ones(512, 256).to(dtype)
@@ -100,5 +100,5 @@ def bf16_against_fp32() -> float:
 
 
 def test_a_product_does_not_take_fifty_times_as_long(workers: WorkerPool) -> None:
-    """With torch's loop of scalars the ratio was 55, with ours 1.1."""
+    """With torch's loop of scalars the ratio was 55, with ours it is 1.1."""
     assert workers.run(1, bf16_against_fp32)[0] < 15

@@ -53,7 +53,7 @@ def test_rms_norm_passes_gradcheck() -> None:
 
 
 def test_rotary_turns_pairs() -> None:
-    """Against complex numbers, and backwards."""
+    """The rotation equals one of complex numbers, and the backward turns back."""
     x = torch.randn(5, 1, 3, 8, dtype=torch.float64, requires_grad=True)
     angles = torch.randn(5, 1, 1, 4, dtype=torch.float64)
     turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)

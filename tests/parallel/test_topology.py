@@ -29,7 +29,7 @@ PP2 = ParallelConfig(pipeline=2)
 
 
 def _places(layouts: list[ParallelConfig]) -> list[dict]:
-    """On the workers: this rank's place in each layout, and the ranks it shares groups with."""
+    """Returns on the workers this rank's place in each layout, and the ranks it shares groups with."""
     import torch.distributed as dist
 
     places = []
@@ -72,7 +72,7 @@ def test_data_parallel_ranks_lie_inside_pipeline_stages(workers: WorkerPool) -> 
 
 
 def test_a_stage_may_have_another_layout(workers: WorkerPool) -> None:
-    """Sizes and groups of the last layout, with nothing left of the ones before."""
+    """Sizes and groups are those of the last layout, and nothing is left of the ones before."""
     for earlier, again, alone in zip(
         workers.run(4, _places, [TP2_PP2, PP2, TP2_PP2]),
         workers.run(4, _places, [PP2, TP2_PP2]),
@@ -84,7 +84,7 @@ def test_a_stage_may_have_another_layout(workers: WorkerPool) -> None:
 
 
 def _threads(times: int) -> list[int]:
-    """Of this process, after each time that a topology was built."""
+    """Returns the threads of this process after each time that a topology was built."""
     counts = []
     for _ in range(times):
         build_topology(TP2_PP2, seed=1)
@@ -93,7 +93,7 @@ def _threads(times: int) -> list[int]:
 
 
 def test_groups_of_an_earlier_stage_are_ended(workers: WorkerPool) -> None:
-    """Each has threads: a stage more must not mean dozens of them more."""
+    """Each group has threads: one more stage must not leave dozens of them."""
     for counts in workers.run(4, _threads, 4):
         assert max(counts) - counts[0] < 10, counts
 
@@ -111,12 +111,12 @@ def _rotary_lives_on() -> bool:
 
 
 def test_megatrons_cache_of_angles_keeps_no_embedding(workers: WorkerPool) -> None:
-    """Nor the process group that it holds, whose threads wake a hundred times a second."""
+    """It does not keep the process group either, whose threads wake a hundred times a second."""
     assert workers.run(1, _rotary_lives_on) == [False]
 
 
 def _draws(parallel: ParallelConfig) -> tuple[list[float], list[float]]:
-    """On the workers: numbers of the default generator, and of the tracker's."""
+    """Returns on the workers numbers of the default generator, and of the tracker's."""
     import torch
     from megatron.core import tensor_parallel
 
@@ -143,7 +143,7 @@ def _draws(parallel: ParallelConfig) -> tuple[list[float], list[float]]:
 def test_generators_of_dropout(
     workers: WorkerPool, parallel: ParallelConfig, places: list[int]
 ) -> None:
-    """Tensor-parallel ranks share the default one, no others do; the tracker's is each rank's own."""
+    """Only tensor-parallel ranks share the default one; the tracker's is each rank's own."""
     default, tracked = zip(*workers.run(4, _draws, parallel), strict=True)
     for one in range(4):
         for other in range(one):
@@ -196,7 +196,7 @@ assert not dist.is_initialized()
 
 
 def test_a_world_that_was_joined_is_left(tmp_path: Path) -> None:
-    """In a process of its own: the pool's workers are in a world already."""
+    """It runs in a process of its own, because the pool's workers are in a world already."""
     environment = {**os.environ, "MASTER_PORT": str(free_port())}
     done = subprocess.run(
         [sys.executable, "-c", LEAVE], env=environment, capture_output=True, text=True, check=False

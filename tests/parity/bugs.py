@@ -21,7 +21,7 @@ BUGS = {
 
 
 def gradients_with_bug(bug: str, parallel: ParallelConfig, steps: list) -> tuple:
-    """`gradients_of_step` while the named bug is in place."""
+    """Returns `gradients_of_step` while the named bug is in place."""
     from tests.parity import gradients
 
     with _PATCHES[bug]():
@@ -82,14 +82,14 @@ def _own_tokens():
     from tests.parity import gradients
 
     def broken(batch, topology) -> int:
-        own = sum(len(m.label_ids_L) for work in batch.rounds for m in work.microbatches)
+        own = sum(len(m.label_ids_L) for round_ in batch.rounds for m in round_.microbatches)
         return own * topology.data_size
 
     return mock.patch.object(gradients, "count_trained_tokens", broken)
 
 
 def _stretched_positions():
-    from nvlm_train.model.language import RotaryEmbedding
+    from nvlm_train.model.rope import RotaryEmbedding
 
     original = RotaryEmbedding.forward
 

@@ -11,7 +11,7 @@ from tests.workers import WorkerPool
 
 @pytest.fixture(scope="session")
 def reference(workers: WorkerPool) -> tuple:
-    """Losses and gradients of D in fp32: one process, one round."""
+    """Returns losses and gradients of D in fp32, from one process in one round."""
     from tests.parity import gradients
 
     return workers.run(1, gradients.gradients_of_step, ParallelConfig(), STEPS)[0]

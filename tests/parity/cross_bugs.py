@@ -22,7 +22,7 @@ BUGS = {
 
 
 def gradients_with_bug(bug: str, name: str, parallel: ParallelConfig) -> tuple:
-    """`gradients_of_steps` while the named bug is in place."""
+    """Returns `gradients_of_steps` while the named bug is in place."""
     from tests.parity import cross_gradients
 
     with _PATCHES[bug]():

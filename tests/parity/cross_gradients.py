@@ -18,7 +18,7 @@ def start_engine(
     trainable: tuple[str, ...] = ALL_PARTS,
     **changes: object,
 ) -> Engine:
-    """One of `cross_recipes.MODELS` with weights that depend on names only, gates open."""
+    """Builds one of `cross_recipes.ALL` with weights that depend on names only, gates open."""
     model = cross_recipes.ALL[name]
     if model.cross_attention is None:
         trainable = tuple(part for part in trainable if part != "cross_attention")
@@ -34,7 +34,7 @@ def start_engine(
 def gradients_of_steps(
     name: str, parallel: ParallelConfig, rounds: int = 1, **changes: object
 ) -> tuple[list[float], gradients.Gradients]:
-    """Losses and canonical gradients of a mixed step and an all-text one; gradients on rank 0 only."""
+    """Returns losses of a mixed step and an all-text one, and on rank 0 their canonical gradients."""
     engine = start_engine(name, parallel, **changes)
     losses, found = [], []
     for number, packs in enumerate((cross_recipes.MIXED, cross_recipes.TEXT_ONLY)):
@@ -48,7 +48,7 @@ def gradients_of_steps(
 def losses_of_training(
     name: str, parallel: ParallelConfig, steps: int
 ) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of real training steps."""
+    """Returns losses and gradient norms of real training steps."""
     engine = start_engine(name, parallel)
     losses, norms = [], []
     for number in range(steps):

@@ -76,7 +76,7 @@ TEXT_ONLY: list[list[Sample]] = [[(9, []), (12, [])], [(20, [])], [(14, [])], [(
 
 @cache
 def encoder(name: str) -> SampleEncoder:
-    """Of a model, with 1-D tags and up to six tiles."""
+    """Returns the encoder of a model, with 1-D tags and up to six tiles."""
     model = ALL[name]
     spec = EncodingSpec(
         tile_size=recipes.VISION.tile_size,
@@ -93,7 +93,7 @@ def encoder(name: str) -> SampleEncoder:
 
 
 def record(sample: Sample, seed: int) -> dict[str, object]:
-    """A question around each image, a longer answer at the end."""
+    """Makes a record with a question around each image and a longer answer at the end."""
     num_words, sizes = sample
     words = random.Random(seed).choices(
         ["red", "seven", "Paris", "below", "tree", "9"], k=num_words
@@ -104,13 +104,13 @@ def record(sample: Sample, seed: int) -> dict[str, object]:
 
 
 def encode(name: str, sample: Sample, seed: int) -> EncodedSample:
-    """`record` as the stage's encoder reads it."""
+    """Returns `record` as the stage's encoder reads it."""
     raw = json.dumps(record(sample, seed)).encode()
     return encoder(name).encode(str(seed), raw, sample[1])
 
 
 def pack(name: str, samples: list[Sample], seed: int) -> tuple[Microbatch, torch.Tensor]:
-    """A pack, and the pixels of its tiles."""
+    """Returns a pack, and the pixels of its tiles."""
     encoded = [encode(name, sample, 10 * seed + n) for n, sample in enumerate(samples)]
     infos = [SampleInfo(n % 2, "made-up", str(n)) for n in range(len(samples))]
     microbatch = pack_samples(encoded, infos, SEQUENCE_LENGTH, pad_id=0)
@@ -122,6 +122,6 @@ def pack(name: str, samples: list[Sample], seed: int) -> tuple[Microbatch, torch
 def step_batch(
     name: str, packs: list[list[Sample]], share: RankShare, step: int, rounds: int
 ) -> StepBatch:
-    """This rank's view of a step made of the given packs, cut into rounds."""
+    """Returns this rank's view of a step made of the given packs, cut into rounds."""
     made = [pack(name, samples, 100 * step + n) for n, samples in enumerate(packs)]
     return recipes.deal(made, share, step, rounds)

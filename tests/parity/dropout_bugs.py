@@ -21,7 +21,7 @@ SLOPES = {"each rank drops words by itself": ("d", "TP2 SP")}
 def slopes_with_bug(
     bug: str, name: str, parallel: ParallelConfig, rates: Rates
 ) -> dict[str, tuple[float, float]]:
-    """`dropout_runs.slopes` while the named bug is in place."""
+    """Returns `dropout_runs.slopes` while the named bug is in place."""
     with _PATCHES[bug]():
         return dropout_runs.slopes(name, parallel, rates)
 
@@ -29,13 +29,13 @@ def slopes_with_bug(
 def gradients_with_bug(
     bug: str, name: str, parallel: ParallelConfig, rates: Rates
 ) -> tuple[float, dict[str, Tensor]]:
-    """`dropout_runs.gradients_of` while the named bug is in place."""
+    """Returns `dropout_runs.gradients_of` while the named bug is in place."""
     with _PATCHES[bug]():
         return dropout_runs.gradients_of(name, parallel, rates)
 
 
 def attention_masks_of_all_ranks(name: str, parallel: ParallelConfig) -> list[Tensor]:
-    """`dropout_runs.attention_masks` without forks: as it was."""
+    """Returns `dropout_runs.attention_masks` without forks of the generator."""
     with _drawing(lambda config, probability: nullcontext()):
         return dropout_runs.attention_masks(name, parallel)
 

@@ -36,7 +36,7 @@ RANDOM = 0.5
 
 @dataclass(frozen=True)
 class Rates:
-    """Probabilities of dropout."""
+    """Holds the probabilities of dropout."""
 
     words: float = 0.0
     hidden: float = 0.0
@@ -47,7 +47,7 @@ ALL = Rates(words=0.5, hidden=0.2, attention=0.2)
 
 
 def start(name: str, parallel: ParallelConfig, rates: Rates) -> tuple[Engine, StepBatch]:
-    """A model, `d` or one of `cross_recipes.MODELS`, and a step of its first mixed pack on each replica."""
+    """Builds `d` or one of `cross_recipes.MODELS`, and a step of its first mixed pack per replica."""
     changes = {"hidden_dropout": rates.hidden, "attention_dropout": rates.attention}
     if name == "d":
         engine = gradients.start_engine(parallel, **changes)
@@ -65,13 +65,13 @@ def start(name: str, parallel: ParallelConfig, rates: Rates) -> tuple[Engine, St
 def gradients_of(
     name: str, parallel: ParallelConfig, rates: Rates
 ) -> tuple[float, dict[str, Tensor]]:
-    """Loss and canonical gradients of one step."""
+    """Returns loss and canonical gradients of one step."""
     engine, batch = start(name, parallel, rates)
     return gradients.of_batch(engine, batch)
 
 
 def slopes(name: str, parallel: ParallelConfig, rates: Rates) -> dict[str, tuple[float, float]]:
-    """Of every parameter: the loss's slope in some direction by backward, and by finite differences.
+    """Returns for every parameter the loss's slope in a direction, by backward and by finite differences.
 
     Both with the same masks: all generators start from the same states. Directions are along the gradient,
     so that there is a slope, and a little at random.
@@ -96,7 +96,7 @@ def slopes(name: str, parallel: ParallelConfig, rates: Rates) -> dict[str, tuple
 
 
 def _difference(loss: Callable[[], float], own: list[tuple[Tensor, Tensor]]) -> float:
-    """Central difference along this rank's slices of a direction."""
+    """Returns the central difference along this rank's slices of a direction."""
     size = torch.tensor(sum((float(data.double().norm() ** 2) for data, _ in own), 0.0))
     dist.all_reduce(size, op=dist.ReduceOp.MAX)
     step = STEP * max(float(size) ** 0.5, SMALL)
@@ -115,13 +115,15 @@ def _loss_function(
     engine: Engine, batch: StepBatch, generators: _Generators
 ) -> Callable[[], float]:
     trained = count_trained_tokens(batch, engine.topology)
-    (work,) = batch.rounds
-    features = encode_round(engine.encoder, work, engine.topology) or [None]
+    (round_,) = batch.rounds
+    features = encode_round(engine.encoder, round_, engine.topology) or [None]
 
     def loss() -> float:
         generators.restore()
         head = loss_head(trained)
-        reports = run_features(engine.replica, work.microbatches, features, head, forward_only=True)
+        reports = run_features(
+            engine.replica, round_.microbatches, features, head, forward_only=True
+        )
         own = sum(float(report.losses_L.double().sum()) for report in reports)
         total = torch.tensor(own / engine.topology.tensor_size, dtype=torch.float64)
         dist.all_reduce(total)
@@ -131,7 +133,7 @@ def _loss_function(
 
 
 class _Generators:
-    """The states of the default generator and the tracker's, to come back to."""
+    """Keeps the states of the default generator and of the tracker's, to restore them."""
 
     def __init__(self) -> None:
         self._default = torch.get_rng_state()
@@ -143,7 +145,7 @@ class _Generators:
 
 
 def attention_masks(name: str, parallel: ParallelConfig) -> list[Tensor]:
-    """What is left of each attention's weights: [heads, queries], by call, of this rank.
+    """Returns what is left of each attention's weights, [heads, queries], by call, on this rank.
 
     Queries and keys are zeros and values ones in every attention of a real step: an output is the sum
     of the weights that its mask left.
@@ -178,7 +180,7 @@ def attention_masks(name: str, parallel: ParallelConfig) -> list[Tensor]:
 
 
 def hidden_masks(name: str, parallel: ParallelConfig) -> list[Tensor]:
-    """Where dropout left its inputs, by call, of this rank: words, then the layers' branches."""
+    """Returns where dropout kept its inputs, by call, on this rank: words, then the layers' branches."""
     engine, batch = start(name, parallel, Rates(words=0.3, hidden=0.3))
     seen: list[Tensor] = []
     dropout = nn.functional.dropout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
 from nvlm_train.train import step as step_module
 from nvlm_train.train.engine import Engine, build_engine
-from nvlm_train.train.reduce_metrics import account, count_trained_tokens
+from nvlm_train.train.reduce_metrics import count_trained_tokens, reduce_step
 from nvlm_train.vision.tile_parallel import encode_round
 from tests.parity import recipes
 
@@ -27,7 +28,7 @@ GATE = 0.5
 
 
 def start_engine(parallel: ParallelConfig, **changes: object) -> Engine:
-    """The small model in some layout, with weights that depend on names only."""
+    """Builds the small model in some layout, with weights that depend on names only."""
     recipe = recipes.recipe(parallel, **changes)
     topology = build_topology(parallel, recipe.seed)
     engine = build_engine(recipe, recipe.stages["sft"], topology, kernels.detect())
@@ -48,7 +49,7 @@ def start_engine(parallel: ParallelConfig, **changes: object) -> Engine:
 
 
 def gather(engine: Engine, of: Callable[[torch.nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
-    """Whole tensors by canonical name, put together from every rank's slices (rank 0 of DP only)."""
+    """Returns whole tensors by canonical name, joined from every rank's slices (on rank 0 of DP only)."""
     own = [
         (shard.key, tuple(shard.global_shape), tuple(shard.global_offset), shard.data.clone())
         for shard in global_weights.shards(engine.model.module, of)
@@ -81,7 +82,7 @@ def gradients_of_step(
     rounds: int = 1,
     **changes: object,
 ) -> tuple[list[float], Gradients]:
-    """Losses and canonical gradients of consecutive steps without updates. Only rank 0 returns gradients."""
+    """Returns losses of consecutive steps without updates, and on rank 0 their canonical gradients."""
     engine = start_engine(parallel, **changes)
     losses, gradients = [], []
     for number, layouts in enumerate(layouts_by_step):
@@ -98,7 +99,7 @@ def _one(
 
 
 def of_batch(engine: Engine, batch: StepBatch) -> tuple[float, dict[str, Tensor]]:
-    """Loss and canonical gradients of one step."""
+    """Returns loss and canonical gradients of one step."""
     topology = engine.topology
     trained = count_trained_tokens(batch, topology)
     engine.model.zero_grad_buffer()
@@ -106,7 +107,7 @@ def of_batch(engine: Engine, batch: StepBatch) -> tuple[float, dict[str, Tensor]
     reports = step_module.forward_backward(engine, batch, trained)
     step_module.finalize_model_grads([engine.model])
     complete_gradients(engine)
-    result = account(batch, reports, 0.0, 0, 2, topology)
+    result = reduce_step(batch, reports, 0.0, 0, 2, topology)
     gathered = gather(engine, lambda p: p.main_grad.clone() if p.requires_grad else None)
     return result.loss, gathered
 
@@ -114,7 +115,7 @@ def of_batch(engine: Engine, batch: StepBatch) -> tuple[float, dict[str, Tensor]
 def losses_of_training(
     parallel: ParallelConfig, steps: int, **changes: object
 ) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of real training steps on the mixed batch."""
+    """Returns losses and gradient norms of real training steps on the mixed batch."""
     engine = start_engine(parallel, **changes)
     losses, norms = [], []
     for number in range(steps):
@@ -126,10 +127,16 @@ def losses_of_training(
     return losses, norms
 
 
-def what_training_changes(
-    parallel: ParallelConfig, trainable: tuple[str, ...]
-) -> tuple[list[str], list[str], bool]:
-    """Names of weights that three steps changed, of those they did not; whether the encoder stayed."""
+class Changes(NamedTuple):
+    """Says which weights a training changed, by name."""
+
+    changed: list[str]
+    unchanged: list[str]
+    encoder_is_same: bool
+
+
+def what_training_changes(parallel: ParallelConfig, trainable: tuple[str, ...]) -> Changes:
+    """Compares the weights before and after three steps."""
     engine = start_engine(parallel, trainable=trainable)
     before = _snapshot(engine)
     encoder_before = [parameter.clone() for parameter in engine.encoder.parameters()]
@@ -140,7 +147,7 @@ def what_training_changes(
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     encoder_after = engine.encoder.parameters()
     same = all(torch.equal(a, b) for a, b in zip(encoder_before, encoder_after, strict=True))
-    return changed, [name for name in before if name not in changed], same
+    return Changes(changed, [name for name in before if name not in changed], same)
 
 
 def _snapshot(engine: Engine) -> dict[str, Tensor]:
@@ -148,7 +155,7 @@ def _snapshot(engine: Engine) -> dict[str, Tensor]:
 
 
 def features_of_round(parallel: ParallelConfig) -> list[Tensor] | None:
-    """Features of the mixed batch's microbatches as the first pipeline stage gets them."""
+    """Returns the features of the mixed batch's microbatches as the first pipeline stage gets them."""
     engine = start_engine(parallel)
-    (work,) = recipes.step_batch(recipes.MIXED, engine.topology.share, 0).rounds
-    return encode_round(engine.encoder, work, engine.topology)
+    (round_,) = recipes.step_batch(recipes.MIXED, engine.topology.share, 0).rounds
+    return encode_round(engine.encoder, round_, engine.topology)

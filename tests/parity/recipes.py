@@ -43,7 +43,7 @@ def stage(
     hidden_dropout: float = 0.0,
     attention_dropout: float = 0.0,
 ) -> StageConfig:
-    """A stage of the small model in some layout."""
+    """Returns a stage of the small model in some layout."""
     return StageConfig(
         trainable=trainable,  # type: ignore[arg-type]
         blend="unused",
@@ -64,7 +64,7 @@ def recipe(
     precision: Literal["fp32", "bf16"] = "fp32",
     **changes: object,
 ) -> Recipe:
-    """A one-stage recipe around `stage`."""
+    """Returns a one-stage recipe around `stage`."""
     own = replace(stage(parallel, **changes), sequence_length=sequence_length)  # type: ignore[arg-type]
     return Recipe(
         name="parity",
@@ -80,7 +80,7 @@ def recipe(
 def pack(
     layout: list[tuple[int, int]], seed: int, trained: str = "some"
 ) -> tuple[Microbatch, torch.Tensor]:
-    """A pack of samples given as (text tokens, tiles), and the pixels of its tiles.
+    """Returns a pack of samples given as (text tokens, tiles), and the pixels of its tiles.
 
     Args:
         layout: per sample its text tokens and tiles; a tile takes tokens_per_tile more tokens.
@@ -135,14 +135,14 @@ STEPS = [MIXED, TEXT_ONLY]
 def step_batch(
     layouts: list[list[tuple[int, int]]], share: RankShare, step: int, rounds: int = 1
 ) -> StepBatch:
-    """This rank's view of a step made of the given packs, cut into rounds."""
+    """Returns this rank's view of a step made of the given packs, cut into rounds."""
     return deal([pack(each, 100 * step + n) for n, each in enumerate(layouts)], share, step, rounds)
 
 
 def deal(
     packs: list[tuple[Microbatch, torch.Tensor]], share: RankShare, step: int, rounds: int
 ) -> StepBatch:
-    """This rank's packs of a step, cut into rounds."""
+    """Returns this rank's packs of a step, cut into rounds."""
     per_rank = len(packs) // share.dp_size
     own = packs[share.dp_rank * per_rank : (share.dp_rank + 1) * per_rank]
     size = max(len(own) // rounds, 1)

@@ -30,7 +30,7 @@ slow = pytest.mark.slow
 
 
 def worst_distance(found: Gradients, expected: Gradients) -> float:
-    """Largest distance relative to the norm, over parameters and steps; a zero has to stay one."""
+    """Returns the largest distance relative to the norm, over parameters and steps; a zero must stay zero."""
     worst = 0.0
     for step, whole in zip(found, expected, strict=True):
         assert step.keys() == whole.keys()

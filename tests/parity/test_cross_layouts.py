@@ -44,7 +44,7 @@ OPTIONS = ("x with feed-forward", "flamingo")
     ],
 )
 def reference(request: pytest.FixtureRequest, workers: WorkerPool) -> tuple:
-    """Name of the model; losses and gradients of one process in one round."""
+    """Returns the model's name, and losses and gradients of one process in one round."""
     run = workers.run(1, cross_gradients.gradients_of_steps, request.param, ParallelConfig())
     return request.param, *run[0]
 

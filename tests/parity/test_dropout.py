@@ -38,7 +38,7 @@ ALIKE = ("x", "flamingo")
 
 
 def cases(fast: set[tuple[str, str]], layouts: tuple[str, ...]) -> list:
-    """Models in layouts, slow but for some."""
+    """Returns models in layouts. All but some are marked slow."""
     return [
         pytest.param(name, layout, marks=[] if (name, layout) in fast else [slow])
         for name in MODELS
@@ -48,7 +48,7 @@ def cases(fast: set[tuple[str, str]], layouts: tuple[str, ...]) -> list:
 
 
 def difference(found: tuple, expected: tuple) -> float:
-    """Largest error of a parameter's gradient; the gates of X and H count as one vector."""
+    """Returns the largest error of a parameter's gradient. The gates of X and H count as one vector."""
     pair = [each[1] for each in (found, expected)]
     if any(key.endswith("alpha") for key in expected[1]):
         pair = [together(each) for each in pair]
@@ -60,7 +60,7 @@ def difference(found: tuple, expected: tuple) -> float:
     cases({("d", "TP2 SP")}, tuple(LAYOUTS)),
 )
 def test_gradients_are_finite_differences(workers: WorkerPool, name: str, layout: str) -> None:
-    """With every kind of dropout at once: what backward says is what the same masks make of a small step."""
+    """All kinds of dropout are on: the backward must agree with a small step under the same masks."""
     slopes = workers.run(LAYOUTS[layout][0], dropout_runs.slopes, name, LAYOUTS[layout][1], ALL)[0]
     assert len(slopes) >= 35
     for key, (by_backward, by_differences) in slopes.items():
@@ -69,7 +69,7 @@ def test_gradients_are_finite_differences(workers: WorkerPool, name: str, layout
 
 @pytest.mark.parametrize("bug", dropout_bugs.SLOPES)
 def test_wrong_gradients_are_caught(workers: WorkerPool, bug: str) -> None:
-    """Negative control: by far, in at least one parameter."""
+    """Negative control: with the bug at least one parameter is far off."""
     name, layout = dropout_bugs.SLOPES[bug]
     slopes = workers.run(
         LAYOUTS[layout][0], dropout_bugs.slopes_with_bug, bug, name, LAYOUTS[layout][1], ALL
@@ -91,7 +91,7 @@ SAME_MASKS = {
     "name", ["d", "h", *(pytest.param(n, marks=slow) for n in ("x", *MODELS[3:]))]
 )
 def test_masks_that_do_not_depend_on_the_layout(workers: WorkerPool, name: str, rule: str) -> None:
-    """The losses and gradients of one process, per parameter."""
+    """Losses and gradients per parameter are those of one process."""
     parallel, rates = SAME_MASKS[rule]
     expected = workers.run(1, dropout_runs.gradients_of, name, ParallelConfig(), rates)[0]
     found = workers.run(2, dropout_runs.gradients_of, name, parallel, rates)[0]
@@ -142,7 +142,7 @@ def test_other_masks_at_recomputation_are_caught(workers: WorkerPool) -> None:
 def test_heads_of_each_rank_have_masks_of_their_own(
     workers: WorkerPool, parallel: ParallelConfig
 ) -> None:
-    """In self-attention, the last layer's rows and cross-attention; the same with the same seed."""
+    """It holds in self-attention, the last layer's rows and cross-attention. Equal seeds give equal masks."""
     first, second = workers.run(2, dropout_runs.attention_masks, "h", parallel)
     assert len(first) == 4 + 2
     for number, (one, other) in enumerate(zip(first, second, strict=True)):
@@ -161,7 +161,7 @@ def test_heads_with_one_mask_are_caught(workers: WorkerPool) -> None:
 
 @slow
 def test_residual_streams_of_each_rank(workers: WorkerPool) -> None:
-    """Whole ones have one mask; parts of a sequence, replicas and pipeline stages their own."""
+    """Whole streams share one mask; parts of a sequence, replicas and pipeline stages have their own."""
     whole = workers.run(2, dropout_runs.hidden_masks, "h", TP2)
     assert all(torch.equal(one, other) for one, other in zip(*whole, strict=True))
     parts = workers.run(2, dropout_runs.hidden_masks, "h", TP2_SP)

@@ -38,7 +38,7 @@ LAYOUTS = {
 
 
 def worst_error(found: Gradients, expected: Gradients) -> float:
-    """Largest difference relative to the largest value, over parameters and steps."""
+    """Returns the largest difference relative to the largest value, over parameters and steps."""
     worst = 0.0
     for step, whole in zip(found, expected, strict=True):
         assert step.keys() == whole.keys()
@@ -86,17 +86,15 @@ def test_losses_of_training_do_not_depend_on_layout(workers: WorkerPool, layout:
 
 
 def test_frozen_parts_are_bitwise_unchanged(workers: WorkerPool) -> None:
-    """Pretraining trains the projector alone; with PP2 the second stage has nothing to train."""
+    """Pretraining trains the projector alone, so with PP2 the second stage has nothing to train."""
     for changed, unchanged, encoder_unchanged in workers.run(
         2, gradients.what_training_changes, ParallelConfig(pipeline=2), ("projector",)
     ):
         assert all(name.startswith("projector.") for name in changed)
         assert not any(name.startswith("projector.") for name in unchanged)
         assert encoder_unchanged
-    everything = workers.run(1, gradients.what_training_changes, ParallelConfig(), ("projector",))[
-        0
-    ]
-    assert len(everything[0]) == 4 and len(everything[1]) == 31
+    (whole,) = workers.run(1, gradients.what_training_changes, ParallelConfig(), ("projector",))
+    assert len(whole.changed) == 4 and len(whole.unchanged) == 31
 
 
 def test_tile_features_do_not_depend_on_who_encodes(workers: WorkerPool) -> None:

@@ -25,7 +25,7 @@ HEAD = "head"
 
 
 def missing() -> str | None:
-    """Why no cluster can be had here; none when it can."""
+    """Returns why no cluster can be made here; None when it can."""
     if os.geteuid() != 0:
         return "a SLURM cluster of namespaces needs root"
     lacking = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -39,7 +39,7 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """Up after `start`, gone after `stop`, or when this process ends."""
+    """Runs from `start` to `stop`, or until this process ends."""
 
     def __init__(self, root: Path, num_nodes: int = 2) -> None:
         self._root = root
@@ -82,27 +82,27 @@ class Cluster:
         )  # fmt: skip
 
     def enter(self, node: str) -> list[str]:
-        """What to write before a command that runs on a node, in the current directory."""
+        """Returns what to put before a command that runs on a node, in the current directory."""
         spaces = ["--net", "--uts", "--mount", "--pid"]
         return ["nsenter", f"--target={self.pid(node)}", *spaces, f"--wd={os.getcwd()}", "--"]
 
     def ask(self, *command: str) -> str:
-        """What a command that must succeed prints."""
+        """Runs a command that must succeed. Returns what it prints."""
         done = self.run(*command)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout.strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """SLURM's fields of a job, such as JobState and Restarts."""
+        """Returns SLURM's fields of a job, such as JobState and Restarts."""
         return dict(re.findall(r"(\w+)=(\S*)", self.ask("scontrol", "show", "job", "-o", job)))
 
     def processes(self, node: str, word: str) -> list[psutil.Process]:
-        """Processes of a node whose command line has a word, as this host sees them."""
+        """Returns a node's processes with a word in their command line, as this host sees them."""
         space = os.readlink(f"/proc/{self.pid(node)}/ns/pid")
         return [each for each in psutil.process_iter() if _runs(each, space, word)]
 
     def pid(self, node: str) -> int:
-        """This host's number of the node's first process."""
+        """Returns this host's number of the node's first process."""
         (first,) = psutil.Process(self._init[node].pid).children()
         return int(first.pid)
 
@@ -112,14 +112,14 @@ class Cluster:
         self._boot(node, [f"slurmd -D -N {node}"], self._wire_node)
 
     def kill_node(self, node: str) -> None:
-        """A power cut: SIGKILL to PID 1, after which the kernel kills everything on the node."""
+        """Cuts a node's power: SIGKILL to PID 1, after which the kernel kills everything on the node."""
         unshare = self._init.pop(node)
         for first in psutil.Process(unshare.pid).children():
             first.kill()
         unshare.wait(30)
 
     def kill_slurmd(self, node: str) -> None:
-        """SIGKILL to the daemon alone; the steps that it started live on."""
+        """Kills the daemon alone. The steps that it started live on."""
         found = self.processes(node, f"slurmd -D -N {node}")
         (daemon,) = [each for each in found if each.name() == "slurmd"]
         daemon.send_signal(signal.SIGKILL)
@@ -130,7 +130,7 @@ class Cluster:
         assert self.run("bash", "-c", command, on=node).returncode == 0
 
     def logs(self) -> str:
-        """The end of every daemon's log."""
+        """Returns the end of every daemon's log."""
         return "\n".join(
             f"{path.name}: {path.read_text()[-800:]}" for path in sorted(self._root.glob("*.log"))
         )
@@ -190,7 +190,7 @@ def _runs(process: psutil.Process, space: str, word: str) -> bool:
 def wait_for(
     condition: Callable[[], bool], seconds: float, what: str, explain: Callable[[], str]
 ) -> None:
-    """Polls; fails with an explanation when the time is over."""
+    """Polls until a condition holds. Fails with an explanation when the time is over."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}\n{explain()}"

@@ -18,7 +18,7 @@ from tests.train.smoke import make_smoke_data
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes, n1 and n2."""
+    """Starts two nodes, n1 and n2."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
@@ -35,7 +35,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer, shards and blend, on the shared file system."""
+    """Makes tokenizer, shards and blend, on the shared file system."""
     root = tmp_path_factory.mktemp("slurm") / "data"
     make_smoke_data(root)
     return root
@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run: launch/torchrun.sh on both machines, without SLURM."""
+    """Makes an uninterrupted run: launch/torchrun.sh on both machines, without SLURM."""
     run_dir = tmp_path_factory.mktemp("slurm") / "whole"
     command = ["launch/torchrun.sh", "2", *smoke_arguments(data, run_dir)]
     parts = [

@@ -32,7 +32,7 @@ ENVIRONMENT = {
 
 
 def smoke_arguments(data: Path, run_dir: Path) -> list[str]:
-    """TP2 x PP2 in both stages, with wandb."""
+    """Returns the arguments for TP2 x PP2 in both stages, with wandb."""
     _, parallel = layout("TP2 PP2")
     steps = [f"stages.{stage}.steps={STEPS}" for stage in SMOKE_STAGES]
     own = [*parallel, *steps, "checkpoint.interval_steps=3", "tracking.wandb=offline"]
@@ -40,7 +40,7 @@ def smoke_arguments(data: Path, run_dir: Path) -> list[str]:
 
 
 class Job:
-    """One sbatch of the smoke recipe over both nodes, two ranks each."""
+    """Submits the smoke recipe over both nodes, two ranks each, and looks at the job."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Job:
             process.send_signal(signal.SIGCONT)
 
     def rank(self, rank: int) -> psutil.Process:
-        """A rank's process; what it starts itself is younger."""
+        """Returns a rank's process. Processes that the rank started are younger."""
         found = [
             each
             for node in self._cluster.nodes
@@ -104,7 +104,7 @@ class Job:
         return min(found, key=lambda each: each.create_time())
 
     def pid_in_node(self, rank: int) -> int:
-        """What the rank's own node calls it."""
+        """Returns the process id that the rank's own node uses."""
         status = Path(f"/proc/{self.rank(rank).pid}/status").read_text()
         return int(re.findall(r"^NSpid:.*\t(\d+)$", status, re.MULTILINE)[0])
 
@@ -114,7 +114,7 @@ class Job:
 
 
 def submit(cluster: Cluster, log_file: Path, *arguments: str) -> str:
-    """sbatch on both nodes, two tasks each; the job's id."""
+    """Calls sbatch for both nodes, two tasks each. Returns the job's id."""
     size = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", f"--output={log_file}"]
     done = cluster.run("sbatch", "--parsable", *size, *arguments, environment=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
@@ -122,13 +122,13 @@ def submit(cluster: Cluster, log_file: Path, *arguments: str) -> str:
 
 
 def wandb_ids(run_dir: Path) -> set[str]:
-    """The wandb runs that a run directory holds."""
+    """Returns the wandb runs that a run directory holds."""
     names = [path.name for path in (run_dir / "wandb").glob("offline-run-*")]
     return {re.sub(r"offline-run-\d+_\d+-", "", name) for name in names}
 
 
 def left_over(cluster: Cluster) -> list[str]:
-    """Processes of training on any node."""
+    """Returns the processes of training on any node."""
     return [
         f"{node}: {process}"
         for node in cluster.nodes

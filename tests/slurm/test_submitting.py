@@ -71,7 +71,7 @@ def test_a_container_needs_pyxis(
 def test_an_array_runs_its_lines(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two lines, each wrong in its own way, so that each job says which one it ran."""
+    """Two lines are each wrong in their own way, so that each job says which one it ran."""
     (tmp_path / "lines").write_text(
         "# comment\nexperiment=smoke sede=1\n\nexperiment=smoke sed=2\n"
     )
@@ -84,7 +84,7 @@ def test_an_array_runs_its_lines(
 
 
 def test_squeue_says_who_is_alive(cluster: Cluster, tmp_path: Path) -> None:
-    """Asked on the cluster about a running job, the same one cancelled, and one that never was."""
+    """squeue is asked about a running job, the same one cancelled, and one that never was."""
     job = submit(cluster, tmp_path / "log", "--wrap=sleep 100")
     wait_for(lambda: cluster.job(job)["JobState"] == "RUNNING", 30, "a running job", cluster.logs)
     assert _asked(cluster, job) == "SLURM has its job as RUNNING"

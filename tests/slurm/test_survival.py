@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture(autouse=True)
 def nobody_is_left(cluster: Cluster) -> Iterator[None]:
-    """After each test: jobs are over, and so are their processes."""
+    """Checks after each test that jobs and their processes are over."""
     yield
     cluster.run("scancel", "--user=root")
     wait_for(
@@ -37,7 +37,7 @@ def assert_same_run(job: Job, whole: Path) -> None:
 
 
 def test_two_nodes_train(cluster: Cluster, data: Path, tmp_path: Path, whole: Path) -> None:
-    """The same numbers as under torchrun; a second job cannot write to the same directory."""
+    """The numbers are those under torchrun. A second job cannot write to the same directory."""
     job = Job(cluster, data, tmp_path / "run")
     job.wait_for_save(3)
     with job.rank_0_frozen():
@@ -74,7 +74,7 @@ def test_killed_worker_then_preempted(
 
 
 def test_time_limit(cluster: Cluster, data: Path, tmp_path: Path, whole: Path) -> None:
-    """The limit is moved to where it is near; SLURM looks every 30 s."""
+    """The limit is moved near. SLURM looks every 30 s."""
     job = Job(cluster, data, tmp_path / "run", "--time=60", "--signal=B:USR1@600")
     job.wait_for_save(3)
     with job.rank_0_frozen():
@@ -87,7 +87,7 @@ def test_time_limit(cluster: Cluster, data: Path, tmp_path: Path, whole: Path) -
 
 
 def test_killed_slurmd_then_node(cluster: Cluster, data: Path, tmp_path: Path, whole: Path) -> None:
-    """Both of the node with rank 0. It survives its slurmd, and the next life must not write beside it."""
+    """Both belong to rank 0's node. Rank 0 survives its slurmd, and the next life must not write too."""
     job = Job(cluster, data, tmp_path / "run")
     job.wait_for_save(3)
     with job.rank_0_frozen():

@@ -14,7 +14,7 @@ from tests.workers import WorkerPool
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenizer, shards and blend; not to be changed."""
+    """Makes tokenizer, shards and blend, which must not be changed."""
     root = tmp_path_factory.mktemp("smoke")
     make_smoke_data(root)
     return root
@@ -24,7 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole_run(
     workers: WorkerPool, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """`whole_run(layout, *overrides)`: directory of an uninterrupted run; not to be changed."""
+    """Returns `whole_run(layout, *overrides)`, the directory of an uninterrupted run. Do not change it."""
     from tests.train import runs
 
     done: dict[tuple[str, ...], Path] = {}

@@ -25,7 +25,7 @@ from tests.train.smoke import smoke_recipe
 def trained_and_backbone(
     root: Path, run_dir: Path, *overrides: str
 ) -> tuple[Tensor, Tensor, float]:
-    """Every position's logits of a text-only pack: the run's and the backbone's; the smallest |alpha|."""
+    """Returns the run's and the backbone's logits of a text-only pack, and the smallest |alpha|."""
     trained = runs.open_checkpoint(root, run_dir, *overrides)
     gates = [
         float(parameter.abs())
@@ -48,7 +48,7 @@ def trained_and_backbone(
 
 
 def text_pack(recipe: Recipe) -> Microbatch:
-    """Two conversations without images."""
+    """Returns a pack of two conversations without images."""
     stage = recipe.stages["sft"]
     encoder = build_encoder(stage, recipe)
     turns = [{"from": "human", "value": "which tree is green?"}, {"from": "gpt", "value": "left"}]

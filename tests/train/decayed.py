@@ -23,7 +23,7 @@ RATES = (1e-2, 5e-3, 5e-3, 2e-3)
 
 @dataclass(frozen=True)
 class Training:
-    """Whole tensors by canonical name; on rank 0 only."""
+    """Holds whole tensors by canonical name, on rank 0 only."""
 
     before: dict[str, Tensor]
     gradients: list[dict[str, Tensor]]
@@ -32,14 +32,14 @@ class Training:
 
 
 def train(name: str, parallel: ParallelConfig) -> Training:
-    """One update for each of RATES."""
+    """Makes one update for each of RATES."""
     return _updates(_engine(name, parallel), name, range(len(RATES)))
 
 
 def train_and_resume(
     name: str, parallel: ParallelConfig, directory: Path, stored_decay: float
 ) -> Training:
-    """The same in two halves with a checkpoint between them, whose groups say `stored_decay`.
+    """Trains the same in two halves, with a checkpoint between them whose groups say `stored_decay`.
 
     Until now every group had the recipe's weight decay, that of norms included: such a checkpoint is
     written here.
@@ -57,7 +57,7 @@ def train_and_resume(
 
 
 def train_and_hand_over(name: str, parallel: ParallelConfig, directory: Path) -> Training:
-    """Two updates of a stage that starts from another's weights, its moments at zero."""
+    """Makes two updates of a stage that starts from another's weights, with moments of zero."""
     first = _engine(name, parallel)
     _updates(first, name, range(2))
     save_directly(first, directory)

@@ -22,7 +22,7 @@ from tests.parity.gradients import gather
 
 
 def shortened(experiment: str, data: Path, run_dir: Path, steps: int) -> Recipe:
-    """The experiment as it is, but for the data and its length."""
+    """Returns the experiment as it is, except for the data and its length."""
     return load_recipe(
         [f"experiment={experiment}", f"run_dir={run_dir}"]
         + [
@@ -45,7 +45,7 @@ def run(experiment: str, data: Path, run_dir: Path, steps: int) -> int:
 
 
 def weights(experiment: str, data: Path, run_dir: Path, steps: int) -> list[dict[str, Tensor]]:
-    """Canonical weights before the first stage and after each."""
+    """Returns canonical weights before the first stage and after each."""
     recipe = shortened(experiment, data, run_dir, steps)
     found = []
     for name in (None, *recipe.schedule):

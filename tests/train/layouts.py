@@ -15,7 +15,7 @@ NO_DROPOUT = ("stages.pretrain.hidden_dropout=0", "stages.pretrain.attention_dro
 
 
 def layout(name: str) -> tuple[int, list[str]]:
-    """World size and overrides that put both stages into a layout."""
+    """Returns world size and overrides that put both stages into a layout."""
     world, fields = PARALLEL[name]
     return world, [
         f"stages.{stage}.parallel.{field}={value}"

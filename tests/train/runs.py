@@ -37,7 +37,7 @@ def run(root: Path, run_dir: Path, *overrides: str, stop_after: int | None = Non
 
 
 def open_checkpoint(root: Path, run_dir: Path, *overrides: str) -> Engine:
-    """The newest checkpoint of a run in the layout that the overrides describe."""
+    """Opens the newest checkpoint of a run in the layout that the overrides describe."""
     recipe = smoke_recipe(root, run_dir, *overrides)
     newest = directory.complete_checkpoints(run_dir)[-1]
     stage = recipe.stages[newest.name.split("-")[0]]
@@ -48,5 +48,5 @@ def open_checkpoint(root: Path, run_dir: Path, *overrides: str) -> Engine:
 
 
 def final_weights(root: Path, run_dir: Path, *overrides: str) -> dict[str, torch.Tensor]:
-    """Canonical weights of the newest checkpoint."""
+    """Returns the canonical weights of the newest checkpoint."""
     return gather(open_checkpoint(root, run_dir, *overrides), lambda parameter: parameter.data)

@@ -37,7 +37,7 @@ def make_smoke_data(root: Path, samples: int = 24) -> None:
 
 
 def overrides(root: Path, run_dir: Path, *more: str) -> list[str]:
-    """The smoke recipe on the data under `root`, as `nvlm train` takes it."""
+    """Returns the overrides of the smoke recipe on the data under `root`, as `nvlm train` takes them."""
     return [
         "experiment=smoke",
         f"run_dir={run_dir}",
@@ -50,7 +50,7 @@ def overrides(root: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def smoke_recipe(root: Path, run_dir: Path, *more: str) -> Recipe:
-    """`overrides`, loaded."""
+    """Loads `overrides`."""
     return load_recipe(overrides(root, run_dir, *more))
 
 
@@ -73,9 +73,9 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 def _captions(count: int) -> Iterator[tuple]:
     for number in range(count):
-        # One tile, several tiles, and a picture that is taller than wide.
+        # One tile, several tiles, and an image that is taller than wide.
         size = [(32, 32), (96, 64), (40, 120)][number % 3]
-        yield f"cap{number:04d}", {"caption": _text(number, 4)}, [("png", _picture(size, number))]
+        yield f"cap{number:04d}", {"caption": _text(number, 4)}, [("png", _image(size, number))]
 
 
 def _questions(count: int) -> Iterator[tuple]:
@@ -92,12 +92,12 @@ def _questions(count: int) -> Iterator[tuple]:
                 ]
             }
             images = [
-                ("0.png", _picture((32, 32), number)),
-                ("1.png", _picture((64, 32), number + 1)),
+                ("0.png", _image((32, 32), number)),
+                ("1.png", _image((64, 32), number + 1)),
             ]
             yield f"vqa{number:04d}", two, images
         else:
-            yield f"vqa{number:04d}", record, [("png", _picture((48, 48), number))]
+            yield f"vqa{number:04d}", record, [("png", _image((48, 48), number))]
 
 
 def _chats(count: int) -> Iterator[tuple]:
@@ -110,7 +110,7 @@ def _text(seed: int, words: int) -> str:
     return " ".join(_WORDS[(seed * 7 + i * 5) % len(_WORDS)] for i in range(words))
 
 
-def _picture(size: tuple[int, int], seed: int) -> bytes:
+def _image(size: tuple[int, int], seed: int) -> bytes:
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(stream, "PNG")

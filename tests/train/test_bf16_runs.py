@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def test_stopped_run_continues_bit_for_bit(
     workers: WorkerPool, data: Path, tmp_path: Path, whole_run: WholeRun, name: str, stop_after: int
 ) -> None:
-    """4 is the hand-over between the stages."""
+    """Step 4 is the hand-over between the stages."""
     assert_continues_bit_for_bit(workers, data, tmp_path, whole_run, name, stop_after, BF16)
 
 

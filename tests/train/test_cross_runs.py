@@ -54,7 +54,7 @@ def test_resume_in_another_layout(
 def test_text_is_the_backbones_after_training_with_a_frozen_language_model(
     workers: WorkerPool, data: Path, whole_run: WholeRun, model: str
 ) -> None:
-    """Bit for bit, though the gates have opened: text without images passes no gate."""
+    """It holds bit for bit although the gates have opened, because text without images passes no gate."""
     chosen = (f"model=nvlm_{model}_smoke", "stages.sft.trainable=[projector,cross_attention]")
     run_dir = whole_run("TP2 PP2", *chosen)
     found, expected, smallest_gate = workers.run(

@@ -23,7 +23,7 @@ STEPS = 4
 def test_experiment_trains(
     workers: WorkerPool, data: Path, tmp_path: Path, experiment: str
 ) -> None:
-    """A stage changes every parameter that it trains and no bit of the others; the loss falls."""
+    """A stage changes every parameter that it trains and no bit of the others. The loss falls."""
     place = (experiment, data, tmp_path / "run", STEPS)
     recipe = experiments.shortened(*place)
     parallel = recipe.stages["sft"].parallel

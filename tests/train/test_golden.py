@@ -1,4 +1,4 @@
-"""Losses and gradient norms of the smoke recipe, as they were. A change must be meant, and explained.
+"""Compares losses and gradient norms of the smoke recipe with stored ones. A change needs an explanation.
 
 `python -m tests.train.test_golden` writes tests/train/golden/smoke.json anew.
 """
@@ -21,7 +21,7 @@ FIELDS = ("loss", "grad_norm")
 
 
 def numbers(run_dir: Path) -> dict[str, list[float]]:
-    """What is compared, by field."""
+    """Returns what is compared, by field."""
     records = read_metrics(run_dir)
     return {field: [record[field] for record in records] for field in FIELDS}
 

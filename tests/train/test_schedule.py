@@ -15,7 +15,7 @@ SETTINGS = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4)
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    """Pretraining of 4 steps, then SFT of 6."""
+    """Returns a recipe with four steps of pretraining, then six of SFT."""
     smoke = load_recipe(["experiment=smoke"])
     stages = {**smoke.stages, "sft": replace(smoke.stages["sft"], steps=6)}
     return replace(smoke, stages=stages)

@@ -32,7 +32,7 @@ FAST = {("d", layout) for layout in LAYOUTS} | {
 def adamw(
     training: decayed.Training, rates: tuple[float, ...] = decayed.RATES, decay_all: bool = False
 ) -> dict[str, torch.Tensor]:
-    """What torch makes of the same weights and gradients, everything on one device.
+    """Returns what torch makes of the same weights and gradients, everything on one device.
 
     Norms, biases and gates, the parameters of one dimension, do not decay: Megatron-LM,
     megatron/core/optimizer/__init__.py, get_standard_config_overrides.
@@ -61,7 +61,7 @@ def adamw(
 
 
 def worst_error(training: decayed.Training, expected: dict[str, torch.Tensor]) -> float:
-    """Largest difference, as a share of the largest change of its weight."""
+    """Returns the largest difference, as a share of the largest change of its weight."""
     assert training.after.keys() == expected.keys()
     worst = 0.0
     for name, value in expected.items():
@@ -90,7 +90,7 @@ def test_an_update_is_torchs_and_norms_biases_and_gates_do_not_decay(
 
 @pytest.mark.parametrize("layout", ["single, plain optimizer", "PP2 DP2, plain optimizer", "DP2"])
 def test_decay_stays_away_after_a_resume(workers: WorkerPool, tmp_path: Path, layout: str) -> None:
-    """Though the checkpoint's groups are those of a run in which everything decayed."""
+    """It does although the checkpoint's groups are those of a run in which everything decayed."""
     world, parallel = LAYOUTS[layout]
     arguments = ("x with feed-forward", parallel, tmp_path / "saved", SETTINGS.weight_decay)
     training = workers.run(world, decayed.train_and_resume, *arguments)[0]

@@ -1,1 +1,1 @@
-"""The demo's small pretrained backbones, and how they were trained."""
+"""Trains the demo's small pretrained backbones."""

@@ -1,4 +1,4 @@
-"""Reproduce the demo's pretrained backbones: `python -m nvlm_train.demo.backbones --out DIR`.
+"""Reproduces the demo's pretrained backbones: `python -m nvlm_train.demo.backbones --out DIR`.
 
 Writes `DIR/language_model` (with its tokenizer), `DIR/vision_encoder` and `DIR/measured.json`.
 The shipped copies are in `nvlm_train/demo/assets`.
@@ -25,7 +25,13 @@ NUM_VISION_STEPS = 700
 
 
 def build_language(folder: Path, num_steps: int, start: Path | None) -> dict[str, float]:
-    """Train (or go on from `start`) and save tokenizer and language model; what was measured."""
+    """Trains and saves tokenizer and language model. Returns what was measured.
+
+    Args:
+        folder: where both are saved.
+        num_steps: optimizer steps.
+        start: a saved language model to go on from; None to start from random weights.
+    """
     began = time.monotonic()
     tokenizer = Tokenizer.from_file(str(start / "tokenizer.json")) if start else train_tokenizer()
     maker = SampleMaker(tokenizer)
@@ -41,7 +47,7 @@ def build_language(folder: Path, num_steps: int, start: Path | None) -> dict[str
 
 
 def build_vision(folder: Path, num_steps: int) -> dict[str, float]:
-    """Train and save the vision encoder; what its throwaway heads read on held-out pages."""
+    """Trains and saves the vision encoder. Returns what its heads read on held-out pages, among others."""
     began = time.monotonic()
     model, heads = train_vision(num_steps)
     model.save_pretrained(folder)
@@ -53,7 +59,7 @@ def build_vision(folder: Path, num_steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Train both backbones and write them to `--out`."""
+    """Trains both backbones and writes them to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="directory for the assets")
     parser.add_argument("--only", choices=["language", "vision"], help="train just one of the two")

@@ -1,4 +1,4 @@
-"""The demo's language model: a small Qwen2 trained on the real text, chats and text twins.
+"""Trains the demo's language model: a small Qwen2, on real text, chats and text twins.
 
 Shapes: B samples of a micro-batch, S positions (padded right; causal attention needs no mask), V
 vocabulary rows, N trained positions.
@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -40,14 +41,24 @@ CONFIG = Qwen2Config(
 SYSTEM_PROMPT = "Answer the questions."
 MAX_TOKENS = 256  # of a sample; longer ones lose their end
 IGNORED = -100
-# kind -> (samples of one step, weight of their mean loss per token). A drawing's answer is one or
-# two tokens: by tokens alone it would drown among the pages' characters.
+
+
+class Share(NamedTuple):
+    """Says how much of a step one kind of sample is."""
+
+    num_samples: int
+    weight: float
+    """Weight of the kind's mean loss per token."""
+
+
+# The answer about a drawing has one or two tokens: weighted by tokens, it would hardly count beside
+# the characters of pages.
 MIXTURE = {
-    "page": (16, 1.0),
-    "strip": (8, 0.2),
-    "shape": (48, 1.0),
-    "chat": (16, 1.0),
-    "text": (6, 0.4),
+    "page": Share(16, 1.0),
+    "strip": Share(8, 0.2),
+    "shape": Share(48, 1.0),
+    "chat": Share(16, 1.0),
+    "text": Share(6, 0.4),
 }
 PEAK_LR = 3e-3
 WARMUP_STEPS = 30
@@ -57,18 +68,18 @@ Sample = tuple[list[int], list[int]]  # (ids, labels), labels[i] belongs to ids[
 
 
 class SampleMaker:
-    """Draws tokenised samples; sample `index` of a kind is a pure function of both."""
+    """Draws tokenised samples. A sample is a pure function of its kind and index."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.shapes = ShapeTwins()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text."""
+        """Returns the ids of plain text."""
         return list(self.tokenizer.encode(text).ids)
 
     def twin(self, twin: Twin, system: bool) -> Sample:
-        """ChatML of one user turn and its answer; only the answer and its end are trained."""
+        """Returns ChatML of one user turn and its answer. Only the answer and its end are trained."""
         pieces, answer = twin
         ids: list[int] = []
         if system:
@@ -83,18 +94,18 @@ class SampleMaker:
         return ids + trained, [IGNORED] * len(ids) + trained
 
     def chat(self, index: int, split: Split, system: bool = False) -> Sample:
-        """A text-only chat."""
+        """Returns a text-only chat."""
         chat = draw_chat(index, split)
         return self.twin(([chat.user], chat.assistant), system)
 
     def text(self, index: int) -> Sample:
-        """A training paragraph as plain text, every token of it trained."""
+        """Returns a training paragraph as plain text, of which every token is trained."""
         paragraphs = read_paragraphs("train")
         ids = [*self.encode(paragraphs[index % len(paragraphs)]), PAD_ID]
         return ids, ids
 
     def draw(self, kind: str, index: int) -> Sample:
-        """Sample `index` of a kind of `MIXTURE`."""
+        """Returns sample `index` of a kind of `MIXTURE`."""
         rng = random.Random(f"{kind}/{index}")
         system = rng.random() < 0.3
         if kind == "chat":
@@ -107,7 +118,7 @@ class SampleMaker:
 
 
 def collate(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [B, S] and labels [B, S], padded right to the longest sample."""
+    """Returns ids [B, S] and labels [B, S], padded right to the longest sample."""
     longest = min(MAX_TOKENS, max(len(ids) for ids, _ in samples))
     ids_BS = torch.zeros(len(samples), longest, dtype=torch.long)
     labels_BS = torch.full((len(samples), longest), IGNORED)
@@ -118,7 +129,7 @@ def collate(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def summed_loss(model: Qwen2ForCausalLM, samples: list[Sample]) -> tuple[torch.Tensor, int]:
-    """Cross-entropy summed over the trained tokens, and their number."""
+    """Returns the cross-entropy summed over the trained tokens, and their number."""
     ids_BS, labels_BS = collate(samples)
     hidden_BSH = model.model(input_ids=ids_BS).last_hidden_state
     trained_BS = labels_BS[:, 1:] != IGNORED
@@ -129,7 +140,7 @@ def summed_loss(model: Qwen2ForCausalLM, samples: list[Sample]) -> tuple[torch.T
 
 @torch.no_grad()
 def heldout_loss(model: Qwen2ForCausalLM, maker: SampleMaker, num_chats: int = 400) -> float:
-    """Mean cross-entropy per trained token over held-out chats."""
+    """Returns the mean cross-entropy per trained token over held-out chats."""
     total, count = 0.0, 0
     for start in range(0, num_chats, 50):
         chats = [maker.chat(index, "heldout") for index in range(start, start + 50)]
@@ -139,7 +150,7 @@ def heldout_loss(model: Qwen2ForCausalLM, maker: SampleMaker, num_chats: int = 4
 
 
 def _optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for everything else."""
+    """Returns Muon for the layers' matrices and AdamW for everything else."""
     named = [(name, p) for name, p in model.named_parameters()]
     matrices = [p for name, p in named if p.ndim == 2 and "layers" in name]
     others = [p for name, p in named if not (p.ndim == 2 and "layers" in name)]
@@ -148,7 +159,7 @@ def _optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def _relative_lr(done: float, step: int) -> float:
-    """Linear warm-up, then a cosine from 1 to 0 (`done` goes from 0 to 1)."""
+    """Returns the rate over its peak: a linear warm-up, then a cosine. `done` goes from 0 to 1."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
@@ -157,11 +168,11 @@ def train_step(
     batches: dict[str, list[Sample]],
     optimizers: list[torch.optim.Optimizer],
 ) -> dict[str, float]:
-    """One optimizer step over a micro-batch of each kind; the mean loss of each kind."""
+    """Makes one optimizer step over a micro-batch of each kind. Returns the mean loss of each kind."""
     losses: dict[str, float] = {}
     for kind, samples in batches.items():
         loss, tokens = summed_loss(model, samples)
-        (MIXTURE[kind][1] * loss / tokens).backward()
+        (MIXTURE[kind].weight * loss / tokens).backward()
         losses[kind] = loss.item() / tokens
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
@@ -176,18 +187,22 @@ def train_language(
     start: Qwen2ForCausalLM | None = None,
     on_log: Callable[[int, Qwen2ForCausalLM], None] | None = None,
 ) -> Qwen2ForCausalLM:
-    """Train the language model from random weights, or go on from `start` with fresh samples."""
+    """Trains the language model from random weights, or goes on from `start` with other samples."""
     torch.manual_seed(0)
     model = start or Qwen2ForCausalLM(CONFIG)
     first = CONTINUED_FROM_STEP if start else 0
     optimizers, began = _optimizers(model), time.monotonic()
     for step in range(num_steps):
         batches = {
-            kind: [maker.draw(kind, (first + step) * size + i) for i in range(size)]
-            for kind, (size, _) in MIXTURE.items()
+            kind: [
+                maker.draw(kind, (first + step) * share.num_samples + number)
+                for number in range(share.num_samples)
+            ]
+            for kind, share in MIXTURE.items()
         }
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = PEAK_LR * _relative_lr(step / num_steps, step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = PEAK_LR * _relative_lr(step / num_steps, step)
         losses = train_step(model, batches, optimizers)
         if step % 25 == 0 or step == num_steps - 1:
             shown = " ".join(f"{kind} {value:.3f}" for kind, value in losses.items())

@@ -1,4 +1,4 @@
-"""Muon in fp32: torch's own orthogonalises in bf16, which is ten times slower on most CPUs."""
+"""The Muon optimizer in fp32. torch's own works in bf16, which is ten times slower on most CPUs."""
 
 import torch
 
@@ -7,7 +7,7 @@ NUM_ITERATIONS = 5
 
 
 def orthogonalise(matrix_RC: torch.Tensor) -> torch.Tensor:
-    """The nearest orthogonal matrix, roughly: singular values move to about 1."""
+    """Returns roughly the nearest orthogonal matrix: singular values are moved to about 1."""
     a, b, c = COEFFICIENTS
     wide_RC = matrix_RC if matrix_RC.shape[0] <= matrix_RC.shape[1] else matrix_RC.T
     wide_RC = wide_RC / (wide_RC.norm() + 1e-7)
@@ -18,7 +18,7 @@ def orthogonalise(matrix_RC: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; the step has the size of an AdamW step of the same lr."""
+    """Updates by orthogonalised Nesterov momentum. A step is as large as AdamW's at the same rate."""
 
     def __init__(
         self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95
@@ -27,7 +27,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every matrix that has a gradient."""
+        """Updates every matrix that has a gradient."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 state = self.state[matrix]

@@ -1,7 +1,7 @@
-"""The demo's tokenizer: a small byte-level BPE in which a capital letter is always one token.
+"""Trains the demo's tokenizer: a small byte-level BPE in which a capital letter is always one token.
 
 Pages are set in capitals, so one character on a page is one visual token and one text token.
-Lower-case words merge as usual, which keeps questions and prose short.
+Lower-case words are merged as usual, which keeps questions and prose short.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ TAGS = "<Image>" + "".join(f"<tile_{n}>" for n in range(1, 7)) + "<tile_global_t
 
 
 def training_texts() -> Iterable[str]:
-    """Training chats, easy-vqa's training questions and captions, and the tags."""
+    """Yields training chats, easy-vqa's training questions and captions, and the tags."""
     for index in range(NUM_CHATS):
         chat = draw_chat(index, "train")
         yield chat.user + "\n" + chat.assistant
@@ -33,7 +33,7 @@ def training_texts() -> Iterable[str]:
 
 
 def train_tokenizer() -> Tokenizer:
-    """Train the byte-level BPE; ids 0, 1, 2 are the special tokens, 0 also pads."""
+    """Trains the byte-level BPE. Ids 0, 1 and 2 are the special tokens; 0 also pads."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -50,7 +50,7 @@ def train_tokenizer() -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer.json` and the configuration that transformers' AutoTokenizer reads."""
+    """Writes `tokenizer.json` and the configuration that transformers' AutoTokenizer reads."""
     from transformers import PreTrainedTokenizerFast
 
     fast = PreTrainedTokenizerFast(

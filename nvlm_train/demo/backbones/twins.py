@@ -1,6 +1,6 @@
-"""Text twins of the pictures, on which the language model learns to read tiles before it has eyes.
+"""Makes text twins of images, from which the language model learns to read tiles as text.
 
-In a twin every visual token of an image is replaced by one text token that says what the picture
+In a twin every visual token of an image is replaced by one text token that says what the image
 shows there: a character of a page, or the colour or shape of a drawing. Layout, tile tags,
 questions and answers are those of real samples, so that a projector has a place to map to.
 A piece of a prompt is text, or a list of slot texts of one token each.
@@ -35,7 +35,7 @@ THUMBNAIL_TAG = "<tile_global_thumbnail>"
 
 
 def page_slots(text: str, grid: tuple[int, int]) -> list[list[str]]:
-    """The characters that each tile of a page shows, row-major, blanks as spaces."""
+    """Returns the characters that each tile of a page shows, row by row, with blanks as spaces."""
     columns, rows = grid
     side, per_line = CELLS_PER_TILE_SIDE, columns * CELLS_PER_TILE_SIDE
     filled = text.ljust(per_line * rows * side)
@@ -48,7 +48,7 @@ def page_slots(text: str, grid: tuple[int, int]) -> list[list[str]]:
 
 
 def page_twin(rng: random.Random) -> Twin:
-    """A page of several tiles with their tags, to be read out."""
+    """Returns a page of several tiles with their tags, and its text as the answer."""
     grid = rng.choice(GRIDS)
     text = draw_text(rng, "train", MIN_PAGE_CHARS, MAX_PAGE_CHARS)
     pieces: list[Piece] = ["<Image>"]
@@ -59,19 +59,19 @@ def page_twin(rng: random.Random) -> Twin:
 
 
 def one_tile(slots: list[str], question: str, rng: random.Random) -> list[Piece]:
-    """The user turn of a one-tile image, with the thumbnail's tag (SFT) or bare (pretraining)."""
+    """Returns the user turn of a one-tile image, with the thumbnail's tag (SFT) or without (pretraining)."""
     tag = THUMBNAIL_TAG if rng.random() < 0.6 else ""
     return ["<Image>" + tag, slots, f"</Image>\n{question}"]
 
 
 def strip_twin(rng: random.Random) -> Twin:
-    """A tile of at most 16 characters, to be read out."""
+    """Returns a tile of at most 16 characters, and its text as the answer."""
     text = draw_text(rng, "train", 6, NUM_SLOTS)
     return one_tile(list(text.ljust(NUM_SLOTS)), READ_PROMPT, rng), text
 
 
 def _shape_slots(caption: str, rng: random.Random) -> list[str]:
-    """Blanks, and the words of the caption in at least two of the slots."""
+    """Returns blanks and words of the caption, with each word in at least one slot."""
     words = [f" {word}" for word in caption.split()[1:]]  # the tokens that questions use, too
     slots = [rng.choice([" ", *words]) for _ in range(NUM_SLOTS)]
     for slot, word in zip(rng.sample(range(NUM_SLOTS), len(words)), words, strict=True):
@@ -80,7 +80,7 @@ def _shape_slots(caption: str, rng: random.Random) -> list[str]:
 
 
 def _kind_of(question: Question, caption: str) -> str:
-    """`open`, or for yes/no questions: is the thing `present`, and is the question `negated`."""
+    """Returns `open`, or for a yes/no question `present` or `absent`, after `negated ` if it is negated."""
     if question.answer not in ("yes", "no"):
         return "open"
     words = question.text[:-1].split()
@@ -89,18 +89,18 @@ def _kind_of(question: Question, caption: str) -> str:
 
 
 class ShapeTwins:
-    """Twins of easy-vqa's training pictures: captions and training questions about them.
+    """Draws twins of easy-vqa's training images: captions and training questions about them.
 
-    Four yes/no questions in five ask for something that is not there, and half of them are
-    negated. Drawn as they come they teach to answer without looking. So present and absent things
-    are drawn equally often, and most questions are plain: present XOR negated gives no gradient to
-    start from while both are even.
+    Four of five yes/no questions ask for something that is not there, and half of them are negated.
+    Drawn at these rates they teach the model to answer without looking. So present and absent things
+    are drawn equally often, and most questions are not negated: while both are equally frequent, the
+    answer, present XOR negated, gives no gradient to start from.
     """
 
     KINDS = ("caption", "open", *(3 * ("present", "absent")), "negated present", "negated absent")
 
     def __init__(self) -> None:
-        # Only pictures of which both colour and shape are known can be written down.
+        # Only images of which both colour and shape are known can be written down.
         captions = {i: c for i, c in read_captions().items() if len(c.split()) == 3}
         captions = {i: c for i, c in captions.items() if c.endswith(SHAPES)}
         self.captions = list(captions.values())
@@ -110,7 +110,7 @@ class ShapeTwins:
                 self.questions[_kind_of(question, caption)].append((caption, question))
 
     def draw(self, rng: random.Random) -> Twin:
-        """A caption or a question about one picture."""
+        """Returns a caption of an image or a question about it."""
         kind = rng.choice(self.KINDS)
         if kind == "caption":
             caption = rng.choice(self.captions)

@@ -1,7 +1,9 @@
-"""The demo's vision encoder: a small InternViT trained to say what each visual token shows.
+"""Trains the demo's vision encoder: a small InternViT that learns what each visual token shows.
 
-It is trained through throwaway linear heads on the pixel-shuffled tokens: the character in a cell,
-and the shape and the colour of a drawing. Shapes: N tiles, T = 16 visual tokens, C channels.
+It is trained through linear heads on the pixel-shuffled tokens, which are thrown away afterwards. They
+read the character in a cell, and the shape and the colour of a drawing.
+
+Shapes: N tiles, T = 16 visual tokens, C channels.
 """
 
 import logging
@@ -54,7 +56,7 @@ BATCH, PEAK_LR, WARMUP_STEPS = 128, 2e-3, 30
 
 @dataclass(frozen=True)
 class LabelledTile:
-    """A 64 x 64 RGB tile, the character class of each token, and the classes of a drawing."""
+    """Holds an RGB tile, the character class of each token, and the classes of a drawing."""
 
     pixels: np.ndarray  # uint8 [64, 64, 3]
     chars: list[int]
@@ -63,7 +65,7 @@ class LabelledTile:
 
 
 def cut_tiles(image: Image.Image, grid: tuple[int, int]) -> list[np.ndarray]:
-    """The image resized to `grid` (columns, rows) of tiles and cut row-major."""
+    """Resizes an image to `grid` (columns, rows) of tiles and cuts it row by row: uint8 [64, 64, 3] each."""
     columns, rows = grid
     resized = image.resize((columns * TILE, rows * TILE), Image.Resampling.BICUBIC)
     array = np.asarray(resized.convert("RGB")).reshape(rows, TILE, columns, TILE, 3)
@@ -71,7 +73,7 @@ def cut_tiles(image: Image.Image, grid: tuple[int, int]) -> list[np.ndarray]:
 
 
 def _text_tiles() -> Iterator[LabelledTile]:
-    """Tiles and thumbnails of training pages, and strips."""
+    """Yields tiles and thumbnails of training pages, and strips."""
     for index in range(NUM_PAGES):
         page = render_page(index, "train")
         slots = page_slots(page.text, page.grid)
@@ -86,8 +88,17 @@ def _text_tiles() -> Iterator[LabelledTile]:
         yield LabelledTile(cut_tiles(strip.image, (1, 1))[0], classes, NOTHING, NOTHING)
 
 
-def draw_shape(rng: random.Random) -> tuple[Image.Image, int, int]:
-    """One drawing in easy-vqa's manner, its shape class and its colour class."""
+@dataclass(frozen=True)
+class Drawing:
+    """Holds a drawing with the classes of its shape and its colour."""
+
+    image: Image.Image
+    shape: int
+    colour: int
+
+
+def draw_shape(rng: random.Random) -> Drawing:
+    """Makes a drawing like those of easy-vqa."""
     image = Image.new("RGB", (TILE, TILE), tuple(rng.randint(228, 255) for _ in range(3)))
     shape, colour = rng.randrange(len(SHAPES)), rng.randrange(len(COLOURS))
     width, height = rng.randint(9, 33), rng.randint(9, 33)
@@ -102,11 +113,11 @@ def draw_shape(rng: random.Random) -> tuple[Image.Image, int, int]:
         draw.rectangle((x, y, x + width, y + height), fill=fill)
     else:
         draw.polygon([(x, y + height), (x + width, y + height), (x + width / 2, y)], fill=fill)
-    return image, shape + 1, colour + 1
+    return Drawing(image, shape + 1, colour + 1)
 
 
 def _drawing_tiles() -> Iterator[LabelledTile]:
-    """easy-vqa's training pictures as far as their captions tell, and drawings of our own."""
+    """Yields easy-vqa's training images with the classes that their captions name, and own drawings."""
     ignored = [IGNORED] * NUM_SLOTS
     paths = read_image_paths("train")
     for image_id, caption in read_captions().items():
@@ -117,18 +128,19 @@ def _drawing_tiles() -> Iterator[LabelledTile]:
         yield LabelledTile(pixels, ignored, shape, colour)
     rng = random.Random("drawings")
     for _ in range(NUM_DRAWINGS):
-        image, shape, colour = draw_shape(rng)
-        yield LabelledTile(cut_tiles(image, (1, 1))[0], ignored, shape, colour)
+        drawing = draw_shape(rng)
+        pixels = cut_tiles(drawing.image, (1, 1))[0]
+        yield LabelledTile(pixels, ignored, drawing.shape, drawing.colour)
 
 
 def normalise(pixels_NHWC: torch.Tensor) -> torch.Tensor:
-    """uint8 tiles to the encoder's input [N, 3, 64, 64]."""
+    """Returns the encoder's input, fp32 [N, 3, 64, 64], for uint8 tiles."""
     scaled_NHWC = (pixels_NHWC.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     return scaled_NHWC.permute(0, 3, 1, 2).contiguous()
 
 
 def pixel_shuffle(hidden_NPC: torch.Tensor) -> torch.Tensor:
-    """Patches [N, P, C] (no class token) to tokens [N, P / 4, 4C]: 2 x 2 neighbours, row-major."""
+    """Joins 2 x 2 neighbours, row by row: patches [N, P, C] without class token to tokens [N, P / 4, 4C]."""
     tiles, patches, channels = hidden_NPC.shape
     side = math.isqrt(patches) // 2
     grid = hidden_NPC.reshape(tiles, side, 2, side, 2, channels).transpose(2, 3)
@@ -136,7 +148,7 @@ def pixel_shuffle(hidden_NPC: torch.Tensor) -> torch.Tensor:
 
 
 class DenseHeads(nn.Module):
-    """The throwaway read-out of every visual token: character, shape, colour."""
+    """Reads character, shape and colour from every visual token. Used in training only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,13 +158,13 @@ class DenseHeads(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
 
     def forward(self, hidden_NPC: torch.Tensor) -> list[torch.Tensor]:
-        """Logits [N, T, classes] of the three questions from the encoder's patches."""
+        """Returns logits [N, T, classes] of the three questions from the encoder's patches."""
         tokens_NTC = self.norm(pixel_shuffle(hidden_NPC))
         return [head(tokens_NTC) for head in self.heads]
 
 
 def load_tiles() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """All training tiles, uint8 [N, 64, 64, 3], and their three kinds of labels [N, T]."""
+    """Returns all training tiles, uint8 [N, 64, 64, 3], and their three kinds of labels [N, T]."""
     tiles = [*_text_tiles(), *_drawing_tiles()]
     pixels = torch.from_numpy(np.stack([tile.pixels for tile in tiles]))
     chars = torch.tensor([tile.chars for tile in tiles])
@@ -161,7 +173,7 @@ def load_tiles() -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 def _summary(logits: list[torch.Tensor], labels: list[torch.Tensor]) -> str:
-    """Accuracy of the three heads on one batch."""
+    """Returns the accuracy of the three heads on one batch, as text."""
     shares = []
     for name, scores, wanted in zip(("char", "shape", "colour"), logits, labels, strict=True):
         known = wanted != IGNORED
@@ -171,7 +183,7 @@ def _summary(logits: list[torch.Tensor], labels: list[torch.Tensor]) -> str:
 
 
 def _optimizers(model: InternVLVisionModel, heads: DenseHeads) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for everything else."""
+    """Returns Muon for the layers' matrices and AdamW for everything else."""
     layers = list(model.encoder.parameters())
     matrices = [p for p in layers if p.ndim == 2]
     rest = [p for p in layers if p.ndim != 2]
@@ -181,7 +193,7 @@ def _optimizers(model: InternVLVisionModel, heads: DenseHeads) -> list[torch.opt
 
 @torch.no_grad()
 def heldout_accuracy(model: InternVLVisionModel, heads: DenseHeads, num_pages: int = 64) -> float:
-    """Share of the written characters of held-out pages that the character head reads right."""
+    """Returns the share of characters on held-out pages that the character head reads correctly."""
     correct = count = 0
     for index in range(num_pages):
         page = render_page(index, "heldout")
@@ -196,7 +208,7 @@ def heldout_accuracy(model: InternVLVisionModel, heads: DenseHeads, num_pages: i
 
 
 def train_vision(num_steps: int) -> tuple[InternVLVisionModel, DenseHeads]:
-    """Train the vision encoder from random weights; the heads are only for measuring."""
+    """Trains the vision encoder from random weights. Returns it, and its heads for measuring."""
     torch.manual_seed(0)
     began = time.monotonic()
     pixels, labels = load_tiles()

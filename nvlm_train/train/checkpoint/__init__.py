@@ -1,1 +1,1 @@
-"""What a run can be continued from: written, published, verified, and read at any layout."""
+"""Checkpoints: saved, published, verified, and loaded in any layout."""

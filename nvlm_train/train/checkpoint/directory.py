@@ -1,9 +1,11 @@
-"""The directory of a run's checkpoints: what is in it, in which order, and what may go. No tensors here.
+"""Manages the directory of a run's checkpoints: what it holds, in which order, what is removed.
 
-STAGE-STEP            a checkpoint; complete when its manifest.json is there and right
-writing-STAGE-STEP-x  being written, or left over from a save that never ended
-removing-STAGE-STEP   being removed
-damaged-STAGE-STEP    found damaged when a run was resumed; kept for you to look at
+No tensors are handled here. The directory has these entries:
+
+STAGE-STEP            is a checkpoint; it is complete when its manifest.json is there and correct
+writing-STAGE-STEP-x  is being written, or left over from a save that never ended
+removing-STAGE-STEP   is being removed
+damaged-STAGE-STEP    was found damaged when a run was resumed; it is kept for you to look at
 """
 
 from __future__ import annotations
@@ -31,17 +33,17 @@ _WRITING, _REMOVING, _DAMAGED = "writing-", "removing-", "damaged-"
 
 
 def checkpoint_dir(run_dir: Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """Returns the directory of a run's checkpoints."""
     return run_dir / "checkpoints"
 
 
 def named_checkpoints(run_dir: Path) -> list[Path]:
-    """Every checkpoint by order of saving; where the manifest cannot be read there is no order: last."""
+    """Returns every checkpoint in the order of saving; those whose manifest cannot be read come last."""
     return [path for _, path in _by_sequence(run_dir)]
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints whose manifest is there and right, oldest first."""
+    """Returns the checkpoints whose manifest is there and correct, oldest first."""
     return [path for _, path in _complete(run_dir)]
 
 
@@ -50,7 +52,7 @@ def _complete(run_dir: Path) -> list[tuple[float, Path]]:
 
 
 def _by_sequence(run_dir: Path) -> list[tuple[float, Path]]:
-    """Every checkpoint with its place in the order of saving, infinite where its manifest is not right."""
+    """Returns (place in the order of saving, checkpoint); the place is infinite for a wrong manifest."""
     found = [
         (_sequence(path), path)
         for path in checkpoint_dir(run_dir).glob("*")
@@ -67,10 +69,10 @@ def _sequence(checkpoint: Path) -> float:
 
 
 def open_directory(run_dir: Path) -> None:
-    """Makes the directory, removes what killed processes left, and tries whether it can be written to.
+    """Makes the directory, removes what killed processes left, and tests that it can be written to.
 
     Raises:
-        CheckpointError: it cannot be; better now than at the first save.
+        CheckpointError: it cannot be written to; this is found now and not at the first save.
     """
     directory = checkpoint_dir(run_dir)
     try:
@@ -89,9 +91,9 @@ def open_directory(run_dir: Path) -> None:
 
 
 def begin(run_dir: Path, name: str) -> Path:
-    """A new directory to write a checkpoint into.
+    """Makes a new directory to write a checkpoint into.
 
-    Its name is new each time: writers of a killed process may still be at work in their own.
+    Its name is new each time, because writers of a killed process may still be busy in theirs.
     """
     writing = checkpoint_dir(run_dir) / f"{_WRITING}{name}-{secrets.token_hex(4)}"
     writing.mkdir()
@@ -99,12 +101,12 @@ def begin(run_dir: Path, name: str) -> Path:
 
 
 def publish(writing: Path, name: str, digests: dict[str, manifest.FileDigest]) -> Path:
-    """Writes the manifest and gives a checkpoint its name: from then on it is complete.
+    """Writes the manifest and gives a checkpoint its name, which makes it complete.
 
     Args:
         writing: holds every file but the manifest.
         name: STAGE-STEP.
-        digests: of the files that the writers made; the few others are read here.
+        digests: of the files that the writers made; the few other files are read here.
 
     Raises:
         OSError: the disk is full or read-only.
@@ -126,9 +128,9 @@ def publish(writing: Path, name: str, digests: dict[str, manifest.FileDigest]) -
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> None:
-    """Removes old checkpoints; one that somebody is reading stays until the next time.
+    """Removes old checkpoints, but not the newest, and not yet one that some process is reading.
 
-    The newest always stays. Where one cannot be removed, a warning says so: training does not depend on it.
+    A checkpoint that cannot be removed is a warning, because training does not depend on it.
     """
     for old in complete_checkpoints(run_dir)[: -config.keep_last]:
         try:
@@ -143,7 +145,7 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Takes the name away first, so that nothing half-removed looks like a checkpoint."""
+    """Removes a directory. It is renamed first, so that nothing half-removed looks like a checkpoint."""
     going = directory.with_name(_REMOVING + directory.name.removeprefix(_REMOVING))
     if going != directory:
         os.replace(directory, going)
@@ -151,7 +153,7 @@ def remove(directory: Path) -> None:
 
 
 def give_up(writing: Path) -> None:
-    """Makes room after a save that failed; where even that is impossible, a warning says so."""
+    """Removes what a failed save has written. If that fails too, it only warns."""
     try:
         remove(writing)
     except OSError as error:
@@ -159,7 +161,10 @@ def give_up(writing: Path) -> None:
 
 
 def disk_trouble(directory: Path) -> str | None:
-    """What the file system says to one more MiB: libraries that write for us do not always pass it on."""
+    """Returns the file system's error for writing one more MiB, or None.
+
+    Libraries that write for us do not always pass the error on.
+    """
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(bytes(1 << 20))
@@ -171,7 +176,7 @@ def disk_trouble(directory: Path) -> str | None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Renames a damaged checkpoint, so that no later start stumbles over it; nothing is deleted."""
+    """Renames a damaged checkpoint, so that later starts ignore it. Nothing is deleted."""
     aside = checkpoint.with_name(_DAMAGED + checkpoint.name)
     if aside.exists():
         remove(aside)
@@ -180,7 +185,7 @@ def set_aside(checkpoint: Path) -> Path:
 
 @contextmanager
 def being_read(checkpoint: Path) -> Iterator[None]:
-    """Keeps `prune` of any process from removing a checkpoint; a killed reader lets go by itself.
+    """Keeps `prune` of any process from removing a checkpoint. A killed reader no longer keeps it.
 
     Raises:
         CheckpointError: it was removed before it could be opened.
@@ -197,18 +202,19 @@ def being_read(checkpoint: Path) -> Iterator[None]:
 
 
 def is_being_read(checkpoint: Path) -> bool:
-    """Whether some process, this one included, is inside `being_read`."""
+    """Returns whether some process, this one included, is inside `being_read`."""
     with (checkpoint / manifest.FILE_NAME).open("rb+") as file:
         return not _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _lock(descriptor: int, operation: int) -> bool:
+    """Applies `operation` of flock. Returns False when another process has the lock."""
     try:
         fcntl.flock(descriptor, operation)
     except BlockingIOError:
         return False
     except OSError as error:
-        # Some file systems have no locks (Lustre without `flock`): then nobody is protected there.
+        # Some file systems have no locks (Lustre without `flock`): readers are not protected there.
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
     return True

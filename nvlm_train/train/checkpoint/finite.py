@@ -1,4 +1,4 @@
-"""Looks for weights and moments that are not finite: they are neither saved nor trained on."""
+"""Finds weights and moments that are not finite, so that they are neither saved nor trained on."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from nvlm_train.train.engine import Engine
 from nvlm_train.train.optimizer import parts
 
 ENCODER = "vision_encoder"
-"""Before the names of the encoder's parameters, which are in no checkpoint."""
+"""Prefix of the names of the encoder's parameters, which are in no checkpoint."""
 
 
 def not_finite(engine: Engine) -> list[str]:
-    """Names what holds NaN or infinity, the same list on every rank. Called by all ranks.
+    """Names the tensors that hold NaN or infinity. Called by all ranks.
 
-    Reads each tensor once where it lies, and the host once in all.
+    Each tensor is read once on its device; the host waits for the device once.
 
     Returns:
-        Parameters' names, then `NAME of the optimizer` for its copies and moments; empty when all
-        is finite.
+        The same list on every rank, empty when everything is finite: names of parameters, and
+        `NAME of the optimizer` for the optimizer's copies and moments.
     """
     names, largest = [], []
     for name, tensor in _tensors(engine):
         if tensor.numel():
             names.append(name)
-            # The largest magnitude is NaN where one value is.
+            # The largest magnitude is NaN when one of the values is NaN.
             largest.append(torch.linalg.vector_norm(tensor, ord=float("inf")).float())
     finite = torch.stack(largest).isfinite() if largest else torch.ones(1, dtype=torch.bool)
     broken = (~finite).to(device())
@@ -45,7 +45,7 @@ def not_finite(engine: Engine) -> list[str]:
 
 
 def summary(names: list[str]) -> str:
-    """How many there are, and the first three.
+    """Returns the first three names, and the number of the others.
 
     >>> summary(["a", "b", "c", "d"])
     'not finite: a, b, c and 1 more'
@@ -55,7 +55,7 @@ def summary(names: list[str]) -> str:
 
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """What the rank trains with. The optimizer keeps its tensors without their names."""
+    """Yields what the rank trains with. The optimizer does not keep the names of its tensors."""
     for name, parameter in engine.model.module.named_parameters():
         yield name, parameter.data
     for name, parameter in engine.encoder.named_parameters():

@@ -1,4 +1,7 @@
-"""manifest.json: size and SHA-256 of every file of a checkpoint. Written last, it makes it complete."""
+"""Reads and writes manifest.json: size and SHA-256 of every file of a checkpoint.
+
+The manifest is written last, so a checkpoint that has one is complete.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What a file must be."""
+    """Holds the size and the hash that a file must have."""
 
     bytes: int
     sha256: str
@@ -26,15 +29,15 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a checkpoint, and its place among the checkpoints of its run."""
+    """Lists the files of a checkpoint, and its place among the checkpoints of its run."""
 
     sequence: int
-    """Grows with every save of a run. File times would not survive a copy of the run directory."""
+    """Number that grows with every save of a run. File times would not survive a copy of the directory."""
     files: Mapping[str, FileDigest]
 
 
 def digest_file(path: Path) -> FileDigest:
-    """Reads a file.
+    """Reads a file and returns its size and hash.
 
     Raises:
         OSError: it cannot be read.
@@ -61,8 +64,8 @@ def read_manifest(directory: Path) -> Manifest:
     """Reads manifest.json.
 
     Raises:
-        CheckpointError: it is missing, torn or changed; the message is the reason only.
-        FormatError: it is whole, and of a format that this version does not read.
+        CheckpointError: it is missing, incomplete or changed; the message is only the reason.
+        FormatError: it is intact, but has a format that this version does not read.
     """
     content = _whole_content(directory)
     if content["format"] != FORMAT:
@@ -75,7 +78,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _whole_content(directory: Path) -> dict[str, Any]:
-    """What was written, whatever its format: that is believed only of a file which is whole."""
+    """Reads a manifest of any format. Its format is believed only when the file is intact."""
     try:
         content: dict[str, Any] = json.loads((directory / FILE_NAME).read_bytes())
         stored = content.pop("sha256")
@@ -89,7 +92,9 @@ def _whole_content(directory: Path) -> dict[str, Any]:
 
 
 def damage(directory: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """What is wrong with some of a checkpoint's files. A wrong size is found without reading the file.
+    """Returns what is wrong with some of a checkpoint's files.
+
+    A wrong size is found without reading the file.
 
     Raises:
         OSError: a file is there and cannot be read.

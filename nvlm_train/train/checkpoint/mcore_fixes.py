@@ -1,4 +1,4 @@
-"""Corrections of megatron-core 0.16.1 on any device. Each names the defect and its test."""
+"""Corrects defects of megatron-core 0.16.1 that occur on any device. Each names the defect and its test."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from nvlm_train.train.optimizer import parts
 def keep_results_in_the_process() -> None:
     """Gives megatron-core a plain queue for what checkpoint writers report.
 
-    Its own belongs to a `multiprocessing.Manager`, which costs a spawned interpreter a rank (seconds at
-    the first save) and outlives a rank that is killed. Writers are threads here (checkpoint_writer.py).
+    Its own queue belongs to a `multiprocessing.Manager`, which starts one more interpreter per rank
+    (seconds at the first save) and outlives a rank that is killed. Writers are threads here
+    (writer_threads.py).
 
     Raises:
         RuntimeError: megatron-core keeps its queue elsewhere.
@@ -35,11 +36,12 @@ _held: list[Exception] = []
 
 
 def hold_file_errors() -> None:
-    """Keeps rank 0 from leaving a save alone when the disk fails it.
+    """Keeps rank 0 in a save when the disk fails, so that the other ranks do not wait for it.
 
     megatron-core lets rank 0 write three small files by itself (common.pt, .metadata, metadata.json)
-    between collectives; an error there leaves the other ranks waiting for rank 0. Here it is held until
-    all ranks can be told: `take_held_error`. Test: tests/train/checkpoint/test_failed_saves.py.
+    between collectives; an error there leaves the other ranks waiting for rank 0. Here the error is
+    kept until all ranks can be told (`take_held_error`).
+    Test: tests/train/checkpoint/test_failed_saves.py.
     """
     for owner, name in (
         (TorchCommonSaveStrategy, "save_common"),
@@ -62,14 +64,14 @@ def _holding(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def take_held_error() -> Exception | None:
-    """The first error held since the last call."""
+    """Returns the first error that was held since the last call, or None."""
     first = _held[0] if _held else None
     _held.clear()
     return first
 
 
 def distributed_optimizers(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    """The distributed optimizers inside megatron-core's chain that own parameters on this rank."""
+    """Returns the distributed optimizers in megatron-core's chain that own parameters on this rank."""
     return [
         each
         for each in parts(optimizer)
@@ -82,8 +84,8 @@ def keep_bucket_padding(optimizer: MegatronOptimizer) -> None:
 
     `get_parameter_state_dp_zero` joins the buckets without the padding between them
     (distrib_optimizer.py:1109), but `sharded_param_state_fully_reshardable` cuts the result with
-    offsets that count it (:1475): every parameter behind a padding gets its neighbour's moments.
-    Here the padding is put back in between. Test: tests/train/checkpoint/test_optimizer_state.py.
+    offsets that count it (:1475): every parameter after a padding gets its neighbour's moments.
+    Here the padding is put back between the buckets. Test: tests/train/checkpoint/test_optimizer_state.py.
     """
     for each in distributed_optimizers(optimizer):
         each.get_parameter_state_dp_zero = MethodType(_state_with_padding, each)

@@ -1,8 +1,9 @@
-"""What decides a run's numbers and is in no checkpoint: files that may change under the same name.
+"""Checks files that decide a run's numbers but are in no checkpoint, and may change under the same name.
 
 Checkpoints hold what trains and the frozen language model, and a stage's plan holds digests of its shards
-and of how they are encoded (data/plan/plan.py). The rest is here, and counts for the whole run: at a
-resume, at the hand-over to the next stage, and when the trained model is asked.
+and of how they are encoded (data/plan/plan.py). What remains are the vision encoder and the tokenizer.
+They are checked when a run resumes, when a stage hands over to the next, and when the trained model
+generates.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Reading:
-    """What one rank found."""
+    """Holds the digests that one rank read, or why it could not."""
 
     digests: dict[str, str]
     failure: str | None = None
 
 
 def digests_outside(recipe: Recipe) -> dict[str, str]:
-    """Digest by the recipe's field. Called by all ranks, once a start of a stage.
+    """Returns the digest of each file by the recipe's field. Called by all ranks at each stage's start.
 
-    One rank of each node reads the files: copies on local disks have the same path and may differ.
+    One rank of each node reads the files, because copies on local disks may differ under one path.
 
     Raises:
-        CheckpointError: on every rank, when a file is missing or damaged, or is another on some node.
+        CheckpointError: on every rank, when a file is missing or damaged, or differs between nodes.
     """
     reads = int(os.environ.get("LOCAL_RANK", "0")) == 0
     found: list[_Reading | None] = [None] * dist.get_world_size()
@@ -78,17 +79,17 @@ def _read(recipe: Recipe) -> _Reading:
 def check_outside(
     recorded: Mapping[str, str], now: Mapping[str, str], recipe: Recipe, directory: Path
 ) -> None:
-    """Compares with what a checkpoint was trained with.
+    """Compares the files with those that a checkpoint was trained with.
 
     Args:
-        recorded: as `state.json` has it; what it lacks, because an older version wrote it, cannot be
-            checked, and rank 0 says so.
-        now: of `digests_outside`.
+        recorded: the digests in `state.json`. A digest that it lacks, because an older version wrote
+            it, cannot be compared, and rank 0 says so.
+        now: what `digests_outside` returned.
         recipe: names the files.
         directory: the checkpoint.
 
     Raises:
-        CheckpointError: names every file that is another.
+        CheckpointError: names every file that differs.
     """
     paths = {
         "model.vision.weights": recipe.model.vision.weights,

@@ -1,4 +1,4 @@
-"""Which recipes may go on from a checkpoint: what has to be as it was, and what may have changed."""
+"""Decides whether a recipe may go on from a checkpoint: which fields must be equal, which may change."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nvlm_train.train.checkpoint.run_state import RunState, plain_recipe
 
 Plain = Mapping[str, Any]
 Rule = Callable[[RunState, Plain, Plain], Iterator[str]]
-"""(state, the recipe then, the recipe now) -> each difference, with both values."""
+"""(state, recipe of the checkpoint, present recipe) -> each forbidden difference, with both values."""
 
 _DATA_FIELDS = (
     "trainable", "blend", "sequence_length", "batch", "tiling", "system_message", "prompts",
 )  # fmt: skip
-"""Fields of a stage that decide what its step n is: changing one under a half-done stage breaks resume."""
+"""Fields of a stage that decide the batch of its step n. None may change while the stage is unfinished."""
 
 
 def check_resumable(
@@ -27,9 +27,9 @@ def check_resumable(
     """Compares the recipe with the one that made a checkpoint.
 
     Args:
-        state: of the checkpoint.
-        recipe: today's.
-        checkpoint: for the message.
+        state: the checkpoint's.
+        recipe: the present one.
+        checkpoint: is named in the message.
         rules: TO_TRAIN or TO_READ.
 
     Raises:
@@ -56,7 +56,7 @@ def _same_model(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
 
 
 def _same_tags(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
-    """Without thumbnails the last tile's tag was the thumbnail's until format 2."""
+    """Refuses stages of format 1 without thumbnails: their last tile was tagged as a thumbnail."""
     tiling = now["stages"][state.stage]["tiling"]
     if state.format == 1 and not tiling["thumbnail"] and tiling["tags"] != "none":
         yield (
@@ -67,7 +67,7 @@ def _same_tags(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
 
 
 def _same_data(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
-    """A half-done stage goes on with the data that it began with."""
+    """Keeps the data of an unfinished stage."""
     before, after = then["stages"][state.stage], now["stages"][state.stage]
     if state.step < after["steps"]:
         for field in _DATA_FIELDS:
@@ -75,9 +75,9 @@ def _same_data(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
 
 
 def _same_rest(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
-    """What a half-done stage goes on with besides its data: its tags, and its optimizer's kind.
+    """Keeps the tags of an unfinished stage, and the kind of its optimizer.
 
-    megatron-core reads what the distributed optimizer saved with that one alone, at any layout.
+    Only megatron-core's distributed optimizer can read what it has saved, in any layout.
     """
     before, after = then["stages"][state.stage], now["stages"][state.stage]
     if state.step < after["steps"]:
@@ -88,7 +88,7 @@ def _same_rest(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
 
 
 def _same_past(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
-    """What is over stays as it was: steps of the run are counted through it."""
+    """Keeps finished stages and their steps, because the steps of the run are counted through them."""
     reached = then["schedule"].index(state.stage)
     over = then["schedule"][:reached]
     if now["schedule"][: reached + 1] != then["schedule"][: reached + 1]:
@@ -110,14 +110,19 @@ def _same_past(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
 
 
 TO_READ: tuple[Rule, ...] = (_same_model, _same_data, _same_tags)
-"""What the weights are used with, for generation."""
+"""Rules for generation: the weights must be used as they were trained."""
 TO_TRAIN: tuple[Rule, ...] = (_same_model, _same_data, _same_rest, _same_past)
+"""Rules for training on."""
 
 
 def with_defaults(hint: Any, stored: Any) -> Any:
-    """A stored recipe with the fields that the schema has got since, at their defaults.
+    """Adds fields that a stored recipe lacks, because the schema got them later, at their defaults.
 
-    A default is what the code did before there was a field, so older runs go on.
+    A default is what the code did before the field existed, so older runs can go on.
+
+    Args:
+        hint: the schema's type of what is stored.
+        stored: the stored recipe, or a part of it.
     """
     kind = get_origin(hint)
     if is_dataclass(hint) and isinstance(stored, Mapping):
@@ -141,6 +146,7 @@ def _defaults(schema: Any) -> dict[str, Any]:
 
 
 def _differences(then: Any, now: Any, path: str) -> Iterator[str]:
+    """Yields `FIELD=NOW, was THEN` for each value that differs; `path` is the name of the outer field."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for key in sorted({*then, *now}):
             yield from _differences(then.get(key), now.get(key), f"{path}.{key}")

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: a small JSON beside megatron-core's shards."""
+"""Reads and writes state.json, in which a checkpoint describes itself beside megatron-core's shards."""
 
 from __future__ import annotations
 
@@ -11,55 +11,59 @@ from typing import Any
 
 from nvlm_train import __version__
 from nvlm_train.errors import CheckpointError, FormatError
+from nvlm_train.parallel.topology import Layout
 from nvlm_train.train.schedule import Position
 
 FILE_NAME = "state.json"
 FORMAT = 2
-"""1: until weight decay left norms alone; the recipe had no format. 2: today's."""
+"""1 was written until weight decay left norms, biases and gates alone. 2 is the current one."""
 READABLE = (1, FORMAT)
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything but tensors. Versions are for the reader; the rest is checked on resume."""
+    """Holds everything of a checkpoint but its tensors.
+
+    Versions are there for a person to read; all other fields are checked when a run resumes.
+    """
 
     stage: str
     step: int
     recipe: dict[str, Any]
-    layout: tuple[int, int, int]
-    """TP, PP, DP at the time of saving."""
+    layout: Layout
+    """The layout that saved."""
     shard_digests: dict[str, str]
     """Index digest of every shard of the stage's blend, by path."""
     weights_fingerprint: dict[str, float]
-    """Sum of magnitudes by part, the same in every layout: what is loaded must add up to it."""
+    """Sum of the weights' magnitudes by part, equal in every layout. Loaded weights must add up to it."""
     wandb_run_id: str | None
     versions: dict[str, str]
     format: int = FORMAT
     device: str | None = None
-    """Kind of the device that the generators' states are of: `cpu` or `cuda`."""
+    """Kind of device that the generators ran on: `cpu` or `cuda`."""
     outside: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Digest of each file that counts and is in no checkpoint, by the recipe's field (outside.py)."""
+    """Digest of each file that matters and is in no checkpoint, by the recipe's field (outside.py)."""
 
     @property
     def position(self) -> Position:
         return Position(self.stage, self.step)
 
-    def has_generators_for(self, layout: tuple[int, int, int], device: str) -> bool:
-        """Whether dropout goes on with the stored generators: in the same layout, on such a device.
+    def has_generators_for(self, layout: Layout, device: str) -> bool:
+        """Returns whether dropout can go on with the stored generators: same layout, same kind of device.
 
-        Those of format 1 were the same on all data-parallel ranks; dropout starts anew behind them.
+        The generators of format 1 were the same on all data-parallel ranks, so they are not used.
         """
         return self.format > 1 and (self.layout, self.device) == (layout, device)
 
     @property
     def ends_stage(self) -> bool:
-        """Whether the stage was over, by the recipe of that time."""
+        """Returns whether the stage was over, by the recipe that the checkpoint was saved with."""
         steps: int = self.recipe["stages"][self.stage]["steps"]
         return self.step >= steps
 
 
 def library_versions() -> dict[str, str]:
-    """Of the libraries that decide what the numbers are."""
+    """Returns the versions of the libraries that decide what the numbers are."""
     return {
         "nvlm-train": __version__,
         **{name: version(name) for name in ("torch", "megatron-core")},
@@ -67,7 +71,7 @@ def library_versions() -> dict[str, str]:
 
 
 def plain_recipe(recipe: Any) -> dict[str, Any]:
-    """The recipe, or a group of it, as JSON would give it back, so that a stored one compares equal."""
+    """Returns a recipe, or a group of it, as JSON gives it back, so that a stored one compares equal."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(recipe), default=dict))
     return plain
 
@@ -94,12 +98,12 @@ def read_state(directory: Path) -> RunState:
             f"{directory}: format={stored.get('format')}, this version reads "
             f"{' and '.join(map(str, READABLE))}; resume it with the nvlm-train that wrote it ({writer})"
         )
-    return RunState(**{**stored, "layout": tuple(stored["layout"])})
+    return RunState(**{**stored, "layout": Layout(*stored["layout"])})
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run directory stands: its newest complete checkpoint, if there is one."""
+    """Says where a run stands: its newest undamaged checkpoint, if there is one."""
 
     checkpoint: Path | None
     state: RunState | None

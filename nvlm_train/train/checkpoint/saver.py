@@ -1,8 +1,8 @@
-"""When a checkpoint is saved, and what follows when that fails.
+"""Saves checkpoints when they are due, and handles saves that fail.
 
-A checkpoint is written into a directory with a temporary name; when every rank's shards are on disk it
-gets a manifest of digests and its name (checkpoint_files.py): whatever happens to the processes, a named
-directory is complete.
+A checkpoint is written into a directory with a temporary name. When every rank's shards are on disk, it
+gets a manifest of digests and then its name (directory.py). So a directory with a name is complete,
+whatever happens to the processes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nvlm_train.config.schema import CheckpointConfig
 from nvlm_train.errors import CheckpointError, TrainingError
-from nvlm_train.train.checkpoint import directory as files
-from nvlm_train.train.checkpoint import mcore_fixes
+from nvlm_train.train.checkpoint import directory, mcore_fixes
 from nvlm_train.train.checkpoint.finite import not_finite, summary
 from nvlm_train.train.checkpoint.run_state import RunState, write_state
 from nvlm_train.train.checkpoint.sharded_state import reason, write_request
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Save:
-    """A save under way."""
+    """Describes a save that is being written."""
 
     writing: Path
     state: RunState
@@ -46,14 +45,14 @@ class _Save:
 
 
 class Saver:
-    """Saves an engine now and then. Every method is called by all ranks together.
+    """Saves checkpoints of a run. All ranks call every method together.
 
     Args:
-        run_dir: of the run.
-        config: how often, how many, and how many saves in a row may fail.
+        run_dir: the run directory.
+        config: how often to save, how many checkpoints to keep, how many saves in a row may fail.
 
     Raises:
-        CheckpointError: nothing can be written there.
+        CheckpointError: nothing can be written in the run directory.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
@@ -63,24 +62,24 @@ class Saver:
         self._queue.persistent_caller = self._writers = WriterThreads()
         self._under_way: _Save | None = None
         self._failures: list[str] = []
-        """Of the saves since the last one that succeeded."""
+        """Why each save since the last successful one failed."""
         mcore_fixes.keep_results_in_the_process()
         mcore_fixes.hold_file_errors()
-        on_rank_0(lambda: files.open_directory(run_dir))
+        on_rank_0(lambda: directory.open_directory(run_dir))
 
     def is_due(self, step: int, num_steps: int) -> bool:
-        """Whether to save after `step` steps of a stage of `num_steps`."""
+        """Returns whether to save after `step` steps of a stage of `num_steps`."""
         return step == num_steps or step % self._config.interval_steps == 0
 
     def save(self, engine: Engine, state: RunState) -> None:
-        """Starts a save; an earlier one that still runs is waited for first.
+        """Waits for an earlier save that still runs, then starts a new one.
 
-        Writers are threads with copies of their own, so that training may change the weights at once.
+        Writers are threads that write copies, so training may change the weights at once.
 
         Raises:
-            CheckpointError: on all ranks, as `poll`.
-            TrainingError: on all ranks: a weight or a moment is not finite, so that nobody could go on
-                from this checkpoint. It never takes the place of a good one.
+            CheckpointError: on all ranks, as in `poll`.
+            TrainingError: on all ranks, when a weight or a moment is not finite. Nobody could go on
+                from such a checkpoint, so it never replaces a good one.
         """
         self._finish(blocking=True)
         self._check_finite(engine, state)
@@ -90,10 +89,10 @@ class Saver:
             self._finish(blocking=True)
 
     def poll(self) -> None:
-        """Publishes a save whose writers are done; cheap when none is under way.
+        """Publishes a save whose writers are done. It costs nothing when no save runs.
 
         Raises:
-            CheckpointError: on all ranks: more saves in a row failed than the recipe allows.
+            CheckpointError: on all ranks, when more saves in a row failed than the recipe allows.
         """
         self._finish(blocking=False)
 
@@ -101,20 +100,20 @@ class Saver:
         """Waits until the last save is published.
 
         Raises:
-            CheckpointError: on all ranks: it failed, whatever the recipe allows before a stage's end.
+            CheckpointError: on all ranks, when it failed, even if the recipe allows failed saves.
         """
         self._finish(blocking=True)
         if self._failures:
             raise CheckpointError(self._failures[-1])
 
     def close(self) -> None:
-        """Waits and ends the writers."""
+        """Waits for the last save and ends the writers."""
         self.wait()
         self._queue.close()
 
     def _check_finite(self, engine: Engine, state: RunState) -> None:
         if broken := not_finite(engine):
-            complete = on_rank_0(lambda: files.complete_checkpoints(self._run_dir))
+            complete = on_rank_0(lambda: directory.complete_checkpoints(self._run_dir))
             raise TrainingError(
                 f"stage={state.stage} step={state.step}: no checkpoint is saved: {summary(broken)}; "
                 f"{_newest(complete)}; lower stages.{state.stage}.optimizer.lr="
@@ -123,7 +122,7 @@ class Saver:
             )
 
     def _start(self, engine: Engine, state: RunState, name: str) -> None:
-        writing = on_rank_0(lambda: files.begin(self._run_dir, name))
+        writing = on_rank_0(lambda: directory.begin(self._run_dir, name))
         self._under_way = save = _Save(writing, state)
         request = write_request(engine, writing)
         on_rank_0(partial(_raise_held_error, writing))
@@ -145,19 +144,19 @@ class Saver:
 
         def publish() -> None:
             write_state(save.state, save.writing)
-            logger.info("saved %s", files.publish(save.writing, save.name, digests))
+            logger.info("saved %s", directory.publish(save.writing, save.name, digests))
 
         on_rank_0(publish)
         self._under_way, self._failures = None, []
         if dist.get_rank() == 0:
-            files.prune(self._run_dir, self._config)
+            directory.prune(self._run_dir, self._config)
 
     def _attempt(self, name: str, action: Callable[[], object]) -> None:
-        """Runs a part of a save; a failure is counted, and raised when there were too many."""
+        """Runs a part of a save. Counts a failure, and raises it when there were too many."""
         try:
             action()
         except (CheckpointError, CheckpointException) as error:
-            # Rank 0 knows the most, and what it says is what every rank raises.
+            # Rank 0 knows the most, so every rank raises what rank 0 says.
             self._failures.append(on_rank_0(partial(self._clean_up, name, reason(error))))
             self._under_way = None
             if len(self._failures) > self._config.max_failed_saves:
@@ -166,15 +165,15 @@ class Saver:
                 logger.error("%s", self._failures[-1])
 
     def _clean_up(self, name: str, reason: str) -> str:
-        """Makes room again, and says what happened and what to do."""
-        directory = files.checkpoint_dir(self._run_dir)
+        """Removes what was written, and returns what happened and what to do about it."""
+        checkpoints = directory.checkpoint_dir(self._run_dir)
         usage = shutil.disk_usage(self._run_dir)
         if self._under_way is not None:
-            files.give_up(self._under_way.writing)
-        complete = files.complete_checkpoints(self._run_dir)
+            directory.give_up(self._under_way.writing)
+        complete = directory.complete_checkpoints(self._run_dir)
         return (
             f"checkpoint {name} was not saved: {reason}\n"
-            f"  {directory} had {usage.free / 2**30:.2f} GiB free of "
+            f"  {checkpoints} had {usage.free / 2**30:.2f} GiB free of "
             f"{usage.total / 2**30:.2f} GiB; {_newest(complete)}\n"
             f"  failed saves in a row: {len(self._failures) + 1}, allowed by "
             f"checkpoint.max_failed_saves: {self._config.max_failed_saves}\n"
@@ -192,4 +191,4 @@ def _newest(complete: list[Path]) -> str:
 def _raise_held_error(writing: Path) -> None:
     error = mcore_fixes.take_held_error()
     if error is not None:
-        raise CheckpointError(files.disk_trouble(writing) or str(error))
+        raise CheckpointError(directory.disk_trouble(writing) or str(error))

@@ -1,6 +1,6 @@
-"""What goes through megatron-core's distributed format: weights, optimizer and RNG, at any layout.
+"""Saves and loads weights, optimizer and RNG in megatron-core's distributed format, in any layout.
 
-When to save, and what a save that fails means: saver.py. Directories: checkpoint_files.py.
+saver.py decides when to save and handles saves that fail; directory.py manages the directories.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _EXTRA_STATE = "_extra_state"
 
 
 def write_request(engine: Engine, directory: Path) -> AsyncRequest:
-    """A save that is planned, with its tensors in place, and waits for its writers. Called by all ranks."""
-    # On the way megatron-core collects garbage (distrib_optimizer.py:1283). Over all that is alive by now
-    # this took longer than a step; what is frozen, it does not look at.
+    """Plans a save. Returns the request that the writers carry out. Called by all ranks."""
+    # megatron-core collects garbage here (distrib_optimizer.py:1283). Over all objects that are alive by
+    # now this took longer than a step; the collector does not look at frozen objects.
     gc.freeze()
     try:
         request = dist_checkpointing.save(
@@ -46,7 +46,12 @@ def write_request(engine: Engine, directory: Path) -> AsyncRequest:
 
 
 def load(engine: Engine, directory: Path, same_layout: bool) -> None:
-    """Restores weights, optimizer and, where the layout is the one that saved, the RNG.
+    """Restores weights, optimizer and, in the layout that saved, the RNG.
+
+    Args:
+        engine: the built stage.
+        directory: the checkpoint.
+        same_layout: whether to restore the RNG.
 
     Raises:
         CheckpointError: the checkpoint does not fit the engine's model, or cannot be read.
@@ -58,14 +63,14 @@ def load(engine: Engine, directory: Path, same_layout: bool) -> None:
     _set_weights(engine.model.module, loaded["model"], directory)
     if "optimizer" in loaded:
         load_optimizer(engine.optimizer, loaded["optimizer"])
-        # The groups are now those of the run that saved.
+        # The groups are now those of the run that saved, with its constants.
         engine.set_learning_rate(engine.stage.optimizer.lr)
     if same_layout:
         _restore_rng(loaded["rng"])
 
 
 def load_weights(module: MegatronModule, directory: Path) -> None:
-    """Weights only: hand-over between stages, whose optimizer starts afresh, and generation.
+    """Restores only the weights: for generation, and for a stage that starts with a new optimizer.
 
     Raises:
         CheckpointError: the checkpoint does not fit the model, or cannot be read.
@@ -75,7 +80,7 @@ def load_weights(module: MegatronModule, directory: Path) -> None:
 
 
 def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
-    """What is saved: weights, optimizer, RNG, each with its place in the whole."""
+    """Returns what is saved: weights, optimizer and RNG, each with its place in the whole model."""
     weights = _sharded_weights(engine.model.module)
     state: dict[str, Any] = {"model": weights, "rng": _rng_state(engine.topology)}
     # A pipeline stage without a trainable parameter has no optimizer state, and no way to ask for it.
@@ -90,10 +95,10 @@ def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
 
 
 def _sharded_weights(module: MegatronModule) -> dict[str, Any]:
-    """Parameters, without what modules of one kernel library add to them.
+    """Returns the parameters without what one kernel library's modules add to them.
 
-    Transformer Engine's modules keep the scales of FP8 there (`_extra_state`), which bf16 and fp32
-    do not have. With it a checkpoint could be read only by the kernels that wrote it.
+    Transformer Engine's modules add the scales of FP8 (`_extra_state`), which bf16 and fp32 do not
+    need. With them a checkpoint could be read only by the kernels that wrote it.
     """
     state = module.sharded_state_dict(metadata=sharding_metadata())
     return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
@@ -117,14 +122,14 @@ def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:
             loaded: dict[str, Any] = dist_checkpointing.load(state, str(directory))
     except CheckpointingException as error:
         raise CheckpointError(f"{directory} does not fit the recipe's model: {error}") from error
-    # The first is torch's own and no Exception: some rank could not read or understand its shards.
+    # CheckpointException is torch's and derives from BaseException: some rank could not read its shards.
     except (CheckpointException, OSError) as error:
         raise CheckpointError(f"{directory} cannot be read: {reason(error)}") from error
     return loaded
 
 
 def reason(error: BaseException) -> str:
-    """Why a save or a load failed, in one line; torch tells rank 0 what happened on each rank."""
+    """Returns why a save or a load failed, in one line. On rank 0 torch knows what happened on each rank."""
     if isinstance(error, CheckpointException):
         by_rank = [f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items())]
         return "; ".join(by_rank)
@@ -151,5 +156,5 @@ def _restore_rng(data: dict[str, Any]) -> None:
 
 
 def _without_optimizer(common: dict[str, Any]) -> dict[str, Any]:
-    """What megatron-core compares between ranks: a stage that trains nothing has no optimizer."""
+    """Returns what megatron-core may compare between ranks: not every pipeline stage has an optimizer."""
     return {key: value for key, value in common.items() if key != "optimizer"}

@@ -1,9 +1,9 @@
-"""Writes a rank's shards in threads, from copies, and takes their digests, while training goes on.
+"""Writes a rank's shards in threads, from copies, and hashes them, while training goes on.
 
-megatron-core forks a process for it. A fork copies the locks that the rank's other threads hold, but not
-those threads: rarely, a writer waited for ever, and its rank for the writer. It copies the rank's sockets
-and file locks too. Threads need none of that, and what takes long here (writing, torch's copies into the
-file, SHA-256) runs without the interpreter's lock.
+megatron-core forks a process for this. A fork copies the locks that the rank's other threads hold, but
+not those threads, so in rare cases a writer waited for ever, and its rank waited for the writer. A fork
+also copies the rank's sockets and file locks. Threads have neither problem, and the slow parts (writing,
+torch's copies into the file, SHA-256) run without the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from nvlm_train.train.checkpoint.directory import disk_trouble
 from nvlm_train.train.checkpoint.manifest import FileDigest, digest_file
 
 Bucket = tuple[str, str, tuple[list[Any], list[Any]]]
-"""A file of megatron-core's: its path, its key, (item, bytes) and (item, tensor) to write into it."""
+"""One file of megatron-core's: its path, its key, and what goes into it: (item, bytes), (item, tensor)."""
 _Written = tuple[Any, dict[str, FileDigest]]
-"""What megatron-core wants to know of a file, or the exception that ended it; its digest by name."""
+"""What megatron-core wants to know about a file, or the exception that ended it; and its digest by name."""
 
 
 class WriterThreads(AsyncCaller):
-    """megatron-core's caller of writers: a thread for each file of a save, one save at a time."""
+    """Takes the place of megatron-core's writer processes: one thread per file, one save at a time."""
 
     def __init__(self) -> None:
         self.digests: dict[str, FileDigest] = {}
-        """Of this rank's files of the last save, by name."""
+        """Digests of this rank's files of the last save, by name."""
         self._files: list[Future[_Written]] = []
         self._directory = Path()
         self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -52,7 +52,10 @@ class WriterThreads(AsyncCaller):
         threads.shutdown(wait=False)
 
     def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
-        """Whether all ranks have written, as megatron-core asks it; waits when `blocking`."""
+        """Returns whether all ranks have written; waits until they have when `blocking`.
+
+        megatron-core calls it, with `no_dist` to ask about this rank alone.
+        """
         is_busy = not all(file.done() for file in self._files)
         is_done = not is_busy if no_dist else self.sync_all_async_calls(is_busy)
         if not is_done and not blocking:
@@ -73,11 +76,11 @@ class WriterThreads(AsyncCaller):
         self._results.put({number: result for number, (result, _) in enumerate(written)})
 
     def __del__(self) -> None:
-        """The base class raises here."""
+        """Does nothing, because the base class raises here."""
 
 
 def _copies(buckets: list[Bucket], to_host: Callable[[], list[Bucket]]) -> list[Bucket]:
-    """The buckets with tensors that training does not change: `to_host` copies those of a GPU only."""
+    """Returns the buckets with copies of all tensors. `to_host` itself copies only a GPU's tensors."""
     return [
         (path, key, (data, _own(tensors, on_host)))
         for (path, key, (data, tensors)), (_, _, (_, on_host)) in zip(
@@ -107,5 +110,5 @@ def _write_file(transforms: list[Any], number: int, bucket: Bucket) -> _Written:
     path = Path(bucket[0])
     try:
         return written, {path.name: digest_file(path)}
-    except OSError as error:  # the other ranks have to hear of it
+    except OSError as error:  # it is passed on, so that all ranks learn of it
         return error, {}

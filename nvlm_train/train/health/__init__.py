@@ -1,1 +1,1 @@
-"""What a run does when it falls ill while nobody looks. `health.py` is what the train loop talks to."""
+"""Detects trouble in a run and acts on it while nobody watches. The train loop calls `health.py`."""

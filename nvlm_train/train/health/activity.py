@@ -1,4 +1,4 @@
-"""What this process is doing: told by the train loop, read by the threads that watch it."""
+"""Records what this process is doing. The train loop writes it; the threads that watch it read it."""
 
 from __future__ import annotations
 
@@ -15,32 +15,35 @@ from nvlm_train.config.schema import HealthConfig
 Doing = Literal["starting", "training", "saving", "evaluating", "ended", "failed"]
 
 _USUAL_AFTER = 3
-"""Steps of a stage whose times may be anything: kernels are compiled, connections made, caches filled."""
+"""Steps after which a stage counts as training. The first ones compile kernels, connect and fill caches."""
 
 
 @dataclass
 class Activity:
-    """One writer, the training thread; readers may see a step's values change one by one."""
+    """Holds what the process is doing. Only the training thread writes it.
+
+    A reader may see a step's values change one by one.
+    """
 
     doing: Doing = "starting"
     stage: str = ""
     step: int = 0
-    """Steps of the stage that are done."""
+    """Number of steps of the stage that are done."""
     loss: float | None = None
     since: float = field(default_factory=time.monotonic)
-    """Seconds of `time.monotonic` at the last sign of progress."""
+    """Time of the last sign of progress, in seconds of `time.monotonic`."""
     durations: deque[float] = field(default_factory=lambda: deque(maxlen=64))
-    """Seconds of the stage's latest steps, without the first ones."""
+    """Seconds that the stage's latest steps took, without its first step."""
     _steps_seen: int = 0
 
     def start_stage(self, stage: str, step: int) -> None:
-        """A stage is being built; what its steps take is not known yet."""
+        """Notes that a stage is being built, and forgets the durations of the last one."""
         self.stage, self.step, self.loss, self._steps_seen = stage, step, None, 0
         self.durations.clear()
         self._turn_to("starting")
 
     def stepped(self, step: int, loss: float) -> None:
-        """A step is done."""
+        """Notes that a step is done, and its loss."""
         self.step, self.loss = step, loss
         self._steps_seen += 1
         if self._steps_seen > 1:
@@ -49,7 +52,7 @@ class Activity:
 
     @contextmanager
     def busy(self, doing: Doing) -> Iterator[None]:
-        """Around what takes longer than a step and is no step: `saving`, `evaluating`."""
+        """Marks the block as something that is no step and may take longer: `saving`, `evaluating`."""
         before = self.doing
         self._turn_to(doing)
         yield
@@ -60,12 +63,12 @@ class Activity:
         self.since = time.monotonic()
 
     def end(self, doing: Doing) -> None:
-        """Nothing more is expected of this process: `ended` or `failed`."""
+        """Notes that the process has `ended` or `failed`, so that no more progress is expected."""
         self._turn_to(doing)
 
 
 def patience(config: HealthConfig, activity: Activity) -> float:
-    """Seconds without a sign of progress after which what is being done is a hang."""
+    """Returns the seconds without a sign of progress after which the process counts as hanging."""
     durations = list(activity.durations)
     if activity.doing != "training" or not durations:
         return config.hang_grace_seconds

@@ -1,4 +1,4 @@
-"""torch's flight recorder: which collectives a rank has started, kept in memory until somebody asks."""
+"""Reads torch's flight recorder, which keeps in memory which collectives a rank has started."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 _ENTRIES = "2000"
 _RECORDERS = {"nccl": "_dump_nccl_trace_json", "gloo": "_dump_fr_trace_json"}
-"""Backend -> the function of torch's bindings that gives its recorder's content."""
+"""Backend -> the function of torch's bindings that returns the content of its recorder."""
 
 
 def record_collectives() -> None:
-    """Turns the recorder on, where the environment does not say otherwise. Call before a world is joined.
+    """Turns the recorder on, unless the environment says otherwise. Called before a world is joined.
 
     A timeout inside NCCL then dumps its own trace as well (TORCH_NCCL_DUMP_ON_TIMEOUT).
     """
@@ -21,7 +21,7 @@ def record_collectives() -> None:
 
 
 def recorded() -> dict[str, Any]:
-    """The content of this world's recorder, in its own JSON format; empty where torch has none."""
+    """Returns the content of this world's recorder in torch's JSON format; empty when torch has none."""
     import torch.distributed as dist
     from torch._C import _distributed_c10d as c10d
 
@@ -29,18 +29,20 @@ def recorded() -> dict[str, Any]:
 
 
 def content(c10d: Any, backend: str) -> dict[str, Any]:
-    """NCCL's collectives and gloo's lie in two recorders, and only torch with NCCL has the first.
+    """Returns the content of a backend's recorder; empty when torch has none for it.
+
+    NCCL and gloo have a recorder each, and only a torch that was built with NCCL has the first.
 
     Args:
         c10d: torch's bindings.
-        backend: of the world.
+        backend: of the world, `nccl` or `gloo`.
     """
     dump = getattr(c10d, _RECORDERS.get(backend, ""), None)
     return json.loads(dump()) if dump is not None else {}
 
 
 def waiting_in(trace: dict[str, Any]) -> str | None:
-    """The oldest collective that this rank has started and not finished, or none."""
+    """Returns the oldest collective that this rank has started and not finished, or None."""
     for entry in trace.get("entries", ()):
         if not entry.get("retired", True) and entry.get("state") != "completed":
             group = entry.get("process_group", ["", ""])[1]

@@ -1,6 +1,6 @@
-"""How a process leaves a world: without a collective, because others may never come to it.
+"""Ends a process without a collective, because other ranks may never reach one.
 
-Exit codes of a rank: 0 finished, 2 something to fix (also an exception that nobody expected: 1),
+Exit codes of a rank: 0 finished, 1 an unexpected exception, 2 something that the user has to fix,
 75 saved on a signal, 76 a hang. After 75 and 76 the same command goes on.
 """
 
@@ -12,18 +12,20 @@ import sys
 from typing import NoReturn
 
 EXIT_HANG = 76
-"""No step in time: the stacks of all ranks were written, and the same command goes on from the last save."""
+"""A hang: the stacks of all ranks were written, and the same command goes on from the last save."""
 COURTESY_S = 2.0
-"""How long a rank that only lost a peer stays: torchrun orders failures by whole seconds."""
+"""Seconds that a rank waits before it exits because of a lost peer, so that the rank that failed exits
+first: torchrun orders failures by whole seconds."""
 
 logger = logging.getLogger(__name__)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process at once: no destructors, no exit handlers, no process group is told.
+    """Ends this process at once, without destructors, exit handlers or the end of a process group.
 
-    Sockets close with the process, so gloo's peers get an error in the collective they wait in; NCCL's
-    peers are ended by the launcher (torchrun, `srun --kill-on-bad-exit`), or by their own watchdog.
+    Sockets close with the process, so gloo's peers get an error in the collective that they wait in.
+    NCCL's peers are ended by the launcher (torchrun, `srun --kill-on-bad-exit`) or by their own
+    watchdog.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -39,7 +41,7 @@ def prepare() -> None:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error only says that another rank ended first."""
+    """Returns whether an error only says that another rank ended first."""
     return isinstance(error, RuntimeError) and any(
         sign in str(error)
         for sign in ("Connection closed by peer", "Connection reset by peer", "Connection refused")

@@ -1,4 +1,4 @@
-"""What the train loop tells about a run, and what it is told to do when the run falls ill."""
+"""Watches a run for the train loop: losses, stragglers, hangs. Says when to go back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.schedule import Position
 from nvlm_train.train.tracking.metrics_log import FILE_NAME as METRICS
 from nvlm_train.train.tracking.metrics_log import read_metrics
+from nvlm_train.train.tracking.step_record import StepSeconds
 
 logger = logging.getLogger(__name__)
 
 
 class Health:
-    """One a process. Every method but `close` is called by all ranks together."""
+    """Watches this process and its losses. All ranks call every method but `close` together."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe, self._config = recipe, recipe.health
@@ -68,14 +69,17 @@ class Health:
         self.close("ended" if kind is None else "failed")
 
     def close(self, doing: Doing) -> None:
-        """Ends the threads. Called by any rank, whatever the others do."""
+        """Ends the threads. A rank may call it alone."""
         self._activity.end(doing)
         self._watchdog.close()
         if self._heartbeat is not None:
             self._heartbeat.close()
 
     def start_stage(self, position: Position) -> frozenset[int]:
-        """A stage starts or goes on. Returns the steps it leaves out, counted from 0.
+        """Notes that a stage starts or goes on.
+
+        Returns:
+            The steps that the stage leaves out, counted from 0.
 
         Raises:
             TrainingError: the stage's last step is among them.
@@ -96,6 +100,7 @@ class Health:
         return steps
 
     def _history(self, position: Position) -> list[tuple[float, bool]]:
+        """Reads (loss, whether the step was finite) of the stage's earlier steps from metrics.jsonl."""
         path = self._run_dir / METRICS
         records = read_metrics(path) if path.exists() else ()
         return [
@@ -105,16 +110,16 @@ class Health:
         ]
 
     def stepped(
-        self, done: Position, result: StepResult, seconds: tuple[float, float], work: StageWork
+        self, done: Position, result: StepResult, seconds: StepSeconds, work: StageWork
     ) -> dict[str, Any]:
-        """A step is done. Returns what its record should say besides."""
+        """Notes that a step is done. Returns what its record should say about the run's health."""
         self._activity.stepped(done.step, result.loss)
         self._watchdog.progressed()
         report: dict[str, Any] = self._stragglers.add(seconds, work.engine.topology)
         return report if result.is_finite else {**report, **vars(NotFiniteStep())}
 
     def must_roll_back(self, done: Position, result: StepResult, work: StageWork) -> bool:
-        """Whether the loss spiked and the recipe wants the run to go back.
+        """Returns whether the loss spiked and the recipe asks for a rollback.
 
         Raises:
             TrainingError: too many steps in a row were not finite, or too many rollbacks did not help.
@@ -180,26 +185,34 @@ class Health:
         return path
 
     def leave_out(self, done: Position, result: StepResult, newest: Position | None) -> None:
-        """Records that the run goes back to `newest` and on without the steps around `done`."""
+        """Records that the steps around `done` are left out, because the run goes back to `newest`.
+
+        Args:
+            done: the step with the spike.
+            result: what that step reported.
+            newest: where the newest checkpoint stands; None when there is none.
+        """
         saved = newest.step if newest is not None and newest.stage == done.stage else 0
         num_steps = self._recipe.stages[done.stage].steps
-        steps = around(done.step, self._config.spike_skip_steps, saved, num_steps)
-        assert steps is not None, "the spike is later than the checkpoint and not the last step"
+        left_out = around(done.step, self._config.spike_skip_steps, saved, num_steps)
+        assert left_out is not None, "the spike is later than the checkpoint and not the last step"
+        first, last = left_out
         if self._is_first:
             reason = f"loss {result.loss:.4f} at step {done.step}"
-            append_left_out(self._run_dir, LeftOut(done.stage, *steps, reason))
+            append_left_out(self._run_dir, LeftOut(done.stage, first, last, reason))
             logger.warning(
                 "rolling back: %s of stage %s; going back to step %d and on without steps %d to %d (%s)",
                 reason,
                 done.stage,
                 saved,
-                *steps,
+                first,
+                last,
                 "left_out_steps.json",
             )
 
     @contextmanager
     def busy(self, doing: Doing) -> Iterator[None]:
-        """Around what may take longer than a step: `saving`, `evaluating`."""
+        """Marks the block as something that may take longer than a step: `saving`, `evaluating`."""
         with self._activity.busy(doing):
             self._watchdog.progressed()
             yield

@@ -1,4 +1,4 @@
-"""RUN_DIR/heartbeat.json: a file that a monitor can look at without talking to the run."""
+"""Writes RUN_DIR/heartbeat.json, which a monitor can read without talking to the run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """A thread that writes what the process is doing, every so many seconds and at the end.
+    """Writes what the process is doing from a thread, every `every` seconds and at the end.
 
-    A heartbeat that grows old means a dead or frozen process; a fresh one with a large
-    `seconds_since_progress`, a hang.
+    A file that is no longer renewed means a dead or frozen process. A fresh file with a large
+    `seconds_since_progress` means a hang.
     """
 
     def __init__(self, run_dir: Path, activity: Activity, every: float) -> None:
@@ -33,7 +33,7 @@ class Heartbeat:
         self._thread.start()
 
     def close(self) -> None:
-        """Writes a last time."""
+        """Writes the file a last time and ends the thread."""
         self._ended.set()
         self._thread.join()
 
@@ -59,7 +59,7 @@ class Heartbeat:
 
 
 def snapshot(activity: Activity) -> dict[str, Any]:
-    """What a heartbeat says. `time` is seconds since 1970; a loss that is not finite is null."""
+    """Returns what a heartbeat says. `time` is in seconds since 1970; a loss that is not finite is None."""
     loss = activity.loss
     return {
         "time": time.time(),

@@ -1,7 +1,7 @@
-"""RUN_DIR/left_out_steps.json: steps that the run goes without, because a loss spike lay among them.
+"""Reads and writes RUN_DIR/left_out_steps.json: steps that are passed over because of a loss spike.
 
-With it the data position is one integer still: step n's batch is what it always was, and the steps in
-the list are passed over. A resumed run reads the same list.
+The data position remains one integer: the batch of step n does not change, and the steps in the list
+are passed over. A resumed run reads the same list.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FILE_NAME = "left_out_steps.json"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Steps first to last of a stage, counted from 1 as in metrics.jsonl, both included."""
+    """Names the steps `first` to `last` of a stage, both included, counted from 1 as in metrics.jsonl."""
 
     stage: str
     first: int
@@ -25,7 +25,7 @@ class LeftOut:
 
 
 def read_left_out(run_dir: Path) -> list[LeftOut]:
-    """The run's list, oldest first."""
+    """Returns the run's list, oldest entry first."""
     path = run_dir / FILE_NAME
     if not path.exists():
         return []
@@ -33,7 +33,7 @@ def read_left_out(run_dir: Path) -> list[LeftOut]:
 
 
 def append_left_out(run_dir: Path, entry: LeftOut) -> None:
-    """Adds an entry; the file is whole at every moment."""
+    """Adds an entry. The file is replaced as a whole, so a reader never sees half of it."""
     entries = [asdict(each) for each in (*read_left_out(run_dir), entry)]
     partial = (run_dir / FILE_NAME).with_suffix(".partial")
     with partial.open("w") as file:
@@ -44,7 +44,7 @@ def append_left_out(run_dir: Path, entry: LeftOut) -> None:
 
 
 def indices(entries: list[LeftOut], stage: str) -> frozenset[int]:
-    """Of one stage, counted from 0 as the data plan does."""
+    """Returns the steps that one stage leaves out, counted from 0 as in the data plan."""
     return frozenset(
         step
         for entry in entries
@@ -54,10 +54,16 @@ def indices(entries: list[LeftOut], stage: str) -> frozenset[int]:
 
 
 def around(spike_step: int, reach: int, saved_step: int, num_steps: int) -> tuple[int, int] | None:
-    """First and last step to leave out after a spike at `spike_step`, counted from 1.
+    """Returns the first and last step to leave out after a spike, counted from 1; None for the last step.
 
-    What the newest checkpoint, at `saved_step`, has been trained on stays. The stage's last step stays
-    too, as it ends the stage with a save; a spike there has nothing after it to protect.
+    Steps that the newest checkpoint was trained on stay. The stage's last step stays too, because it
+    ends the stage with a save, and a spike there has no step after it to protect.
+
+    Args:
+        spike_step: the step with the spike.
+        reach: steps to leave out before and after it.
+        saved_step: the step of the newest checkpoint.
+        num_steps: steps of the stage.
     """
     first, last = max(spike_step - reach, saved_step + 1), min(spike_step + reach, num_steps - 1)
     return (first, last) if first <= spike_step <= last else None

@@ -1,4 +1,4 @@
-"""What the losses of a stage say: not finite too often, or far above what is usual."""
+"""Judges the losses of a stage: not finite too often in a row, or far above the usual."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from statistics import median
 from nvlm_train.config.schema import HealthConfig
 
 _MAD_TO_DEVIATION = 1.4826
-"""A normal distribution's standard deviation in units of its median absolute deviation."""
+"""Standard deviation of a normal distribution, in units of its median absolute deviation (MAD)."""
 _LEAST_DEVIATION = 0.02
-"""Of the median: losses that hardly differ would otherwise make a spike of every small rise."""
+"""Least deviation as a share of the median: without it, a small rise among equal losses is a spike."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class NotFiniteStep:
 
 @dataclass(frozen=True)
 class Spike:
-    """A loss that is far too high."""
+    """Describes a loss that is far above the losses before it."""
 
     loss: float
     median: float
     deviation: float
-    """Scaled MAD of the window."""
+    """Deviation of the losses in the window: their scaled MAD."""
 
 
 class LossWatch:
-    """Follows a stage's steps. The same on every rank, since all see the same losses in the same order.
+    """Follows the losses of a stage. Its answers are equal on all ranks, which all see the same losses.
 
     Args:
         config: window and limits.
@@ -51,7 +51,7 @@ class LossWatch:
             self.add(loss, is_finite)
 
     def add(self, loss: float, is_finite: bool) -> Spike | None:
-        """Takes a step's loss. Returns the spike that it is, or none."""
+        """Takes a step's loss. Returns a spike when the loss is one, else None."""
         if not is_finite:
             self.not_finite_in_a_row += 1
             return None

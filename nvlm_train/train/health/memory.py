@@ -1,4 +1,4 @@
-"""Out of memory, on the GPU or on the host: which of the recipe's values to change."""
+"""Explains an out-of-memory error, of the GPU or the host, by the recipe's values to change."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SIGNS = (
     "cuda out of memory",
     "cublas_status_alloc_failed",
 )
-"""In messages of plain RuntimeErrors: torch's CPU allocator, mmap, NCCL and cuBLAS."""
+"""Parts of the messages of plain RuntimeErrors: torch's CPU allocator, mmap, NCCL and cuBLAS."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, the interpreter or a library says that there is no more memory."""
+    """Returns whether torch, the interpreter or a library says that there is no more memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
@@ -31,7 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained(recipe: Recipe, stage: str) -> Iterator[None]:
-    """Turns an out-of-memory error inside into one that says what to change.
+    """Turns an out-of-memory error of the block into one that says what to change.
 
     Raises:
         TrainingError: memory was not enough for the stage.
@@ -45,7 +45,7 @@ def explained(recipe: Recipe, stage: str) -> Iterator[None]:
 
 
 def advice(recipe: Recipe, stage_name: str, error: BaseException) -> str:
-    """What to change first comes first: what costs nothing, then time, then more ranks."""
+    """Lists the values to change, the cheapest first: free ones, then those that cost time or ranks."""
     stage = recipe.stages[stage_name]
     path, parallel = f"stages.{stage_name}", stage.parallel
     first_line = (str(error) or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Which samples a step was made of, for the step that went wrong."""
+"""Writes down the samples of a step that went wrong."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nvlm_train.train.schedule import Position
 
 
 def samples_of_step(plan: DataPlan, step: int, data_size: int) -> list[dict[str, Any]]:
-    """Of all replicas. The plan knows them on every rank, so nobody is asked.
+    """Returns source, shard and key of each sample of a step, over all replicas, without communication.
 
     Args:
-        plan: the stage's.
+        plan: the stage's plan, which is the same on every rank.
         step: counted from 0.
-        data_size: data-parallel ranks, which decide what `replica` is.
+        data_size: number of data-parallel ranks; `replica` is one of them.
     """
     return [
         {
@@ -36,7 +36,7 @@ def samples_of_step(plan: DataPlan, step: int, data_size: int) -> list[dict[str,
 def write_samples(
     path: Path, plan: DataPlan, done: Position, result: StepResult, data_size: int
 ) -> None:
-    """Writes what the step reported and the samples that it was made of, as JSON."""
+    """Writes what a step reported and the samples that it was made of, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "stage": done.stage,
@@ -56,5 +56,5 @@ def write_samples(
 
 
 def _number(value: float) -> float | str:
-    """JSON has no NaN."""
+    """Returns a string for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else str(value)

@@ -1,7 +1,8 @@
-"""The straggler report: which rank makes the others wait.
+"""Finds stragglers: the rank that makes the others wait.
 
-In a synchronous step all ranks take equally long; what differs is how much of it they wait. A rank's
-own time is the step without that. Once in many steps one small collective compares them.
+In a synchronous step all ranks take equally long. They differ in how much of that time they wait for
+others. A rank's own time is the step without that wait. Once in `straggler_interval_steps` steps one
+small collective compares the own times.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ import torch.distributed as dist
 from nvlm_train.config.schema import HealthConfig
 from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.parallel.waiting import waited
+from nvlm_train.train.tracking.step_record import StepSeconds
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RankTimes:
-    """Mean seconds a step of one rank."""
+    """Holds the mean seconds per step of one rank, by what it did."""
 
     rank: int
     pp_stage: int
     data: float
-    """Waiting for its own loader."""
+    """Waiting for the rank's own loader."""
     compute: float
-    """The rest: neither loading nor waiting for other ranks."""
+    """Neither waiting for the loader nor for other ranks."""
     wait: float
-    """Blocked on other ranks, as far as the host knows (parallel/waiting.py)."""
+    """Waiting for other ranks, as far as the host knows (parallel/waiting.py)."""
 
     @property
     def own(self) -> float:
@@ -41,11 +43,11 @@ class RankTimes:
 
 @dataclass(frozen=True)
 class Slowest:
-    """The rank whose own time is the largest multiple of its peers' median."""
+    """Names the rank whose own time is the largest multiple of its peers' median."""
 
     times: RankTimes
     peers: RankTimes
-    """Medians of the other ranks of its pipeline stage; of all others where it has none."""
+    """Medians of the other ranks of its pipeline stage, or of all other ranks when it is alone there."""
 
     @property
     def ratio(self) -> float:
@@ -73,7 +75,7 @@ class SlowestRank:
 
 
 def slowest(ranks: Sequence[RankTimes]) -> Slowest:
-    """Compares ranks with those that do the same work: pipeline stages are never quite equal."""
+    """Compares each rank with those of its pipeline stage, because stages are never quite equal."""
     return max((Slowest(each, _peers(each, ranks)) for each in ranks), key=lambda one: one.ratio)
 
 
@@ -87,7 +89,7 @@ def _peers(rank: RankTimes, ranks: Sequence[RankTimes]) -> RankTimes:
 
 
 class StragglerReport:
-    """Sums this rank's step parts; compares ranks every `straggler_interval_steps` steps."""
+    """Adds up the parts of this rank's steps, and compares ranks every `straggler_interval_steps` steps."""
 
     def __init__(self, config: HealthConfig) -> None:
         self._config = config
@@ -97,26 +99,26 @@ class StragglerReport:
     def _restart(self) -> None:
         self._steps, self._data, self._total, self._waited_before = 0, 0.0, 0.0, waited()
 
-    def add(self, seconds: tuple[float, float], topology: Topology) -> dict[str, float | int]:
-        """Takes a step's (seconds of loading, seconds in all). Called by every rank after every step.
+    def add(self, seconds: StepSeconds, topology: Topology) -> dict[str, float | int]:
+        """Takes a step's seconds. Called by every rank after every step.
 
         Returns:
-            What goes into the step's record: nothing, or the comparison's result.
+            What goes into the step's record: nothing, or the result of the comparison.
         """
         self._steps += 1
-        self._data += seconds[0]
-        self._total += seconds[1]
+        self._data += seconds.loading
+        self._total += seconds.total
         if self._steps < self._config.straggler_interval_steps:
             return {}
         wait = waited() - self._waited_before
-        own = [self._data, max(self._total - self._data - wait, 0.0), wait]
-        parts = torch.tensor(own, dtype=torch.float32, device=device()) / self._steps
-        table = _gather(parts, topology)
+        compute = max(self._total - self._data - wait, 0.0)
+        sums = torch.tensor([self._data, compute, wait], dtype=torch.float32, device=device())
+        table = _gather(sums / self._steps, topology)
         self._restart()
         if topology.world_size == 1:
             return {}
         worst = slowest(table)
-        self._speak(worst)
+        self._warn(worst)
         record = SlowestRank(
             slowest_rank=worst.times.rank,
             slowest_rank_ratio=worst.ratio,
@@ -127,7 +129,7 @@ class StragglerReport:
         )
         return dict(vars(record))
 
-    def _speak(self, worst: Slowest) -> None:
+    def _warn(self, worst: Slowest) -> None:
         is_slow = worst.ratio >= self._config.straggler_threshold
         again = is_slow and worst.times.rank == self._suspect
         self._times_in_a_row = (self._times_in_a_row + 1 if again else 1) if is_slow else 0
@@ -137,16 +139,20 @@ class StragglerReport:
 
 
 def _gather(parts: torch.Tensor, topology: Topology) -> list[RankTimes]:
+    """Returns the times of all ranks, by rank. `parts` is fp32 [3]: data, compute and wait."""
     place = torch.tensor([topology.pipeline_rank], dtype=torch.float32, device=parts.device)
     own = torch.cat([place, parts])
     table = own.new_empty(topology.world_size * len(own))
     dist.all_gather_into_tensor(table, own)
     rows = table.view(topology.world_size, len(own)).tolist()
-    return [RankTimes(rank, int(row[0]), *row[1:]) for rank, row in enumerate(rows)]
+    return [
+        RankTimes(rank, int(pp_stage), data, compute, wait)
+        for rank, (pp_stage, data, compute, wait) in enumerate(rows)
+    ]
 
 
 def describe(worst: Slowest, times_in_a_row: int, config: HealthConfig) -> str:
-    """What is logged about a straggler."""
+    """Returns the warning about a straggler: how slow it is, and where to look."""
     times, peers = worst.times, worst.peers
     loads = times.data - peers.data > times.compute - peers.compute
     cause = (

@@ -1,7 +1,7 @@
-"""The hang watchdog: no progress for too long, so every rank writes its stacks and the run ends.
+"""Watches for hangs: after too long without progress every rank writes its stacks, and the run ends.
 
-Each rank watches itself, and looks for the directory that another rank's watchdog may have made. They
-meet in the file system only: collectives are what does not work any more.
+Each rank watches itself, and looks for the directory that another rank's watchdog may have made. The
+ranks exchange files only, because in a hang collectives no longer work.
 """
 
 from __future__ import annotations
@@ -25,28 +25,30 @@ from nvlm_train.train.health.activity import Activity, patience
 logger = logging.getLogger(__name__)
 
 _MEETING_SECONDS = 20.0
-"""How long a rank that found a hang waits for the others' stacks before it leaves."""
+"""How long a rank that found a hang waits for the others' stacks before it exits."""
 _FROZEN_SECONDS = 10.0
-"""How much later the timer in C acts, when no Python thread can: while the others still wait for it."""
+"""How much later the timer in C acts, for a process whose threads cannot run. It is less than
+`_MEETING_SECONDS`, so that the others still wait for this rank's stacks."""
 _WAITING_CODE = ("torch/distributed/", "nvlm_train/parallel/waiting.py")
+"""Parts of the paths of code that waits for other ranks."""
 _LAST_RESORT_SECONDS = 120.0
-"""How long ending the run may take: the file system may be what hangs."""
+"""How long ending the run may take, because the file system itself may hang."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """Who this process is in a run's present life."""
+    """Identifies this process in a run, from one start to its end."""
 
     run_dir: Path
     rank: int
     world_size: int
     life: str
-    """The same on all ranks, another one after a restart."""
+    """Name of this start of the run: the same on all ranks, another one after a restart."""
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One rank's account of a hang."""
+class RankReport:
+    """Says where one rank was when it hung. The file rank-N.json has these fields."""
 
     rank: int
     host: str
@@ -54,13 +56,13 @@ class Finding:
     doing: str
     seconds: float
     where: str
-    """Innermost line of the training thread that is not about waiting itself."""
+    """Innermost line of the training thread outside the code that waits for other ranks."""
     waits_in: str | None
-    """The collective that it waits in; none for a rank that others may be waiting for."""
+    """Collective that the rank waits in; None for a rank that the others may be waiting for."""
 
 
 class Watchdog:
-    """A thread, and behind it a timer in C for a process whose threads cannot run."""
+    """Watches in a thread. A timer in C acts when the process cannot run its threads."""
 
     def __init__(self, member: Member, config: HealthConfig, activity: Activity) -> None:
         self._member, self._config, self._activity = member, config, activity
@@ -74,14 +76,14 @@ class Watchdog:
         self._thread.start()
 
     def progressed(self) -> None:
-        """Winds up the timer in C; call when the activity has changed."""
+        """Restarts the timer in C. Called whenever the activity has changed."""
         self._end_without_python(patience(self._config, self._activity) + _FROZEN_SECONDS)
 
     def _end_without_python(self, after: float) -> None:
         faulthandler.dump_traceback_later(after, exit=True, file=self._frozen)
 
     def close(self) -> None:
-        """Watches no longer."""
+        """Ends the thread and the timer."""
         self._ended.set()
         faulthandler.cancel_dump_traceback_later()
         self._thread.join()
@@ -106,20 +108,20 @@ class Watchdog:
             f"{self._config.hang_factor}, hang_floor_seconds={self._config.hang_floor_seconds}, "
             f"hang_grace_seconds={self._config.hang_grace_seconds})"
         )
-        finding = self._finding(idle)
-        write_stacks(directory, finding, message)
+        report = self._report(idle)
+        write_stacks(directory, report, message)
         found = meet(directory, self._member.world_size)
         message = describe(message, directory, found, self._member.world_size)
         if self._member.rank == min(each.rank for each in found):
             logger.error("%s", message)
         else:
-            # The rank that speaks must not be killed by a launcher that sees another one gone.
+            # The rank that logs must not be killed by a launcher that sees another rank exit.
             time.sleep(1.0)
         ending.report(TrainingError(message))
         ending.leave(ending.EXIT_HANG)
 
-    def _finding(self, idle: float) -> Finding:
-        return Finding(
+    def _report(self, idle: float) -> RankReport:
+        return RankReport(
             rank=self._member.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -131,39 +133,39 @@ class Watchdog:
 
 
 def hang_directory(member: Member, activity: Activity) -> Path:
-    """Where the ranks of one life of a run meet: the name says after which step."""
+    """Returns the directory for the ranks' stacks. Its name says after which step they hang."""
     name = f"hang-{activity.stage or 'start'}-{activity.step:08d}-{member.life}"
     return member.run_dir / "health" / name
 
 
-def write_stacks(directory: Path, finding: Finding, message: str) -> None:
-    """Writes rank-N.txt (Python stacks of all threads), .trace.json (collectives) and .json, last."""
+def write_stacks(directory: Path, report: RankReport, message: str) -> None:
+    """Writes rank-N.txt (Python stacks of all threads), rank-N.trace.json (collectives), rank-N.json last."""
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"rank-{finding.rank:05d}"
+    path = directory / f"rank-{report.rank:05d}"
     with path.with_suffix(".txt").open("w") as file:
-        file.write(f"rank {finding.rank} on {finding.host}, pid {finding.pid}: {message}\n")
+        file.write(f"rank {report.rank} on {report.host}, pid {report.pid}: {message}\n")
         file.flush()
         faulthandler.dump_traceback(file, all_threads=True)
     path.with_suffix(".trace.json").write_text(json.dumps(collectives.recorded()))
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(finding)))
+    partial.write_text(json.dumps(asdict(report)))
     os.replace(partial, path.with_suffix(".json"))
 
 
-def meet(directory: Path, world_size: int) -> list[Finding]:
-    """Waits for the other ranks' findings, but not for ever. Returns those there are, by rank."""
+def meet(directory: Path, world_size: int) -> list[RankReport]:
+    """Waits up to `_MEETING_SECONDS` for the reports of all ranks. Returns those there are, by rank."""
     deadline = time.monotonic() + _MEETING_SECONDS
-    while len(_findings(directory)) < world_size and time.monotonic() < deadline:
+    while len(_reports(directory)) < world_size and time.monotonic() < deadline:
         time.sleep(0.1)
-    return [Finding(**json.loads(path.read_text())) for path in _findings(directory)]
+    return [RankReport(**json.loads(path.read_text())) for path in _reports(directory)]
 
 
-def _findings(directory: Path) -> list[Path]:
+def _reports(directory: Path) -> list[Path]:
     return sorted(directory.glob("rank-[0-9]*[0-9].json"))
 
 
-def describe(message: str, directory: Path, found: list[Finding], world_size: int) -> str:
-    """What one reads in the morning: what happened, which ranks are suspect, where the stacks are."""
+def describe(message: str, directory: Path, found: list[RankReport], world_size: int) -> str:
+    """Returns the message about a hang: what happened, which ranks are suspect, where the stacks are."""
     lines = [f"hang: {message}"]
     silent = sorted(set(range(world_size)) - {each.rank for each in found})
     if silent:
@@ -198,7 +200,7 @@ def _few(ranks: list[int]) -> str:
 
 
 def innermost_line(thread: int) -> str:
-    """The innermost `file:line function` of a thread outside the code that waits for other ranks."""
+    """Returns the innermost `file:line function` of a thread outside code that waits for other ranks."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
         code = frame.f_code

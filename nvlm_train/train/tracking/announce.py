@@ -1,4 +1,4 @@
-"""What a run prints before it trains: the machine, what is frozen, and derived numbers."""
+"""Prints what a run starts with: the machine, what is trained and frozen, and derived numbers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,32 @@ from nvlm_train.train.schedule import Position
 
 logger = logging.getLogger(__name__)
 
+WIDTH = 110
+"""Columns of a table in a log, which has no terminal to say how wide it is."""
+
+
+@dataclass(frozen=True)
+class PartRow:
+    """Holds one row of the freeze table: a module and whether it trains."""
+
+    module: str
+    parameters: int
+    is_trainable: bool
+    lr: float | None = None
+    """Largest learning rate of the stage; None for a frozen part."""
+
+
+@dataclass(frozen=True)
+class NumberRow:
+    """Holds one derived number: its name, its value as text, and how it is computed."""
+
+    name: str
+    value: str
+    how: str
+
 
 def machine(precision: str) -> None:
-    """World size, device and kernels; a warning where the precision is a bad choice for them."""
+    """Logs world size, device and kernels, and warns when the precision is a bad choice for them."""
     logger.info(
         "world size %d on %s; kernels: %s", dist.get_world_size(), device().type, kernels.detect()
     )
@@ -34,7 +57,7 @@ def machine(precision: str) -> None:
 
 
 def stage(recipe: Recipe, position: Position, work: StageWork) -> None:
-    """The freeze table and the derived numbers of a stage that starts or goes on."""
+    """Logs what trains and the derived numbers of a stage that starts or goes on."""
     if dist.get_rank() != 0:
         return
     name, settings = position.stage, recipe.stages[position.stage]
@@ -48,7 +71,7 @@ def stage(recipe: Recipe, position: Position, work: StageWork) -> None:
 
 
 def finished(recipe: Recipe, run: Run) -> None:
-    """Says of a run that is started again at its end why nothing happens, and how to go on."""
+    """Tells why nothing happens when a finished run is started again, and how to train further."""
     if dist.get_rank() != 0:
         return
     last = recipe.schedule[-1]
@@ -103,32 +126,8 @@ def _count(work: StageWork) -> str:
     )
 
 
-WIDTH = 110
-"""Columns of a table in a log, where no terminal says how wide it is."""
-
-
-@dataclass(frozen=True)
-class PartRow:
-    """One module of the freeze table."""
-
-    module: str
-    parameters: int
-    is_trainable: bool
-    lr: float | None = None
-    """Largest learning rate of the stage; none for a frozen part."""
-
-
-@dataclass(frozen=True)
-class NumberRow:
-    """One derived number: what it is, its value as text, and the arithmetic behind it."""
-
-    name: str
-    value: str
-    how: str
-
-
 def freeze_table(stage: str, rows: Sequence[PartRow]) -> Table:
-    """Which modules a stage trains, and which it leaves bitwise as they are."""
+    """Makes the table of the modules that a stage trains, and of those that do not change at all."""
     table = Table(title=f"stage {stage}: what trains", title_justify="left")
     table.add_column("module")
     table.add_column("parameters", justify="right")
@@ -147,7 +146,7 @@ def freeze_table(stage: str, rows: Sequence[PartRow]) -> Table:
 
 
 def numbers_table(stage: str, rows: Sequence[NumberRow]) -> Table:
-    """The numbers that follow from the recipe."""
+    """Makes the table of the numbers that follow from the recipe."""
     table = Table(title=f"stage {stage}: derived numbers", title_justify="left")
     table.add_column("number")
     table.add_column("value", justify="right")
@@ -158,7 +157,7 @@ def numbers_table(stage: str, rows: Sequence[NumberRow]) -> Table:
 
 
 def render(table: Table, width: int = WIDTH) -> str:
-    """A table as plain text, for the log."""
+    """Returns a table as plain text, for the log."""
     console = Console(width=width, no_color=True, force_terminal=False)
     with console.capture() as capture:
         console.print(table)

@@ -1,4 +1,4 @@
-"""A ready wandb workspace for a run: sections of panels over the fields of a `StepRecord`."""
+"""Defines a wandb workspace for a run: sections of panels over the fields of a `StepRecord`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ SECTIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "Data": (("tokens", "trained_tokens"), ("tiles",), ("samples",), ("data_position",)),
 }
-"""Title of a section to its line plots, each with its metrics."""
+"""Title of a section -> its line plots, each with its metrics."""
 
 BY_SOURCE = {"loss": "^loss/", "trained_tokens": "^trained_tokens/"}
-"""Plots with a line for each source of the blend: title to a pattern of metric names."""
+"""Plots with a line for each source of the blend: title -> pattern of metric names."""
 
 
 def workspace(recipe: Recipe, entity: str) -> Workspace:
-    """The definition; nothing is sent until its `save` is called.
+    """Builds the workspace. Nothing is sent until its `save` is called.
 
     Args:
-        recipe: its name, project and stages count.
+        recipe: its name, project and stages are used.
         entity: the wandb user or team.
 
     Raises:

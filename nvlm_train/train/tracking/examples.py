@@ -1,10 +1,11 @@
-"""What the model answers to a few samples of the stage, now and then: pictures as the model sees them."""
+"""Lets the model answer a few samples of the stage, and shows their images as the model sees them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +23,14 @@ from nvlm_train.train.engine import Engine
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 64
-"""Draws of the stage among which examples are looked for."""
+"""Number of the stage's first draws among which examples are looked for."""
 _GAP = 4
-"""Pixels between tiles in a picture."""
+"""Pixels between tiles that are shown side by side."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of the table."""
+    """Holds one row of the table of answers."""
 
     source: str
     key: str
@@ -48,10 +49,10 @@ class _Question:
 
 
 class ExampleSet:
-    """The first samples of a stage that have pictures. Made and used by all ranks alike.
+    """Holds the first samples of a stage that have images. All ranks make the same set and use it together.
 
-    It draws nothing from the random number generators and leaves the model as it was, so a run with
-    examples has the losses of one without.
+    It draws nothing from the random number generators and does not change the model, so a run with
+    examples has the losses of a run without them.
     """
 
     def __init__(self, recipe: Recipe, stage: str, plan: DataPlan, encoder: SampleEncoder) -> None:
@@ -60,16 +61,16 @@ class ExampleSet:
         self._encoder = encoder
         wanted = self._settings.num_examples if self._settings.wandb != "off" else 0
         found = _questions(plan, encoder, self._settings.example_tokens) if wanted else iter(())
-        self._questions = [question for question, _ in zip(found, range(wanted), strict=False)]
+        self._questions = list(islice(found, wanted))
 
     def is_due(self, step: int) -> bool:
-        """Whether to answer after `step` steps of the stage: at its end, and at the recipe's interval."""
+        """Returns whether to answer after `step` steps: at the stage's end, and at the recipe's interval."""
         every = self._settings.examples_every
         due = step == self._num_steps or (every is not None and step % every == 0)
         return due and bool(self._questions)
 
     def answer(self, engine: Engine) -> list[Example]:
-        """The model's answers now, on every rank. Called by all ranks."""
+        """Returns the present model's answers, on every rank. Called by all ranks."""
         tokenizer = self._encoder.tokenizer
         prompts = [question.prompt for question in self._questions]
         engine.model.eval()
@@ -85,7 +86,13 @@ class ExampleSet:
 
 
 def _questions(plan: DataPlan, encoder: SampleEncoder, room: int) -> Iterator[_Question]:
-    """Of the stage's first draws each sample once that has pictures and fits; text-only ones are last."""
+    """Yields each of the stage's first samples that fits, once; those without images come last.
+
+    Args:
+        plan: the stage's.
+        encoder: how the stage encodes samples.
+        room: tokens that the answer may have.
+    """
     draws = dict.fromkeys(plan.draws(0, _LOOKED_AT))
     for sample in sorted(draws, key=lambda draw: draw.num_tiles == 0):
         reader = plan.reader(sample)
@@ -108,20 +115,23 @@ def _questions(plan: DataPlan, encoder: SampleEncoder, room: int) -> Iterator[_Q
             reference=turns[first].text,
             answer="",
             tags=" ".join(tag for image in encoded.images for tag in encoder.format.tags(image)),
-            tiles_HWC=picture(prompt.tiles_TCEE, encoded.grids, encoded.tiles_per_image),
+            tiles_HWC=lay_out(prompt.tiles_TCEE, encoded.grids, encoded.tiles_per_image),
         )
         yield _Question(prompt, row)
 
 
-def picture(tiles_TCEE: Tensor, grids: Sequence[Grid], counts: Sequence[int]) -> NDArray[np.uint8]:
-    """Tiles as the model gets them, laid out as they lie in their images: uint8 [H, W, 3].
+def lay_out(tiles_TCEE: Tensor, grids: Sequence[Grid], counts: Sequence[int]) -> NDArray[np.uint8]:
+    """Lays tiles out as they lie in their images.
 
-    Images are below each other, a thumbnail stands right of its image's tiles; white gaps.
+    Images are below each other. A thumbnail is right of its image's tiles. Gaps are white.
 
     Args:
         tiles_TCEE: uint8 [T, 3, E, E], image after image.
         grids: (columns, rows) of each image.
         counts: tiles of each image, thumbnail included.
+
+    Returns:
+        uint8 [H, W, 3]; empty when there are no images.
     """
     edge = tiles_TCEE.shape[-1] + _GAP
     columns = [

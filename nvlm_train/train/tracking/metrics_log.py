@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a step. Survives crashes, and resumes without a duplicate step."""
+"""Writes metrics.jsonl, one JSON object per step. It survives crashes, and a resume repeats no step."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from pathlib import Path
 from nvlm_train.errors import TrainingError
 
 Record = Mapping[str, float | int | str]
-"""What a step reports; holds `stage`, `step` (of the stage) and `global_step` (steps done in the run)."""
+"""What a step reports. It has `stage`, `step` (in the stage) and `global_step` (steps done in the run)."""
 
 FILE_NAME = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends to a run's metrics.jsonl; one process of a run opens it.
+    """Appends to a run's metrics.jsonl. Only one process of a run opens it.
 
     Args:
-        run_dir: made when it is not there.
-        steps_done: steps of the whole run that the checkpoint holds. Records of later steps come from
-            a life that was cut short after its last save; they are dropped, since they will come again.
+        run_dir: is made when it is not there.
+        steps_done: steps of the whole run that the checkpoint holds. Records of later steps were
+            written after the last save of an interrupted run. They are dropped, because those steps
+            are trained again.
     """
 
     def __init__(self, run_dir: str | Path, steps_done: int) -> None:
@@ -32,7 +33,7 @@ class MetricsLog:
         self._file = self.path.open("ab", buffering=0)
 
     def append(self, record: Record) -> None:
-        """Hands one line to the operating system, so that a killed process loses none.
+        """Writes one line. The operating system has it at once, so a killed process loses none.
 
         Raises:
             TrainingError: the disk is full, or the file system went read-only.
@@ -48,18 +49,18 @@ class MetricsLog:
             ) from error
 
     def rewind(self, steps_done: int) -> None:
-        """Drops the records of later steps: the run goes back to an earlier checkpoint."""
+        """Drops the records of steps after `steps_done`, because the run goes back to a checkpoint."""
         self._file.close()
         _keep_until(self.path, steps_done)
         self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
-        """Closes the file; may be called again."""
+        """Closes the file. A second call does nothing."""
         self._file.close()
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, float | int | str]]:
-    """The records of a metrics.jsonl, oldest first; stops at a line that a crash tore."""
+    """Yields the records of a metrics.jsonl, oldest first, up to a line that a crash cut short."""
     with Path(path).open("rb") as file:
         for line in file:
             record = _parse(line)
@@ -79,7 +80,7 @@ def _parse(line: bytes) -> dict[str, float | int | str] | None:
 
 
 def _keep_until(path: Path, steps_done: int) -> None:
-    """Rewrites the file beside itself and swaps it in, so that no moment has half of it."""
+    """Drops records after `steps_done`. The new file replaces the old one as a whole."""
     if not path.exists():
         return
     kept = [each for each in read_metrics(path) if int(each.get("global_step", 0)) <= steps_done]

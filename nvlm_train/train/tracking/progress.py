@@ -1,4 +1,4 @@
-"""What a person sees of a step: a live line on a terminal, plain lines in a log."""
+"""Shows steps to a person: as a live line on a terminal, as plain lines in a log."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class StepView(Protocol):
 
 
 def open_view(total_steps: int, steps_done: int, every: int) -> StepView:
-    """A live line when stderr is a terminal, plain log lines otherwise.
+    """Returns a live line when stderr is a terminal, plain log lines otherwise.
 
     Args:
-        total_steps: of the whole schedule.
-        steps_done: where the run continues.
-        every: plain lines come every so many steps.
+        total_steps: steps of the whole schedule.
+        steps_done: steps that the run has done already.
+        every: interval of plain lines, in steps.
     """
     console = Console(stderr=True)
     if console.is_terminal:
@@ -38,7 +38,7 @@ def open_view(total_steps: int, steps_done: int, every: int) -> StepView:
 
 
 def summary(record: Record) -> str:
-    """The numbers of a step that one looks at, in one short line.
+    """Returns the most important numbers of a step in one short line.
 
     >>> summary({"stage": "sft", "step": 3, "loss": 2.5, "lr": 1e-4})
     'sft step 3 loss 2.5000 lr 1.00e-04'

@@ -1,4 +1,4 @@
-"""One line of metrics.jsonl: what a step reports, under the names that wandb shows.
+"""Makes the record of a step: one line of metrics.jsonl, under the names that wandb shows.
 
 Each field is declared once, with its meaning and its unit; docs/reference/metrics.md is made from that.
 """
@@ -75,20 +75,30 @@ class SourceRecord:
         return {f"{field}/{source}": value for field, value in vars(self).items()}
 
 
+@dataclass(frozen=True)
+class StepSeconds:
+    """Holds how long this rank took for one step, in seconds."""
+
+    loading: float
+    """Waiting for the batch."""
+    total: float
+    """From the end of the last step to the end of this one, loading included."""
+
+
 class StepTimer:
-    """Seconds of the parts of a step, from one call to the next."""
+    """Measures the seconds of a step from one call to the next."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
         self._loading = 0.0
 
     def loaded(self) -> None:
-        """The step's batch has arrived."""
+        """Notes that the step's batch has arrived."""
         self._loading = self._since_last()
 
-    def stepped(self) -> tuple[float, float]:
-        """The step is done. Returns seconds spent waiting for data, and in all since the last step."""
-        return self._loading, self._loading + self._since_last()
+    def stepped(self) -> StepSeconds:
+        """Returns the seconds of the step that has just been done."""
+        return StepSeconds(self._loading, self._loading + self._since_last())
 
     def _since_last(self) -> float:
         now = time.perf_counter()
@@ -102,10 +112,9 @@ def step_record(
     done: Position,
     lr: float,
     result: StepResult,
-    seconds: tuple[float, float],
+    seconds: StepSeconds,
 ) -> dict[str, float | int | str]:
-    """The record of the step that led to `done`: a StepRecord, and a SourceRecord of each source."""
-    loading, total = seconds
+    """Returns the record of the step that led to `done`: a StepRecord, and a SourceRecord of each source."""
     stage = recipe.stages[done.stage]
     flops = step_flops(recipe.model, stage, result.work)
     record = StepRecord(
@@ -122,10 +131,10 @@ def step_record(
         trained_tokens=result.work.trained_tokens,
         tiles=result.work.tiles,
         skipped_samples=result.skipped_samples,
-        seconds=total,
-        data_seconds=loading,
-        tokens_per_second=result.work.tokens / total,
-        tflops_per_rank=flops / total / dist.get_world_size() / 1e12,
+        seconds=seconds.total,
+        data_seconds=seconds.loading,
+        tokens_per_second=result.work.tokens / seconds.total,
+        tflops_per_rank=flops / seconds.total / dist.get_world_size() / 1e12,
         peak_memory_gib=peak_memory_gib(),
     )
     fields: dict[str, float | int | str] = dict(vars(record))
@@ -138,7 +147,7 @@ def step_record(
 
 
 def peak_memory_gib() -> float:
-    """Most memory this rank has had so far: allocated on the GPU, or resident where there is none."""
+    """Returns the most memory that this rank has had: allocated on its GPU, else resident on the host."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,7 +1,4 @@
-"""Where the numbers of a step go: metrics.jsonl, the terminal, and wandb on request.
-
-wandb itself is in wandb_run.py.
-"""
+"""Sends the record of each step to metrics.jsonl, to the terminal, and on request to wandb."""
 
 from __future__ import annotations
 
@@ -25,10 +22,10 @@ class Tracker:
     A resumed run and a later stage continue the wandb run whose id the checkpoint carries.
 
     Args:
-        recipe: says where and what.
-        run_id: wandb's id of the run that is continued, or none for a new one.
-        steps_done: steps of the whole run that lie behind; later records in metrics.jsonl are dropped.
-        rank: defaults to the launcher's RANK.
+        recipe: its run directory, name and `tracking` are used.
+        run_id: wandb's id of the run that is continued, or None for a new one.
+        steps_done: steps that the whole run has done; later records in metrics.jsonl are dropped.
+        rank: this process's rank; by default the launcher's RANK.
 
     Raises:
         ImportError: the recipe asks for wandb, and it is not installed.
@@ -62,7 +59,7 @@ class Tracker:
         self.close(0 if kind is None else 1)
 
     def log(self, record: Record) -> None:
-        """Takes one step's record: `stage`, `step`, `global_step` and numbers."""
+        """Records one step. The record has `stage`, `step`, `global_step` and numbers."""
         if not self._is_active:
             return
         self._metrics.append(record)
@@ -71,17 +68,17 @@ class Tracker:
             self._wandb.log(record)
 
     def log_examples(self, stage: str, global_step: int, rows: Sequence[Example]) -> None:
-        """Takes answers to a few samples; they go to wandb only."""
+        """Records answers to a few samples. They go to wandb only."""
         if self._is_active and self._wandb is not None:
             self._wandb.log_examples(stage, global_step, rows)
 
     def rewind(self, steps_done: int) -> None:
-        """Forgets later steps: they will come again, or are left out. wandb keeps both."""
+        """Drops the records of later steps: these are trained again or left out. wandb keeps both records."""
         if self._is_active:
             self._metrics.rewind(steps_done)
 
     def close(self, exit_code: int = 0) -> None:
-        """Ends the record; wandb shows a run with another exit code than 0 as failed."""
+        """Ends the record. wandb shows a run with another exit code than 0 as failed."""
         if not self._is_active:
             return
         self._view.close()

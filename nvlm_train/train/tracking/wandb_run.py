@@ -1,7 +1,8 @@
-"""One wandb run for a whole training run. The only file that imports wandb, and only when a recipe asks.
+"""Records a whole training run as one wandb run. No other file imports wandb; this one does on request.
 
-All of wandb happens in one thread that training hands its records to and never waits for, except for a
-bounded time at the end. Without a server the records go to a directory that `wandb sync` uploads later.
+All calls of wandb are made in one thread. Training hands its records to the thread and never waits for
+it, except for a bounded time at the end. Without a server the records go to a directory that
+`wandb sync` uploads later.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ logger = logging.getLogger(__name__)
 START_SECONDS = 20
 """How long the server may take to open the run before it is recorded offline instead."""
 FINISH_SECONDS = 20
-"""How long wandb may upload after the last step; what is left stays in the run's directory."""
+"""How long wandb may upload after the last step; the rest stays in the run's directory."""
 CLOSE_SECONDS = START_SECONDS + FINISH_SECONDS + 10
-"""The most that `close` waits, whatever wandb does."""
+"""The longest that `close` waits, whatever wandb does."""
 MOST_WAITING = 100_000
-"""Records held for a thread that does not take them; later ones are left out of wandb."""
+"""Number of records that may wait for the thread; later ones are left out of wandb."""
 
 _USERS_DATA_DIR = os.environ.get("WANDB_DATA_DIR")
 
@@ -47,27 +48,31 @@ Mode = Literal["online", "offline"]
 
 @dataclass(frozen=True)
 class _End:
+    """Tells the thread to finish the run."""
+
     exit_code: int
 
 
 @dataclass(frozen=True)
 class _Examples:
+    """Hands answers to the thread."""
+
     stage: str
     global_step: int
     rows: tuple[Example, ...]
 
 
 class WandbRun:
-    """Rank 0's wandb run. Nothing here raises for a server that fails, or waits for it.
+    """Records rank 0's steps in wandb. A server that fails raises no error and stops no step.
 
     Each start of a training run is a part of the same wandb run. wandb's step is `global_step`, so a part
-    begins behind the last step that wandb has, and steps that wandb missed (a power cut, an outage)
+    begins after the last step that wandb has, and steps that wandb missed (a power cut, an outage)
     are sent again from metrics.jsonl.
 
     Args:
-        recipe: its `tracking`, name and run directory count; all of it is stored as wandb's config.
-        run_id: wandb's id of the run that is continued, or none for a new one.
-        steps_done: steps of the run that lie behind; metrics.jsonl ends there.
+        recipe: its `tracking`, name and run directory are used; all of it is stored as wandb's config.
+        run_id: wandb's id of the run that is continued, or None for a new one.
+        steps_done: steps that the run has done; metrics.jsonl ends there.
         metrics: the run's metrics.jsonl.
 
     Raises:
@@ -85,15 +90,15 @@ class WandbRun:
         self._thread.start()
 
     def log(self, record: Record) -> None:
-        """Hands over one step's record."""
+        """Hands one step's record to the thread."""
         self._put(record)
 
     def log_examples(self, stage: str, global_step: int, rows: Sequence[Example]) -> None:
-        """Hands over answers as a table with their tiles."""
+        """Hands answers to the thread, which shows them as a table with their tiles."""
         self._put(_Examples(stage, global_step, tuple(rows)))
 
     def close(self, exit_code: int) -> None:
-        """Ends this part; wandb shows another exit code than 0 as failed. At most CLOSE_SECONDS."""
+        """Ends this part within CLOSE_SECONDS. wandb shows another exit code than 0 as failed."""
         self._waiting.put(_End(exit_code))
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -112,7 +117,7 @@ class WandbRun:
             logger.warning("wandb takes no records; more are left out until the next start")
 
     def _serve(self) -> None:
-        # Tables keep their pictures there until they are uploaded, by default in this machine's home.
+        # Tables keep their images there until they are uploaded, by default in this machine's home.
         os.environ["WANDB_DATA_DIR"] = _USERS_DATA_DIR or str(self._directory.absolute())
         import wandb
 
@@ -131,7 +136,7 @@ class WandbRun:
             )  # fmt: skip
 
     def _record(self, run: Run, first: int) -> int:
-        """Takes entries until the end. Returns the exit code."""
+        """Sends entries to wandb until the end. Returns the exit code."""
         every = self._recipe.tracking.log_every
         for record in self._missed(first):
             if int(record["global_step"]) % every == 0:
@@ -148,7 +153,7 @@ class WandbRun:
                 run.log(dict(entry), step=int(entry["global_step"]))
 
     def _missed(self, first: int) -> Iterator[Record]:
-        """Steps of earlier starts that wandb does not have."""
+        """Yields the records of earlier starts that wandb does not have."""
         if first > self._steps_done or not self._metrics.exists():
             return
         for record in read_metrics(self._metrics):
@@ -156,7 +161,7 @@ class WandbRun:
                 yield record
 
     def _open(self, failures: tuple[type[BaseException], ...]) -> tuple[Run, int]:
-        """The run, and the first step that it does not have yet."""
+        """Opens the run. Returns it, and the first step that it does not have yet."""
         import wandb
 
         if self._recipe.tracking.wandb == "online":
@@ -166,7 +171,7 @@ class WandbRun:
                     run = self._start("online")
                 except failures as error:
                     problem = f"{type(error).__name__}: {error}"
-                    # wandb's own process still holds the run's id, and goes on trying.
+                    # wandb's own process still holds the run's id, and would go on trying.
                     wandb.teardown(exit_code=1)
                 else:
                     leave_out(self._directory, self.id)
@@ -189,8 +194,8 @@ class WandbRun:
             entity=tracking.entity,
             name=self._recipe.name,
             id=self.id,
-            # Offline, too: it marks the part, so that `wandb sync` appends it instead of writing over the
-            # parts before it.
+            # Needed offline, too: it marks the part, so that `wandb sync` appends it instead of
+            # overwriting the parts before it.
             resume="allow",
             dir=self._recipe.run_dir,
             mode=mode,
@@ -212,7 +217,7 @@ class WandbRun:
 
 
 def server() -> str:
-    """Address of wandb's server, as wandb's settings and environment variables say it."""
+    """Returns the address of wandb's server, from wandb's settings and environment variables."""
     import wandb
 
     address: str = wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url
@@ -220,7 +225,7 @@ def server() -> str:
 
 
 def login() -> str | None:
-    """The server that there are credentials for; none without credentials. Asks nobody."""
+    """Returns the server that there are credentials for, or None. It never prompts."""
     from wandb.sdk.lib import wbauth
 
     host = server()
@@ -240,19 +245,16 @@ def _table(rows: Sequence[Example]) -> object:
     names: list[str | int] = ["source", "sample", "question", "reference", "answer", "tiles"]
     table = wandb.Table(columns=names)
     for row in rows:
-        picture = wandb.Image(row.tiles_HWC, caption=row.tags) if row.tiles_HWC.size else None
-        table.add_data(row.source, row.key, row.question, row.reference, row.answer, picture)
+        image = wandb.Image(row.tiles_HWC, caption=row.tags) if row.tiles_HWC.size else None
+        table.add_data(row.source, row.key, row.question, row.reference, row.answer, image)
     return table
 
 
-logger = logging.getLogger(__name__)
-
-
 def last_local_step(directory: Path, run_id: str) -> int | None:
-    """The last step in the parts of a run; none without a part that has a step.
+    """Returns the last step in the local parts of a run; None when no part has a step.
 
     Args:
-        directory: wandb's, inside the run directory.
+        directory: wandb's directory inside the run directory.
         run_id: wandb's id of the run.
     """
     for path in sorted(directory.glob(f"*run-*-{run_id}/run-{run_id}.wandb"), key=_began)[::-1]:
@@ -263,20 +265,20 @@ def last_local_step(directory: Path, run_id: str) -> int | None:
 
 
 def _began(path: Path) -> str:
-    """`20261121_105246`, of `run-20261121_105246-ID` or `offline-run-20261121_105246-ID`."""
+    """Returns `20261121_105246` for `run-20261121_105246-ID` and `offline-run-20261121_105246-ID`."""
     return path.parent.name.split("run-", 1)[1]
 
 
 def leave_out(directory: Path, run_id: str) -> None:
-    """Marks offline parts as synced: their steps have been sent, `wandb sync` must not repeat them."""
+    """Marks offline parts as synced: their steps have been sent, so `wandb sync` must not repeat them."""
     for path in directory.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"):
         Path(f"{path}.synced").touch()
 
 
 def last_step(path: Path) -> int | None:
-    """The last step in a .wandb file, as wandb's own reader finds it; none when it has no step.
+    """Returns the last step in a .wandb file, as wandb's own reader finds it; None when it has no step.
 
-    The file of a run that was killed is read up to where it breaks off.
+    The file of a run that was killed is read up to the point where it breaks off.
     """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(path)]
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}

@@ -26,7 +26,7 @@ Moments = dict[str, dict[str, Tensor]]
 
 
 def train_and_save(parallel: ParallelConfig, directory: Path, is_fixed: bool) -> list[int]:
-    """Three steps with several buckets, then a save. Returns the padding behind each bucket but the last."""
+    """Trains three steps with several buckets and saves. Returns the padding between buckets."""
     with _small_buckets():
         engine = _trained(parallel)
     with _fix(is_fixed):
@@ -36,14 +36,14 @@ def train_and_save(parallel: ParallelConfig, directory: Path, is_fixed: bool) ->
 
 
 def load(directory: Path) -> Moments:
-    """Moments after a load into a single process."""
+    """Returns moments after a load into a single process."""
     engine = start_engine(ParallelConfig())
     sharded_state.load(engine, directory, same_layout=False)
     return _moments(engine)
 
 
 def trained_moments() -> Moments:
-    """Moments of the same training in a single process, never saved."""
+    """Returns moments of the same training in a single process, never saved."""
     return _moments(_trained(ParallelConfig()))
 
 
@@ -58,7 +58,7 @@ def _trained(parallel: ParallelConfig) -> Engine:
 
 
 def _moments(engine: Engine) -> Moments:
-    """By the module's own parameter names; in a single process every parameter is whole."""
+    """Returns moments by the module's own parameter names; in a single process every parameter is whole."""
     (optimizer,) = distributed_optimizers(engine.optimizer)
     found: Moments = {}
     for name, parameter in engine.model.module.named_parameters():

@@ -32,7 +32,7 @@ from tests.train.checkpoint.direct_save import save_directly
 
 
 class NormWithState(layers.RMSNorm):
-    """A norm with an extra state, as Transformer Engine's modules have without FP8: an empty tensor."""
+    """Adds an empty extra state to a norm, as Transformer Engine's modules have one without FP8."""
 
     def get_extra_state(self) -> Tensor:
         return torch.empty(0, dtype=torch.uint8)
@@ -42,7 +42,7 @@ class NormWithState(layers.RMSNorm):
 
 
 class AdamWithCorrection(GroupStepAdamW):
-    """An Adam that reads a field which only its own groups have, as fused ones read this."""
+    """Reads a field that only its own groups have, as fused Adams do."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -56,7 +56,7 @@ class AdamWithCorrection(GroupStepAdamW):
 
 @contextlib.contextmanager
 def library(name: str) -> Iterator[None]:
-    """`own` or `other`, the stand-in; on a GPU `torch` or `transformer_engine`, the real ones."""
+    """Puts a library in place: `own` or its stand-in `other`; on a GPU `torch` or `transformer_engine`."""
     if name in ("torch", "transformer_engine"):
         chosen = kernels.choose(
             kernels.Available(
@@ -80,7 +80,7 @@ def library(name: str) -> Iterator[None]:
 
 
 def across(writer: str, reader: str, parallel: ParallelConfig, directory: Path) -> tuple[Any, Any]:
-    """One step, a save with one library's modules, a load with another's, one more step.
+    """Trains a step, saves with one library's modules, loads with another's, and trains one more step.
 
     Returns:
         Weights at the end, and those of an engine that was never saved; on rank 0.
@@ -106,7 +106,7 @@ def across(writer: str, reader: str, parallel: ParallelConfig, directory: Path) 
 
 
 def number_of_states(name: str) -> int:
-    """Modules with an extra state in an engine: the stand-in stands where norms do."""
+    """Counts the modules with an extra state in an engine: the stand-in takes the place of norms."""
     with library(name):
         engine = start_engine(ParallelConfig())
     modules = engine.model.module.modules()
@@ -122,7 +122,7 @@ def _weights(engine: Engine) -> dict[str, Tensor]:
 
 
 def load_without_a_shard(directory: Path) -> str:
-    """A file goes after the digests were read, and torch's own exception comes."""
+    """Removes a file after the digests were read. Returns the error that torch's own exception becomes."""
     from nvlm_train.errors import CheckpointError
 
     engine = start_engine(ParallelConfig())
@@ -138,7 +138,7 @@ def load_without_a_shard(directory: Path) -> str:
 
 
 def main(directory: Path) -> None:
-    """On a GPU: both ways between torch's kernels and Transformer Engine's."""
+    """Runs on a GPU both ways between torch's kernels and Transformer Engine's."""
     pairs = [("torch", "transformer_engine"), ("transformer_engine", "torch")]
     with process_group():
         for writer, reader in pairs:

@@ -31,7 +31,7 @@ from tests.train.smoke import smoke_recipe
 
 
 def overrides(files: Path) -> list[str]:
-    """Of a smoke run that reads encoder and tokenizer from here."""
+    """Returns overrides of a smoke run that reads encoder and tokenizer from here."""
     return [
         f"model.vision.weights={files}/encoder",
         f"model.tokenizer.path={files}/tokenizer.json",
@@ -39,7 +39,7 @@ def overrides(files: Path) -> list[str]:
 
 
 def make_files(files: Path, data: Path, vision: VisionConfig) -> None:
-    """An encoder as transformers saves it, and the smoke data's tokenizer."""
+    """Writes an encoder as transformers saves it, and the smoke data's tokenizer."""
     from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
     from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
@@ -49,7 +49,7 @@ def make_files(files: Path, data: Path, vision: VisionConfig) -> None:
 
 
 def turn_a_sign(files: Path) -> None:
-    """Of one tensor: the sum of magnitudes is what it was."""
+    """Changes a sign in one tensor. The sum of magnitudes stays the same."""
     path = files / "encoder" / "model.safetensors"
     state = load_file(path)
     state["encoder.layer.0.mlp.fc1.weight"] *= -1
@@ -57,7 +57,7 @@ def turn_a_sign(files: Path) -> None:
 
 
 def exchange_words(files: Path) -> None:
-    """The ids of two letters: every sample has as many tokens as it had."""
+    """Exchanges the ids of two letters. Every sample keeps its number of tokens."""
     path = files / "tokenizer.json"
     content = json.loads(path.read_text())
     words = content["model"]["vocab"]

@@ -33,7 +33,7 @@ FIRST = Position("pretrain", 0)
 
 
 def trained_for_a_step(recipe: Recipe) -> StageWork:
-    """So that the optimizer has a state."""
+    """Trains a step, so that the optimizer has a state."""
     work = start.start_stage(recipe, FIRST, Run(None, None))
     with start.open_loader(recipe, FIRST, work) as loader:
         run_step(work.engine, next(loader), len(work.plan.source_names))
@@ -82,7 +82,7 @@ def _attempt(saver, work, recipe, position, run_dir) -> tuple[str, list[str]]:
 
 
 def save_with_an_unreadable_file(data: Path, run_dir: Path) -> list[str]:
-    """A writer of the last rank cannot read back what it wrote; then saves again. The two errors."""
+    """Lets a writer of the last rank fail to read back its file, then saves again. Returns the two errors."""
     recipe = smoke_recipe(data, run_dir)
     work = trained_for_a_step(recipe)
     saver, messages = Saver(run_dir, recipe.checkpoint), []
@@ -132,7 +132,7 @@ def save_while_training_goes_on(data: Path, run_dir: Path, *overrides: str) -> t
 
 
 def _live(engine: Engine) -> list[torch.Tensor]:
-    """Weights, and the optimizer's copies and moments."""
+    """Yields weights, and the optimizer's copies and moments."""
     states = [
         value
         for part in parts(engine.optimizer)
@@ -151,7 +151,7 @@ def _snapshot(engine: Engine) -> list[torch.Tensor]:
 
 
 def run_and_listen(data: Path, run_dir: Path, *overrides: str) -> tuple[int | str, list[str]]:
-    """Trains; the exit code or the error, and what was logged as an error."""
+    """Trains. Returns the exit code or the error, and what was logged as an error."""
     heard: list[str] = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
@@ -166,5 +166,5 @@ def run_and_listen(data: Path, run_dir: Path, *overrides: str) -> tuple[int | st
 
 
 def damage_of(checkpoint: Path) -> list[str]:
-    """What every rank finds together."""
+    """Returns what every rank finds together."""
     return find_damage(checkpoint)

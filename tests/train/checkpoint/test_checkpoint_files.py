@@ -22,14 +22,14 @@ from nvlm_train.train.checkpoint.run_state import RunState, plain_recipe, write_
 
 @pytest.fixture(scope="module")
 def state() -> RunState:
-    """At the first of four steps of pretraining."""
+    """Returns the state at the first of four steps of pretraining."""
     return RunState(
         "pretrain", 1, plain_recipe(load_recipe(["experiment=smoke"])), (1, 1, 1), {}, {}, None, {}
     )
 
 
 def save(run_dir: Path, state: RunState) -> Path:
-    """What a saver does, with a shard of 100 bytes."""
+    """Does what a saver does, with a shard of 100 bytes."""
     files.open_directory(run_dir)
     name = f"{state.stage}-{state.step:08d}"
     writing = files.begin(run_dir, name)
@@ -49,7 +49,7 @@ def problems(checkpoint: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, state: RunState) -> Path:
-    """A whole one; not to be changed."""
+    """Makes a complete checkpoint, which must not be changed."""
     return save(tmp_path_factory.mktemp("run"), state)
 
 
@@ -63,7 +63,7 @@ def test_what_was_saved_is_whole(checkpoint: Path) -> None:
 def test_every_changed_byte_is_found(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """In every file, the manifest too; cut off, or one byte other than it was."""
+    """Every file, the manifest too, is cut off or has one other byte."""
     name = data.draw(st.sampled_from(sorted(path.name for path in checkpoint.iterdir())))
     before = (checkpoint / name).read_bytes()
     place = data.draw(st.integers(0, len(before) - 1))
@@ -155,7 +155,7 @@ def test_damaged_one_is_set_aside_and_kept(tmp_path: Path, state: RunState) -> N
 
 
 def test_unwritable_place_is_refused_before_training(tmp_path: Path) -> None:
-    """A file in the way: unlike permissions, it also stops root."""
+    """A file is in the way: unlike permissions, it also stops root."""
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(CheckpointError, match="use another run_dir"):
         files.open_directory(tmp_path)

@@ -1,4 +1,4 @@
-"""A damaged newest checkpoint: found by every rank, said loudly, and the one before is used."""
+"""A damaged newest checkpoint is found by every rank and reported, and the one before is used."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.fixture(scope="module")
 def stopped(workers: WorkerPool, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Stopped after step 3, with the checkpoints of steps 2 and 3; not to be changed."""
+    """Makes a run that stopped after step 3, with checkpoints of steps 2 and 3; it must not be changed."""
     run_dir = tmp_path_factory.mktemp("stopped") / "run"
     world, parallel = layout("DP2")
     workers.run(world, _stop, data, run_dir, parallel)

@@ -1,4 +1,4 @@
-"""Saves that fail: full disk, a writer's error. Every rank hears of it; the run ends as the recipe says."""
+"""Saves fail on a full disk or in a writer. Every rank learns of it, and the run ends as the recipe says."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEEP = "checkpoint.keep_last=9"
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """`small_disk(size)`: a directory on a file system of so many KiB; again to change the size."""
+    """Returns `small_disk(size)`, a directory on a file system of `size` KiB. Later calls resize it."""
     if os.geteuid():
         pytest.skip("needs root to mount a tmpfs")
     place, options = tmp_path / "disk", ""
@@ -45,7 +45,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 def checkpoint_size(checkpoint: Path) -> int:
-    """KiB on a file system with pages of 4 KiB."""
+    """Returns the KiB that a checkpoint takes on a file system with pages of 4 KiB."""
     return sum(-(-path.stat().st_size // 4096) * 4 for path in checkpoint.iterdir())
 
 
@@ -53,7 +53,7 @@ def checkpoint_size(checkpoint: Path) -> int:
 def test_full_disk_at_every_point_of_a_save(
     workers: WorkerPool, data: Path, whole_run: WholeRun, small_disk: Callable[[int], Path]
 ) -> None:
-    """From the first file that rank 0 writes alone to the manifest; then with room enough."""
+    """The disk is full from the first file that rank 0 writes alone to the manifest; then there is room."""
     world, parallel = layout("DP2")
     size = checkpoint_size(whole_run("DP2", KEEP) / "checkpoints" / "pretrain-00000002")
     run_dir = small_disk(4 * size)
@@ -110,7 +110,7 @@ def test_recipe_may_tolerate_failed_saves_but_not_at_a_stage_end(
 
 
 def test_metrics_on_a_full_disk(small_disk: Callable[[int], Path]) -> None:
-    """One message; and when there is room the torn line is gone, with no step missing before it."""
+    """There is one message. With room again the torn line is gone, and no step before it is missing."""
     run_dir = small_disk(64)
     log, step = MetricsLog(run_dir, 0), 0
     with pytest.raises(
@@ -139,7 +139,7 @@ def test_error_of_one_writer_is_a_failed_save_of_all(
 def test_training_may_go_on_at_once(
     workers: WorkerPool, data: Path, tmp_path: Path, precision: str
 ) -> None:
-    """Writers have copies of their own; and no process is forked, whose locks nobody would open."""
+    """Writers have copies of their own. No process is forked, which would copy locks that nobody opens."""
     world, parallel = layout("DP2")
     overrides = [*parallel, f"precision={precision}"]
     answers = workers.run(world, saves.save_while_training_goes_on, data, tmp_path, *overrides)

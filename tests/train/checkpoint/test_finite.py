@@ -36,7 +36,7 @@ def checkpoints(run_dir: Path) -> list[str]:
 def test_no_such_checkpoint_is_published(
     workers: WorkerPool, data: Path, tmp_path: Path, whole_run: WholeRun, kind: str, name: str
 ) -> None:
-    """On one rank only, in the last step before the last save. Then the run goes on as if never ill."""
+    """It happens on one rank, in the last step before the last save. Then the run goes on as usual."""
     world, parallel = layout(name)
     overrides, run_dir = (*parallel, *ONE_STAGE), tmp_path / "run"
     arguments = (data, run_dir, world - 1, kind, STEPS, *overrides)
@@ -65,7 +65,7 @@ def test_one_that_was_published_before_is_passed_over(
 def test_moments_that_were_published_before_are_named(
     workers: WorkerPool, data: Path, tmp_path: Path
 ) -> None:
-    """Their checkpoint's own sums are of weights only, so it is found when it has been loaded."""
+    """A checkpoint's own sums are of weights only, so the moments are checked once it has been loaded."""
     run_dir = tmp_path / "run"
     overrides = (*ONE_STAGE, "stages.sft.steps=2", "stages.sft.optimizer.warmup_steps=1")
     assert workers.run(1, ills.published, data, run_dir, "exp_avg_sq", 2, *overrides) == [0]

@@ -19,7 +19,7 @@ def expected(workers: WorkerPool) -> adam_moments.Moments:
 
 
 def worst_error(found: adam_moments.Moments, expected: adam_moments.Moments) -> float:
-    """Largest difference of a state relative to the largest value of that state."""
+    """Returns the largest difference of a state relative to the largest value of that state."""
     assert found.keys() == expected.keys()
     return max(
         ((found[name][kind] - value).abs().max() / value.abs().max()).item()
@@ -31,7 +31,7 @@ def worst_error(found: adam_moments.Moments, expected: adam_moments.Moments) -> 
 def through_a_checkpoint(
     workers: WorkerPool, layout: str, directory: Path, is_fixed: bool = True
 ) -> adam_moments.Moments:
-    """Saved in a layout with several buckets, loaded in a single process."""
+    """Returns states that were saved in a layout with several buckets and loaded in a single process."""
     world, parallel = LAYOUTS[layout]
     padding = workers.run(world, adam_moments.train_and_save, parallel, directory, is_fixed)[0]
     assert len(padding) > 1 and any(padding), "the defect needs padding between buckets"

@@ -43,14 +43,14 @@ def test_the_stand_in_stands_where_norms_do(workers: WorkerPool) -> None:
 
 
 def test_torchs_exception_is_ours(workers: WorkerPool, tmp_path: Path) -> None:
-    """It derives from BaseException, and no `except Exception` sees it."""
+    """It derives from BaseException, so no `except Exception` sees it."""
     message = workers.run(1, other_kernels.load_without_a_shard, tmp_path / "saved")[0]
     assert message.startswith(f"{tmp_path / 'saved'} cannot be read: rank 0: ")
 
 
 @pytest.mark.gpu
 def test_between_torch_and_transformer_engine(tmp_path: Path) -> None:
-    """The library itself, in a process with NCCL."""
+    """The library itself runs in a process with NCCL."""
     assert importlib.util.find_spec("transformer_engine") is not None, "install nvlm-train[gpu]"
     command = [sys.executable, "-m", "tests.train.checkpoint.other_kernels", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

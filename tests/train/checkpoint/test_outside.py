@@ -21,7 +21,7 @@ RESUME, HAND_OVER = 1, 4
 
 @pytest.fixture(scope="module")
 def files(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed."""
+    """Makes an encoder and a tokenizer, which must not be changed."""
     root = tmp_path_factory.mktemp("files")
     vision = smoke_recipe(data, root).model.vision
     outside.make_files(root, data, vision)
@@ -32,7 +32,7 @@ def files(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(
     workers: WorkerPool, data: Path, files: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
-    """Run directories by the step after which training stopped; not to be changed."""
+    """Returns run directories by the step after which training stopped; they must not be changed."""
     found = {}
     for step in (RESUME, HAND_OVER):
         found[step] = tmp_path_factory.mktemp("stopped") / "run"
@@ -43,7 +43,7 @@ def stopped(
 
 @pytest.fixture
 def own(files: Path, tmp_path: Path) -> Iterator[Path]:
-    """For a run directory of the test; the files, which the recipe names, are put back after it."""
+    """Returns a copy of a run directory. The files that its recipe names are restored afterwards."""
     shutil.copytree(files, tmp_path / "kept")
     yield tmp_path
     for path in ("encoder/model.safetensors", "tokenizer.json"):
@@ -61,7 +61,7 @@ def test_other_files_of_the_same_name_are_refused(
     field: str,
     step: int,
 ) -> None:
-    """On every rank, for training and for answers; with the old ones back it goes on."""
+    """All ranks refuse them, for training and for answers. With the old files back the run goes on."""
     run_dir = own / "run"
     shutil.copytree(stopped[step], run_dir)
     outside.CHANGES[field](files)
@@ -94,7 +94,7 @@ def test_unchanged_files_go_on_without_a_word(
 def test_a_run_of_an_older_version_goes_on_with_a_warning(
     workers: WorkerPool, data: Path, files: Path, stopped: dict[int, Path], tmp_path: Path
 ) -> None:
-    """One, of rank 0, though two stages follow: what is saved next says which files they were."""
+    """Rank 0 warns once, though two stages follow: the next save records which files they were."""
     shutil.copytree(stopped[RESUME], tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     outside.forget(checkpoints / "pretrain-00000001")

@@ -65,7 +65,7 @@ def refusal(state: RunState, recipe: Recipe) -> str:
 
 
 def change(recipe: Recipe, stage: str, **fields: Any) -> Recipe:
-    """The recipe with other fields in one stage."""
+    """Returns the recipe with other fields in one stage."""
     return replace(recipe, stages={**recipe.stages, stage: replace(recipe.stages[stage], **fields)})
 
 
@@ -87,7 +87,7 @@ def test_another_format_is_refused(recipe: Recipe, tmp_path: Path) -> None:
 
 
 def test_the_first_format_is_read_and_goes_on(recipe: Recipe, tmp_path: Path) -> None:
-    """As commits before this test wrote it; fields that recipes have got since are at their defaults."""
+    """It is as commits before this test wrote it. Fields that recipes got later have their defaults."""
     stored = asdict(state_of(recipe)) | {"format": 1}
     for name in set(stored) - FIRST_FORMAT:
         del stored[name]
@@ -109,7 +109,7 @@ def test_a_stored_recipe_with_its_defaults_is_itself(recipe: Recipe) -> None:
 
 
 def test_what_may_change(recipe: Recipe) -> None:
-    """Layout, optimizer, length of training, saving and tracking; and all of a stage that is over."""
+    """Layout, optimizer, length of training, saving and tracking may change; finished stages entirely."""
     stage = recipe.stages["sft"]
     longer = change(
         recipe,
@@ -164,7 +164,7 @@ def test_a_stage_that_is_gone(recipe: Recipe) -> None:
 
 
 def test_a_stage_that_is_over_stays_as_it_was(recipe: Recipe) -> None:
-    """More steps of it, fewer, or the schedule without it: steps of the run are counted through it."""
+    """More steps of it, fewer, or a schedule without it: steps of the run are counted through it."""
     state = state_of(recipe)
     for steps in (2, 8):
         message = refusal(state, change(recipe, "pretrain", steps=steps))
@@ -203,7 +203,7 @@ def test_a_half_done_stage_keeps_its_kind_of_optimizer(recipe: Recipe) -> None:
 
 
 def test_generators_go_on_where_they_are_whole(recipe: Recipe) -> None:
-    """In the same layout on the same kind of device; format 1 had one seed for all replicas."""
+    """They go on in the same layout on the same kind of device; format 1 had one seed for all replicas."""
     state = replace(state_of(recipe), device="cpu")
     assert state.has_generators_for((2, 2, 1), "cpu")
     assert not state.has_generators_for((2, 2, 1), "cuda")
@@ -224,7 +224,7 @@ def test_later_stages_may_be_added(recipe: Recipe) -> None:
 def test_tags_of_a_half_done_stage_without_thumbnails_are_not_changed_under_it(
     recipe: Recipe,
 ) -> None:
-    """Until format 2 the last tile had the thumbnail's tag, of as many tokens."""
+    """Until format 2 the last tile had the thumbnail's tag, which has as many tokens."""
     tiling = replace(recipe.stages["sft"].tiling, thumbnail=False)
     without = change(recipe, "sft", tiling=tiling)
     old = replace(state_of(without), format=1)

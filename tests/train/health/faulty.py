@@ -1,4 +1,6 @@
-"""`python -m tests.train.health.faulty KIND RANK STEP OVERRIDE ...`: `nvlm train`; one rank fails for real.
+"""Runs `nvlm train` so that one rank really fails.
+
+`python -m tests.train.health.faulty KIND RANK STEP OVERRIDE ...`
 
 KIND: `sleep` for ever, `freeze` in C code that keeps the interpreter lock, `raise` an error of nobody's,
 `memory` leaves the rank no more address space, `segv` crashes, `none` does nothing.
@@ -49,7 +51,7 @@ KINDS: dict[str, Callable[[], None]] = {
 
 
 def fail(kind: str, rank: int, step: int, overrides: list[str]) -> int:
-    """Trains; the exit code."""
+    """Trains. Returns the exit code."""
 
     def ill(engine: Engine, number: int) -> None:
         if number == step and int(os.environ.get("RANK", "0")) == rank:

@@ -41,7 +41,7 @@ def before_steps(ill: Ill) -> Iterator[None]:
 
 
 def engines_alive(root: Path, run_dir: Path, *overrides: str) -> list[int]:
-    """How many models with gradient buffers this rank holds at each step."""
+    """Returns how many models with gradient buffers this rank holds at each step."""
     counts = []
 
     def count(engine: Engine, number: int) -> None:
@@ -55,7 +55,7 @@ def engines_alive(root: Path, run_dir: Path, *overrides: str) -> list[int]:
 def not_a_number(
     root: Path, run_dir: Path, rank: int, steps: tuple[int, ...], *overrides: str
 ) -> int | str:
-    """A NaN in the gradient of one norm of one rank, in its backward: whatever overlaps it meets it."""
+    """Puts a NaN into the gradient of one norm of one rank, in its backward, where all collectives see it."""
 
     def ill(engine: Engine, number: int) -> None:
         if number in steps and dist.get_rank() == rank:
@@ -73,7 +73,7 @@ def not_a_number(
 def broken_weights(
     root: Path, run_dir: Path, at: int, times: int, stop_after: int | None, *overrides: str
 ) -> int | str:
-    """Weights change their sign before a step, so that its loss leaps up, as often as `times` says."""
+    """Changes the sign of weights before a step, so that its loss leaps up, as often as `times` says."""
     left = times
 
     def ill(engine: Engine, number: int) -> None:
@@ -88,7 +88,7 @@ def broken_weights(
 
 
 def slow_rank(root: Path, run_dir: Path, rank: int, part: str, *overrides: str) -> int | str:
-    """One rank sleeps in each step: while it encodes tiles, or while it waits for its data."""
+    """Lets one rank sleep in each step, while it encodes tiles or while it waits for its data."""
     from nvlm_train.data.loading.loader import Loader
     from nvlm_train.vision import tile_parallel
 
@@ -105,7 +105,7 @@ def slow_rank(root: Path, run_dir: Path, rank: int, part: str, *overrides: str) 
 
 
 def _run(root: Path, run_dir: Path, *overrides: str, stop_after: int | None = None) -> int | str:
-    """The exit code, or the message of the error that ended the run."""
+    """Trains. Returns the exit code, or the message of the error that ended the run."""
     from nvlm_train.errors import NvlmError
 
     try:
@@ -115,8 +115,9 @@ def _run(root: Path, run_dir: Path, *overrides: str, stop_after: int | None = No
 
 
 def optimizer_state(root: Path, run_dir: Path, *overrides: str) -> list[torch.Tensor]:
-    """All that the newest checkpoint gives this rank in the layout that saved it: weights, the
-    optimizer's own copies, moments and step counts.
+    """Returns what the newest checkpoint gives this rank in the layout that saved it.
+
+    Weights, the optimizer's own copies, moments and step counts are in it.
     """
     from nvlm_train.parallel import kernels
 
@@ -141,7 +142,7 @@ def optimizer_state(root: Path, run_dir: Path, *overrides: str) -> list[torch.Te
 def spoilt_optimizer(
     root: Path, run_dir: Path, rank: int, kind: str, at: int, *overrides: str
 ) -> int | str:
-    """One value of one rank's optimizer is infinite before a step: of its weights or of its moments."""
+    """Makes one value of one rank's optimizer infinite before a step: of its weights or of its moments."""
 
     left = [at]
 
@@ -160,7 +161,7 @@ def spoilt_optimizer(
 
 
 def published(root: Path, run_dir: Path, kind: str, at: int, *overrides: str) -> int | str:
-    """The same before tensors were looked at: the checkpoint is published, and found whole."""
+    """Does the same without the check of tensors: the checkpoint is published, and counts as undamaged."""
     from nvlm_train.train.checkpoint import saver, verify
 
     with (
@@ -171,12 +172,12 @@ def published(root: Path, run_dir: Path, kind: str, at: int, *overrides: str) ->
 
 
 def attempt(root: Path, run_dir: Path, *overrides: str) -> int | str:
-    """A run in which nothing is made to go wrong: its exit code, or the message that ended it."""
+    """Trains without any fault. Returns the exit code, or the message that ended the run."""
     return _run(root, run_dir, *overrides)
 
 
 def broken_encoder(root: Path, run_dir: Path, *overrides: str) -> int | str:
-    """A run whose vision encoder has a value that is not a number."""
+    """Trains with a vision encoder that has a NaN."""
     from nvlm_train.train import engine as engine_module
 
     original = engine_module.build_vision_encoder

@@ -27,7 +27,7 @@ def test_a_torch_without_a_recorder_gives_nothing() -> None:
 
 
 def test_this_worlds_recorder_is_found(workers: WorkerPool) -> None:
-    """The real one, of gloo."""
+    """The recorder is the real one, of gloo."""
     assert workers.run(1, _recorded) == ["gloo"]
 
 

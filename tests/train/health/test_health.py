@@ -25,7 +25,7 @@ from nvlm_train.train.health.left_out import (
 )
 from nvlm_train.train.health.losses import LossWatch
 from nvlm_train.train.health.stragglers import RankTimes, describe, slowest
-from nvlm_train.train.health.watchdog import Finding
+from nvlm_train.train.health.watchdog import RankReport
 from nvlm_train.train.health.watchdog import describe as describe_hang
 from tests.train.smoke import smoke_recipe
 
@@ -122,10 +122,10 @@ def test_slow_rank_is_compared_with_its_own_pipeline_stage() -> None:
 
 
 def test_hang_message_names_the_rank_that_waits_for_nobody(tmp_path: Path) -> None:
-    def finding(rank: int, waits_in: str | None) -> Finding:
-        return Finding(rank, f"node{rank}", 7, "training", 9.0, f"file.py:{rank} f", waits_in)
+    def report(rank: int, waits_in: str | None) -> RankReport:
+        return RankReport(rank, f"node{rank}", 7, "training", 9.0, f"file.py:{rank} f", waits_in)
 
-    found = [finding(0, "gloo:all_reduce #5 of tp"), finding(1, None)]
+    found = [report(0, "gloo:all_reduce #5 of tp"), report(1, None)]
     message = describe_hang("no progress", tmp_path, found, 3)
     assert "rank 1 on node1 is the one to look at: it is in file.py:1 f" in message
     assert "rank 0 on" not in message

@@ -35,7 +35,7 @@ class Ended:
 def run_until_it_ends(
     kind: str, data: Path, tmp_path: Path, name: str, rank: int, step: int, *more: str
 ) -> Ended:
-    """One rank of a real world fails at a step."""
+    """Runs a real world, of which one rank fails at a step."""
     world, parallel = layout(name)
     run_dir = tmp_path / "run"
     own = overrides(data, run_dir, *parallel, *STEPS, *WATCHED, *more)
@@ -80,13 +80,13 @@ def test_sleeping_rank_is_found_and_named(data: Path, tmp_path: Path) -> None:
     stacks = [(directory / f"rank-{rank:05d}.txt").read_text() for rank in range(4)]
     assert "faulty.py" in stacks[2]
     assert all("run_step" in each for each in stacks)
-    findings = [json.loads((directory / f"rank-{rank:05d}.json").read_text()) for rank in range(4)]
-    assert [each["waits_in"] is None for each in findings] == [False, False, True, False]
+    reports = [json.loads((directory / f"rank-{rank:05d}.json").read_text()) for rank in range(4)]
+    assert [each["waits_in"] is None for each in reports] == [False, False, True, False]
     assert json.loads((ended.run_dir / "heartbeat.json").read_text())["step"] == 4
 
 
 def test_frozen_rank_is_ended_by_the_timer_in_c(data: Path, tmp_path: Path) -> None:
-    """It can run no Python: the others meet without it, and its own stack comes from C."""
+    """It can run no Python: the others write their stacks without it, and its own stack comes from C."""
     ended = run_until_it_ends("freeze", data, tmp_path, "TP2", 1, 5)
     assert ended.code != 0
     assert f"exitcode  : {EXIT_HANG}" in ended.log
@@ -112,7 +112,7 @@ def test_crash_in_c_shows_python_stacks(data: Path, tmp_path: Path) -> None:
 
 
 def test_out_of_memory_says_what_to_change(data: Path, tmp_path: Path) -> None:
-    """A real limit on the address space, and an allocation that torch refuses."""
+    """The limit on the address space is real, and torch refuses the allocation."""
     ended = run_until_it_ends("memory", data, tmp_path, "single", 0, 3)
     assert ended.code == 2
     assert "out of memory in stage sft" in ended.log
@@ -122,7 +122,7 @@ def test_out_of_memory_says_what_to_change(data: Path, tmp_path: Path) -> None:
 
 
 def test_long_first_steps_and_saves_are_no_hang(data: Path, tmp_path: Path) -> None:
-    """The floor is far below what starting takes; a run that is merely slow at first ends well."""
+    """The floor is far below what starting takes. A run that is merely slow at first ends well."""
     ended = run_until_it_ends("none", data, tmp_path, "single", 0, 0, "stages.sft.steps=6")
     assert ended.code == 0, ended.log
     assert json.loads((ended.run_dir / "heartbeat.json").read_text())["doing"] == "ended"

@@ -1,4 +1,4 @@
-"""Runs that fall ill on real gloo processes: NaN, loss spikes, a slow rank."""
+"""Runs with NaN, loss spikes or a slow rank, on real gloo processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def without(run_dir: Path, first: int, last: int) -> None:
 def assert_same_state(
     workers: WorkerPool, data: Path, world: int, one: Path, other: Path, *overrides: str
 ) -> None:
-    """Bit for bit: weights, fp32 copies, moments and step counts, on every rank."""
+    """Checks bit for bit weights, fp32 copies, moments and step counts, on every rank."""
     states = [
         workers.run(world, ills.optimizer_state, data, run, *overrides) for run in (one, other)
     ]
@@ -70,7 +70,7 @@ def test_step_with_a_nan_equals_one_that_never_was(
 def test_samples_of_all_replicas_are_written(
     workers: WorkerPool, data: Path, tmp_path: Path
 ) -> None:
-    """And the run stops on all ranks when it may leave out nothing."""
+    """The run stops on all ranks when no step may be left out."""
     strict = (*ONE_STAGE, "health.max_non_finite_steps=0")
     messages = workers.run(2, ills.not_a_number, data, tmp_path / "run", 1, (2,), *strict)
     assert len(set(messages)) == 1
@@ -107,7 +107,7 @@ SPIKY = (
 def test_rollback_equals_a_run_without_those_steps(
     workers: WorkerPool, data: Path, tmp_path: Path, name: str
 ) -> None:
-    """The spike is at step 7, the newest checkpoint at 4; the run is stopped once after the rollback."""
+    """The spike is at step 7, the newest checkpoint at 4. The run is stopped once after the rollback."""
     world, parallel = layout(name)
     overrides = [*SPIKY, *parallel, "health.spike=rollback"]
     ill = (data, tmp_path / "ill")
@@ -132,7 +132,7 @@ def test_rollback_equals_a_run_without_those_steps(
 
 @slow
 def test_rollbacks_end(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
-    """Weights that break again after each rollback: the recipe's number of them, then an error."""
+    """Weights break again after each rollback, so the run ends after the recipe's number of rollbacks."""
     overrides = [*SPIKY, "health.spike=rollback", "health.max_rollbacks=1"]
     message = workers.run(1, ills.broken_weights, data, tmp_path / "run", 7, 2, None, *overrides)[0]
     assert "loss spike" in message and "health.max_rollbacks=1" in message
@@ -158,7 +158,7 @@ def test_warning_goes_on(workers: WorkerPool, data: Path, tmp_path: Path) -> Non
 def test_slow_rank_is_named(
     workers: WorkerPool, data: Path, tmp_path: Path, name: str, rank: int, part: str
 ) -> None:
-    """It sleeps for a second in each step; the others' waiting for it is not counted as their own time."""
+    """It sleeps for a second in each step. The others' waiting for it is not counted as their own time."""
     world, parallel = layout(name)
     often = ("health.straggler_interval_steps=2", "loader.workers=0")
     run_dir = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Images that cannot be decoded: counted, trained by nobody, in every layout; and tolerated up to a limit."""
+"""Images that cannot be decoded are counted, not trained on, and tolerated up to a limit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANT = (*NO_DROPOUT, "loader.max_skipped_fraction=0.5")
 
 @pytest.fixture(scope="module")
 def torn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smoke data with a truncated PNG or JPEG in every other caption and question."""
+    """Makes the smoke data with a truncated PNG or JPEG in every other caption and question."""
     root = tmp_path_factory.mktemp("torn")
     make_smoke_data(root)
     for name in ("captions", "vqa"):
@@ -34,7 +34,7 @@ def torn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _tear_images(path: Path) -> None:
-    """Every second image loses half of its pixels' data; every second of those is a JPEG."""
+    """Removes half of the pixels' data of every second image. Every second of those is a JPEG."""
     with tarfile.open(path) as tar:
         members = [(each.name, tar.extractfile(each).read()) for each in tar]  # type: ignore[union-attr]
     images = 0
@@ -52,7 +52,7 @@ def _tear_images(path: Path) -> None:
 
 
 def _without_end(content: bytes) -> bytes:
-    """Cut in the middle of the compressed pixels: the header still tells the size."""
+    """Cuts in the middle of the compressed pixels. The header still has the size."""
     start = max(content.find(marker) for marker in (b"IDAT", b"\xff\xda"))
     return content[: (start + len(content)) // 2]
 
@@ -64,7 +64,7 @@ def _as_jpeg(png: bytes) -> bytes:
 
 
 def expected_steps(torn: Path, run_dir: Path, stage: str) -> list[tuple[int, int]]:
-    """(skipped samples, trained tokens) of each step, from the loader's own failures."""
+    """Returns (skipped samples, trained tokens) of each step, from the loader's own failures."""
     recipe = smoke_recipe(torn, run_dir, *TOLERANT)
     settings = recipe.stages[stage]
     plan, encoder = build_data(settings, recipe, ".")
@@ -75,8 +75,8 @@ def expected_steps(torn: Path, run_dir: Path, stage: str) -> list[tuple[int, int
             failed = {(each.round, each.microbatch, each.sample) for each in batch.failures}
             labels = [
                 (r, m, sample)
-                for r, work in enumerate(batch.rounds)
-                for m, microbatch in enumerate(work.microbatches)
+                for r, round_ in enumerate(batch.rounds)
+                for m, microbatch in enumerate(round_.microbatches)
                 for sample in microbatch.label_samples_L.tolist()
             ]
             steps.append((len(failed), sum(label not in failed for label in labels)))

@@ -1,4 +1,4 @@
-"""Kills a real TP2 x PP2 run under torchrun at chosen kinds of moments, and looks at what is left each time.
+"""Kills a real TP2 x PP2 run under torchrun at chosen kinds of moments, and checks what is left each time.
 
     python -m tests.train.resume.chaos --kills 50 --seed 0        # `make chaos`
 
@@ -36,7 +36,7 @@ PATIENCE_S = 300
 
 @dataclass(frozen=True)
 class Life:
-    """One start of the command, seen from outside."""
+    """Watches one start of the command from outside."""
 
     run_dir: Path
     log: Path
@@ -45,13 +45,13 @@ class Life:
     process: subprocess.Popen
 
     def said(self, text: str) -> bool:
-        """Whether the log of this life has it."""
+        """Returns whether the log of this life has a text."""
         return text.encode() in self.log.read_bytes()[self.log_start :]
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A kind of moment: when it has come, and how long it may last."""
+    """Describes a kind of moment: when it has come, and how long it may last."""
 
     has_come: Callable[[Life], bool]
     seconds: float
@@ -62,7 +62,7 @@ def _is_saving(life: Life) -> bool:
 
 
 def _has_saved(life: Life) -> bool:
-    """Said after a checkpoint got its name; the next is some steps away."""
+    """Returns whether a checkpoint has just got its name; the next one is some steps away."""
     return life.said(": saved ")
 
 
@@ -71,7 +71,7 @@ def _is_handing_over(life: Life) -> bool:
 
 
 def _is_loading_data(life: Life) -> bool:
-    """The caches beside the shards are removed before; with them rank 0 starts to read."""
+    """Returns whether rank 0 reads data. The caches beside the shards were removed before."""
     return bool(_caches(life.run_dir.parent))
 
 
@@ -102,7 +102,7 @@ MOMENTS = {
 
 @dataclass
 class Chaos:
-    """A directory with data and an undisturbed run, and runs that are killed.
+    """Holds a directory with data and an undisturbed run, and kills runs in it.
 
     Args:
         root: everything goes there.
@@ -151,7 +151,7 @@ class Chaos:
         assert code == 0, self._log(run_dir).read_text()
 
     def compare(self, run_dir: Path) -> None:
-        """A finished run against the undisturbed one."""
+        """Compares a finished run with the undisturbed one."""
         assert (run_dir / "metrics.jsonl").read_bytes().endswith(b"\n")
         assert read_metrics(run_dir) == read_metrics(self._whole)
         assert _names(run_dir) == _names(self._whole)
@@ -184,7 +184,7 @@ class Chaos:
         return Life(run_dir, log, start, size, process)
 
     def _kill_at(self, kind: str, run_dir: Path) -> bool:
-        """Whether the moment came before the run was through."""
+        """Kills at a moment. Returns whether it came before the run was over."""
         if kind == "data":
             for cache in _caches(self.root):
                 cache.unlink()
@@ -206,7 +206,7 @@ class Chaos:
         return True
 
     def _victims(self, family: list[psutil.Process]) -> list[psutil.Process]:
-        """torchrun and its ranks, as when a node dies; or one rank alone. Writers are never among them."""
+        """Returns torchrun and its ranks, as when a node dies, or one rank alone."""
         torchrun = family[0]
         ranks = [each for each in family if _parent(each) == torchrun.pid]
         alone = ranks and self._random.random() < 0.5
@@ -214,7 +214,7 @@ class Chaos:
 
 
 def look_at_remains(run_dir: Path, before: list[Path]) -> None:
-    """What must hold at any moment: named checkpoints are whole, none is lost, no step is there twice."""
+    """Checks what must hold at any moment: checkpoints are complete, none is lost, no step is there twice."""
     checkpoints = files.named_checkpoints(run_dir)
     for checkpoint in checkpoints:
         manifest = read_manifest(checkpoint)
@@ -228,7 +228,7 @@ def look_at_remains(run_dir: Path, before: list[Path]) -> None:
 
 
 def _family(process: subprocess.Popen) -> list[psutil.Process]:
-    """torchrun first, then all below it."""
+    """Returns torchrun first, then all processes below it."""
     try:
         torchrun = psutil.Process(process.pid)
         return [torchrun, *torchrun.children(recursive=True)]
@@ -252,7 +252,7 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 
 def _await_end(family: list[psutil.Process]) -> None:
-    """Nobody is left behind: ranks lose their peers."""
+    """Waits until all ranks have ended, because they lost their peers."""
     _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == [], [each.cmdline() for each in alive]
 
@@ -262,13 +262,13 @@ def _names(run_dir: Path) -> list[str]:
 
 
 def _tensor_digests(run_dir: Path) -> dict[str, str]:
-    """Of the shards of the last checkpoint: weights, fp32 copies, moments, RNG."""
+    """Returns digests of the last checkpoint's shards: weights, fp32 copies, moments, RNG."""
     content = read_manifest(files.complete_checkpoints(run_dir)[-1])
     return {name: each.sha256 for name, each in content.files.items() if name.endswith(".distcp")}
 
 
 def main() -> int:
-    """`make chaos`."""
+    """Runs `make chaos`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

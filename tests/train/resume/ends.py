@@ -9,7 +9,7 @@ from tests.train.health import ills
 
 
 def run_and_hear(root: Path, run_dir: Path, *overrides: str) -> tuple[int | str, str]:
-    """The exit code or the error's message, and everything that was logged."""
+    """Trains. Returns the exit code or the error's message, and everything that was logged."""
     heard: list[str] = []
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]

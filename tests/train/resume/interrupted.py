@@ -1,4 +1,4 @@
-"""A run that is stopped and started again is the run that was not."""
+"""A run that is stopped and started again equals the run that was not stopped."""
 
 from __future__ import annotations
 

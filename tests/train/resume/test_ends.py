@@ -1,4 +1,4 @@
-"""Where data ends, where a stage ends, where a run ends: trained to the last step, and spoken of."""
+"""Data, stages and runs are trained to their last step, and their end is logged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POSSIBLE = {"samples": 6, "packs": 4}
 
 
 def limited(data: Path, directory: Path, unit: str) -> list[str]:
-    """Overrides of a pretraining whose only source is drawn from once."""
+    """Returns overrides of a pretraining whose only source is drawn from once."""
     blend = directory / "once.yaml"
     shards = str(data / "captions-{000000..000001}.tar")
     blend.write_text(json.dumps({"sources": [{"name": "a", "shards": shards, "epochs": 1}]}))
@@ -44,7 +44,7 @@ def limited(data: Path, directory: Path, unit: str) -> list[str]:
 def test_limited_data_is_trained_to_its_end(
     workers: WorkerPool, data: Path, tmp_path: Path, unit: str, name: str
 ) -> None:
-    """Also when the run is started again shortly before; one step more is refused at the start."""
+    """This holds too when the run is started again shortly before. One step more is refused at the start."""
     world, parallel = layout(name)
     settings = [*parallel, *limited(data, tmp_path, unit)]
     run_dir, steps = tmp_path / "run", POSSIBLE[unit]
@@ -96,7 +96,7 @@ assert not dist.is_initialized()
 
 @pytest.mark.slow
 def test_a_run_leaves_its_world(data: Path, tmp_path: Path) -> None:
-    """In a process of its own, as a user starts it."""
+    """It runs in a process of its own, as a user starts it."""
     command = [sys.executable, "-c", LEAVE, *overrides(data, tmp_path / "run")]
     environment = {**os.environ, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

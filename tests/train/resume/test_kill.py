@@ -1,4 +1,4 @@
-"""SIGTERM to real processes under torchrun; what kill -9 does is looked at by chaos.py."""
+"""SIGTERM to real processes under torchrun; chaos.py tests kill -9."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Launch = Callable[[Path], subprocess.Popen]
 
 @pytest.fixture
 def launch(data: Path, tmp_path: Path) -> Iterator[Launch]:
-    """`launch(run_dir)` starts TP2 x PP2 under torchrun in a process group of its own."""
+    """Returns `launch(run_dir)`, which starts TP2 x PP2 under torchrun in a process group of its own."""
     _, parallel = layout("TP2 PP2")
     own = [
         f"stages.pretrain.steps={STEPS}", f"stages.sft.steps={STEPS}", "checkpoint.interval_steps=3"
@@ -57,7 +57,7 @@ def launch(data: Path, tmp_path: Path) -> Iterator[Launch]:
 
 
 def _kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to torchrun and to all below it; its workers lead process groups of their own."""
+    """Kills torchrun and all processes below it. Its workers lead process groups of their own."""
     family = psutil.Process(process.pid).children(recursive=True)
     for each in (psutil.Process(process.pid), *family):
         try:

@@ -42,7 +42,7 @@ def test_stopped_run_continues_bit_for_bit(
     name: str,
     stop_after: int,
 ) -> None:
-    """With dropout, so that the RNG counts; 4 is the hand-over between the stages."""
+    """Dropout is on, so that the RNG counts; step 4 is the hand-over between the stages."""
     assert_continues_bit_for_bit(workers, data, tmp_path, whole_run, name, stop_after)
 
 
@@ -58,7 +58,7 @@ def test_stopped_run_continues_bit_for_bit(
 def test_resume_in_another_layout(
     workers: WorkerPool, data: Path, tmp_path: Path, whole_run: WholeRun, before: str, after: str
 ) -> None:
-    """The same samples, losses to 1e-4. Dropout masks depend on the layout, so there is none here."""
+    """Samples are equal, losses agree to 1e-4. Dropout is off, because masks depend on the layout."""
     world, overrides = layout(before)
     workers.run(world, stop, data, tmp_path / "moved", 6, [*overrides, *NO_DROPOUT])
     world, overrides = layout(after)
@@ -80,7 +80,7 @@ def test_resume_in_another_layout(
 def test_stages_may_have_different_layouts(
     workers: WorkerPool, data: Path, tmp_path: Path, whole_run: WholeRun
 ) -> None:
-    """Pretraining at TP2, SFT at PP2: the checkpoint itself reshards the weights."""
+    """Pretraining runs at TP2, SFT at PP2: the checkpoint itself reshards the weights."""
     overrides = ["stages.pretrain.parallel.tensor=2", "stages.sft.parallel.pipeline=2", *NO_DROPOUT]
     workers.run(2, runs.run, data, tmp_path / "two", *overrides)
     both = (whole_run("single", *NO_DROPOUT), tmp_path / "two")
@@ -90,7 +90,7 @@ def test_stages_may_have_different_layouts(
 
 @pytest.mark.slow
 def test_an_earlier_stages_engine_is_gone(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
-    """With its weights and optimizer: a stage needs no memory for two of them."""
+    """Its weights and optimizer are gone too: a stage needs no memory for two of them."""
     for counts in workers.run(2, ills.engines_alive, data, tmp_path, *layout("TP2")[1]):
         assert counts == [1] * len(counts) and len(counts) > 6
 
@@ -143,7 +143,7 @@ def test_changed_shard_is_refused_by_name(workers: WorkerPool, data: Path, tmp_p
 
 
 def test_missing_shard_stops_every_rank(workers: WorkerPool, tmp_path: Path) -> None:
-    """Rank 0 indexes alone; the others must not wait for one that gave up."""
+    """Rank 0 indexes alone. The others must not wait for it after it gave up."""
     own = tmp_path / "data"
     make_smoke_data(own)
     (own / "vqa-000001.tar").unlink()

@@ -29,7 +29,7 @@ FORK = mp.get_context("fork")
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """`start(function, *args)` in a process of its own; returns when it says that it is ready."""
+    """Returns `start(function, *args)`, which runs a function in a process and waits until it is ready."""
     started = []
 
     def begin(function: Callable[..., None], *args: object) -> BaseProcess:
@@ -54,7 +54,7 @@ def _hold(connection, run_dir: Path) -> None:
 
 
 def _hold_with_child(connection, run_dir: Path, go_on: EventType) -> None:
-    """An owner that leaves a process which holds its files until it may go on."""
+    """Makes an owner that leaves a process which holds its files until it may go on."""
     RunLock(run_dir, Owner.here(), patience_s=0)
     if os.fork() == 0:
         go_on.wait(60)
@@ -93,7 +93,7 @@ def test_a_killed_owner_gives_way(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_dying_owner_is_waited_for(start: Start, tmp_path: Path) -> None:
-    """What it forked still holds the lock: the directory is free when that has ended, and not before."""
+    """A process that it forked still holds the lock. The directory is free only when that has ended."""
     go_on = FORK.Event()
     process = start(_hold_with_child, tmp_path, go_on)
     process.kill()
@@ -107,7 +107,7 @@ def test_a_dying_owner_is_waited_for(start: Start, tmp_path: Path) -> None:
 
 
 def test_only_one_of_many_gets_it(tmp_path: Path) -> None:
-    """Ten at once, many times over."""
+    """Ten try at once, many times over."""
     for attempt in range(5):
         run_dir, all_have_tried = tmp_path / str(attempt), FORK.Barrier(10)
         processes = [FORK.Process(target=_try, args=(run_dir, all_have_tried)) for _ in range(10)]
@@ -155,7 +155,7 @@ def test_an_earlier_life_of_the_same_slurm_job_is_over(
 
 
 def test_without_locks_the_process_decides(start: Start, tmp_path: Path) -> None:
-    """On a file system that refuses flock: a pid that now names another process is not the owner."""
+    """The file system refuses flock: a pid that now names another process is not the owner."""
     process = start(_hold, tmp_path)
     owner = Owner(**json.loads((tmp_path / FILE_NAME).read_text()))
     assert why_alive(owner, ME, is_locked=False) == "its process is alive"

@@ -1,4 +1,4 @@
-"""Answers during training: on every layout, in wandb with their tiles, and without a trace in the run."""
+"""Answers during training: in every layout, in wandb with their tiles, and without an effect on the run."""
 
 from __future__ import annotations
 

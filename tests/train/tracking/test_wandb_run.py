@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nvlm_train.train.tracking import wandb_run
-from nvlm_train.train.tracking.examples import picture
+from nvlm_train.train.tracking.examples import lay_out
 from tests.train.tracking.wandb_server import serving
 
 KEY = {"WANDB_API_KEY": "0" * 40, "OMP_NUM_THREADS": "1"}
@@ -27,7 +27,7 @@ KEY = {"WANDB_API_KEY": "0" * 40, "OMP_NUM_THREADS": "1"}
 def start(
     run_dir: Path, mode: str, run_id: str, done: int, first: int, last: int, **environment: str
 ) -> tuple[dict, str]:
-    """One start of a run, in a process. Returns what it printed, and its warnings."""
+    """Starts a run once, in a process. Returns what it printed, and its warnings."""
     arguments = [str(each) for each in (run_dir, mode, run_id, done, first, last)]
     found = subprocess.run(
         [sys.executable, "-m", "tests.train.tracking.wandb_part", *arguments],
@@ -46,7 +46,7 @@ def parts(run_dir: Path) -> list[Path]:
 
 
 def records(path: Path) -> list[dict]:
-    """What a .wandb file holds, by wandb's own reader."""
+    """Returns what a .wandb file holds, by wandb's own reader."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     offline = {**os.environ, "WANDB_MODE": "offline"}
     found = subprocess.run(command, env=offline, capture_output=True, text=True, check=True)
@@ -54,7 +54,7 @@ def records(path: Path) -> list[dict]:
 
 
 def read(path: Path) -> list[dict]:
-    """History of a .wandb file."""
+    """Returns the history of a .wandb file."""
     return [each["history"]["item"] for each in records(path) if each["type"] == "history"]
 
 
@@ -153,12 +153,12 @@ def test_a_server_that_dies_under_a_run(tmp_path: Path) -> None:
     assert steps(path) == list(range(1, 1501))
 
 
-def test_a_picture_shows_tiles_where_they_lie() -> None:
+def test_example_shows_tiles_where_they_lie() -> None:
     tiles = torch.stack([torch.full((3, 8, 8), value, dtype=torch.uint8) for value in range(1, 5)])
     # Two tiles and their thumbnail, then an image of one tile.
-    shown = picture(tiles, [(2, 1), (1, 1)], [3, 1])
+    shown = lay_out(tiles, [(2, 1), (1, 1)], [3, 1])
     assert shown.shape == (2 * 12 - 4, 3 * 12 - 4, 3)
     assert [int(shown[0, x, 0]) for x in (0, 12, 24)] == [1, 2, 3]
     assert int(shown[12, 0, 0]) == 4 and int(shown[12, 12, 0]) == 255 == int(shown[0, 9, 0])
-    assert picture(tiles[:0], [], []).size == 0
+    assert lay_out(tiles[:0], [], []).size == 0
     assert shown.dtype == np.uint8

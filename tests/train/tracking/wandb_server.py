@@ -1,4 +1,4 @@
-"""As much of a wandb server as wandb's own client needs to upload a run, and what it was sent.
+"""As much of a wandb server as wandb's own client needs to upload a run; it keeps what it was sent.
 
 It is no wandb: it keeps the lines of each run by offset, and says on a resume how many there are.
 """
@@ -28,17 +28,17 @@ class WandbServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def steps(self, run_id: str) -> list[int]:
-        """global_step of each line, in the order of the lines."""
+        """Returns global_step of each line, in the order of the lines."""
         lines = self.history[run_id]
         return [lines[place]["global_step"] for place in sorted(lines)]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is none of ours."""
+        """Ignores clients that hang up."""
 
 
 @contextmanager
 def serving() -> Iterator[WandbServer]:
-    """A server on a free port."""
+    """Runs a server on a free port."""
     server = WandbServer()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
