@@ -77,7 +77,7 @@ def test_trained_tokens_are_those_that_labels_ask_for(
     slots = [run for run in runs if run.role == "image"]
     assert [run.tile for run in slots] == [0, 1, 2, 3]
     assert all(len(run.tokens) == SLOTS for run in slots)
-    assert all(run.view == (0, 0) for run in runs)
+    assert all(run.span == (0, 0) for run in runs)
 
 
 def test_cross_views_by_token(
@@ -87,10 +87,10 @@ def test_cross_views_by_token(
     encoder = make_encoder(routes=ROUTES["x"])
     record = json.dumps(chat("<image> q", "a")).encode()
     runs = token_runs(encoder.encode("k", record, [(64, 32)]), tokenizer)
-    views = {run.text: run.view for run in runs}
-    assert views["<tile_1>"] == (0, 1) and views["<tile_2>"] == (1, 2)
-    assert views["<tile_global_thumbnail>"] == (2, 3)
-    assert runs[0].view == (0, 0) and runs[-1].view == (0, 3)
+    spans = {run.text: run.span for run in runs}
+    assert spans["<tile_1>"] == (0, 1) and spans["<tile_2>"] == (1, 2)
+    assert spans["<tile_global_thumbnail>"] == (2, 3)
+    assert runs[0].span == (0, 0) and runs[-1].span == (0, 3)
 
 
 @pytest.mark.parametrize("text", ["naïve Größe", "日本語 \U0001f600!", " two  spaces\n\ttab", "a"])

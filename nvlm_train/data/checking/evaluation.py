@@ -23,7 +23,7 @@ from nvlm_train.data.checking.shard import ShardChecker, ShardJob, ShardPrints
 from nvlm_train.data.checking.spill import SpilledTable
 from nvlm_train.data.images import decode_image
 from nvlm_train.data.index.shard_index import load_index
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.records import read_messages
 from nvlm_train.data.shards.store import DIRECT
 from nvlm_train.errors import SampleError, ShardError
 
@@ -193,10 +193,10 @@ def _read_lines(path: str, max_image_pixels: int, prints: ShardPrints, labels: l
                 looks = perceptual_hash(decode_image(data, max_image_pixels))
                 prints.images.append((hash_parts(data), looks, owner))
             text = json.dumps(record).encode()
-            turns = read_turns(text, where, len(files), "sft")
+            messages = read_messages(text, where, len(files), "sft")
         except (OSError, ValueError) as error:
             raise SampleError(path, f"line {number}", str(error)) from error
-        prints.grams.append((text_grams(sample_texts(text, turns)), owner))
+        prints.grams.append((text_grams(sample_texts(text, messages)), owner))
 
 
 def _records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.messages import Message
 from nvlm_train.errors import NvlmError
 
 if TYPE_CHECKING:
@@ -45,11 +45,11 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def sample_texts(record: bytes, turns: Sequence[Turn]) -> list[str]:
-    """The record's own texts, one a turn. Prompts that the framework would add are not among them."""
+def sample_texts(record: bytes, messages: Sequence[Message]) -> list[str]:
+    """The record's own texts, one a message. Prompts that the framework would add are not among them."""
     fields = json.loads(record)
     if fields.keys() & {"conversations", "messages"}:
-        return [turn.text for turn in turns if turn.role != "system"]
+        return [message.text for message in messages if message.role != "system"]
     values = [fields[name] for name in _PLAIN_FIELDS if name in fields]
     return [
         value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -21,8 +21,8 @@ from nvlm_train.data.index.files import IndexFiles
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import load_index
 from nvlm_train.data.samples.encoder import SampleEncoder
-from nvlm_train.data.samples.messages import Turn
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.messages import Message
+from nvlm_train.data.samples.records import read_messages
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards.store import DIRECT
 from nvlm_train.errors import ShardError
@@ -115,11 +115,11 @@ class ShardChecker:
         prints.images += [(*look, row) for look in looks]
         try:
             record = reader.record(row)
-            turns = self._turns(reader, row, record)
+            messages = self._messages(reader, row, record)
         except ValueError as error:
             yield str(error)
             return
-        texts = sample_texts(record, turns)
+        texts = sample_texts(record, messages)
         words = [" ".join(split_words(text)).encode() for text in texts]
         bytes_of = [each.to_bytes(8, "big") for each, _ in looks]
         looks_of = [each.to_bytes(8, "big") for _, each in looks]
@@ -127,13 +127,13 @@ class ShardChecker:
         prints.near.append((hash_parts(*words, *looks_of), row))
         prints.grams.append((text_grams(texts), row))
 
-    def _turns(self, reader: ShardReader, row: int, record: bytes) -> tuple[Turn, ...]:
-        """The sample's turns. Raises ValueError: it cannot be trained on."""
+    def _messages(self, reader: ShardReader, row: int, record: bytes) -> tuple[Message, ...]:
+        """The sample's messages. Raises ValueError: it cannot be trained on."""
         key, sizes = reader.key(row), reader.index.image_sizes(row)
         if self._encoder is not None:
             self._encoder.encode(key, record, sizes)
-            return self._encoder.turns(key, record, sizes)
-        turns = read_turns(record, key, len(sizes), "sft")
-        if not any(turn.role == "assistant" for turn in turns):
+            return self._encoder.messages(key, record, sizes)
+        messages = read_messages(record, key, len(sizes), "sft")
+        if not any(message.role == "assistant" for message in messages):
             raise ValueError(_NO_LABELS)
-        return turns
+        return messages

@@ -17,8 +17,8 @@ from nvlm_train.data.index.array_file import ArrayFile, Texts
 from nvlm_train.data.index.files import IndexFiles
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import BESIDE
-from nvlm_train.data.samples.encoder import ImageSize, Layout, SampleEncoder
-from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.encoder import ImageSize, SampleEncoder, SampleLayout
+from nvlm_train.data.samples.messages import Message
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards.tar import Shard
 
@@ -74,8 +74,8 @@ class _Draft:
     row: int
     record: bytes
     sizes: list[ImageSize]
-    turns: tuple[Turn, ...]
-    layout: Layout
+    messages: tuple[Message, ...]
+    layout: SampleLayout
 
 
 def lengths_suffix(encoder: SampleEncoder, fields: FieldMapping) -> str:
@@ -193,12 +193,12 @@ def _drafts(
     for row in rows:
         try:
             record, sizes = reader.record(row), reader.index.image_sizes(row)
-            turns = encoder.turns(reader.key(row), record, sizes)
+            messages = encoder.messages(reader.key(row), record, sizes)
         except ValueError as error:
             lengths.reasons[row] = str(error)
             continue
-        layout = encoder.layout(turns, sizes, encoder.spec.tiling.max_tiles)
-        yield _Draft(row, record, sizes, turns, layout)
+        layout = encoder.layout(messages, sizes, encoder.spec.tiling.max_tiles)
+        yield _Draft(row, record, sizes, messages, layout)
 
 
 def _tokenise(drafts: Sequence[_Draft], encoder: SampleEncoder) -> dict[str, list[int]]:

@@ -65,9 +65,9 @@ def _cross_context(samples: Sequence[EncodedSample], offsets: Sequence[int]) -> 
     spans: list[NDArray[np.int64]] = []
     first_tile = 0
     for sample, offset in zip(samples, offsets, strict=True):
-        views = sample.cross.views
-        seen = edges[views[:, 2:] + first_tile]
-        spans.append(np.concatenate([views[:, :2] + offset, seen], axis=1))
+        own = sample.cross.spans
+        seen = edges[own[:, 2:] + first_tile]
+        spans.append(np.concatenate([own[:, :2] + offset, seen], axis=1))
         first_tile += len(sample.cross.tags)
 
     def joined(parts: list[NDArray[np.int64]]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Turns as ChatML pieces: which text is tokenised together, where image slots go, what is trained.
+"""Messages as ChatML pieces: which text is tokenised together, where image slots go, what is trained.
 
 The format is Megatron-LM's ChatML, which trained the released model:
 `<|im_start|>role\\ncontent<|im_end|>\\n` (see `tokens.TEMPLATES` for what differs between language
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from nvlm_train.config.schema import TileTags
-from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.messages import Message
 from nvlm_train.routes import Route, Routes
 from nvlm_train.tiling import ImageLayout
 from nvlm_train.tokens import IMAGE_END, IMAGE_MARKER, IMAGE_START, Tokenizer, tile_tags
@@ -26,7 +26,7 @@ class Piece(NamedTuple):
     text: str
     ids: tuple[int, ...]
     role: Literal["context", "trained", "image"]
-    view: tuple[int, int] = (0, 0)
+    span: tuple[int, int] = (0, 0)
     """Which of the sample's cross-routed tiles its tokens may see: [first, last)."""
     after: str = ""
     """Text that stands before `text` in the same run of characters: it decides how that is cut."""
@@ -53,30 +53,32 @@ class ChatFormat:
         self._slots = (tokenizer.pad,) * tokens_per_tile
         """Slots hold the pad id until tile features replace their embeddings."""
 
-    def conversation(self, turns: Sequence[Turn], images: Sequence[ImageLayout]) -> list[Piece]:
+    def conversation(
+        self, messages: Sequence[Message], images: Sequence[ImageLayout]
+    ) -> list[Piece]:
         """All pieces of a sample; the images follow the markers."""
-        view = (0, 0)
-        pieces = [Piece("", self._opening, "context", view)] if self._opening else []
+        span = (0, 0)
+        pieces = [Piece("", self._opening, "context", span)] if self._opening else []
         waiting = iter(images)
-        for turn in turns:
-            pieces.append(Piece("", self._start, "context", view))
-            if turn.role == "assistant":
+        for message in messages:
+            pieces.append(Piece("", self._start, "context", span))
+            if message.role == "assistant":
                 # The header is tokenised apart: generation begins right after it.
-                pieces.append(Piece("assistant\n", (), "context", view))
-                if turn.text:
+                pieces.append(Piece("assistant\n", (), "context", span))
+                if message.text:
                     after = self._answer_follows
-                    pieces.append(Piece(turn.text, (), "trained", view, after))
+                    pieces.append(Piece(message.text, (), "trained", span, after))
                 pieces += (
-                    Piece("", self._end, "trained", view),
-                    Piece("\n", (), "trained", view),
+                    Piece("", self._end, "trained", span),
+                    Piece("\n", (), "trained", span),
                 )
             else:
-                shown = [next(waiting) for _ in range(turn.text.count(IMAGE_MARKER))]
-                pieces += self._with_images(f"{turn.role}\n{turn.text}", shown, view[1])
-                view = pieces[-1].view
+                shown = [next(waiting) for _ in range(message.text.count(IMAGE_MARKER))]
+                pieces += self._with_images(f"{message.role}\n{message.text}", shown, span[1])
+                span = pieces[-1].span
                 pieces += (
-                    Piece("", self._end, "context", view),
-                    Piece("\n", (), "context", view),
+                    Piece("", self._end, "context", span),
+                    Piece("\n", (), "context", span),
                 )
         return pieces
 
@@ -99,13 +101,13 @@ class ChatFormat:
             ]
         return tags
 
-    def prompt(self, turns: Sequence[Turn], images: Sequence[ImageLayout]) -> list[Piece]:
+    def prompt(self, messages: Sequence[Message], images: Sequence[ImageLayout]) -> list[Piece]:
         """The same, nothing trained, ending where the assistant is to speak."""
-        pieces = self.conversation(turns, images)
-        view = pieces[-1].view
+        pieces = self.conversation(messages, images)
+        span = pieces[-1].span
         header = [
-            Piece("", self._start, "context", view),
-            Piece("assistant\n", (), "context", view),
+            Piece("", self._start, "context", span),
+            Piece("assistant\n", (), "context", span),
         ]
         untrained = [
             piece._replace(role="context") if piece.role == "trained" else piece for piece in pieces
@@ -142,5 +144,5 @@ class ChatFormat:
         return pieces + _text(pending, (0, seen))
 
 
-def _text(text: str, view: tuple[int, int]) -> list[Piece]:
-    return [Piece(text, (), "context", view)] if text else []
+def _text(text: str, span: tuple[int, int]) -> list[Piece]:
+    return [Piece(text, (), "context", span)] if text else []

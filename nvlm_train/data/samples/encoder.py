@@ -14,9 +14,9 @@ from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.images import check_pixels
 from nvlm_train.data.samples.chat_format import ChatFormat, Piece
 from nvlm_train.data.samples.encoded import CrossTiles, EncodedSample
-from nvlm_train.data.samples.messages import Turn, place_images
+from nvlm_train.data.samples.messages import Message, place_images
 from nvlm_train.data.samples.prompts import PromptFamily, load_prompts
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.records import read_messages
 from nvlm_train.routes import Routes
 from nvlm_train.tiling import ImageLayout, choose_grid, lay_out, tile_limits
 from nvlm_train.tokens import Tokenizer
@@ -48,7 +48,7 @@ class EncodingSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SampleLayout:
     """A sample's pieces under one tile limit."""
 
     pieces: list[Piece]
@@ -78,20 +78,22 @@ class SampleEncoder:
         del config["path"], spec["max_image_pixels"]
         return _hash([ENCODING_VERSION, self.tokenizer.digest, config, spec, load_prompts()])
 
-    def turns(self, key: str, record: bytes, sizes: Sequence[ImageSize]) -> tuple[Turn, ...]:
-        """The record's turns, with the stage's system message unless it brings its own.
+    def messages(self, key: str, record: bytes, sizes: Sequence[ImageSize]) -> tuple[Message, ...]:
+        """The record's messages, with the stage's system message unless it brings its own.
 
         Raises:
             ValueError: the record or its images cannot be used; the text before ":" names the kind.
         """
         for width, height in sizes:
             check_pixels(width, height, self.spec.max_image_pixels)
-        return self._with_system(read_turns(record, key, len(sizes), self.spec.prompts))
+        return self._with_system(read_messages(record, key, len(sizes), self.spec.prompts))
 
-    def layout(self, turns: Sequence[Turn], sizes: Sequence[ImageSize], max_tiles: int) -> Layout:
+    def layout(
+        self, messages: Sequence[Message], sizes: Sequence[ImageSize], max_tiles: int
+    ) -> SampleLayout:
         """Pieces and tiles when no image may have more than `max_tiles` regular tiles."""
         images = self._images(sizes, max_tiles)
-        return Layout(self.format.conversation(turns, images), images)
+        return SampleLayout(self.format.conversation(messages, images), images)
 
     def ids(self, piece: Piece, known: Mapping[str, Sequence[int]] | None = None) -> Sequence[int]:
         """Token ids of a piece; `known` holds texts that were tokenised before."""
@@ -111,19 +113,19 @@ class SampleEncoder:
         """The sample with as many tiles as fit, cut at `sequence_length` when one each is too many.
 
         Raises:
-            ValueError: unusable; see `turns`, and "every label is masked", "images do not fit".
+            ValueError: unusable; see `messages`, and "every label is masked", "images do not fit".
         """
-        turns = self.turns(key, record, sizes)
+        messages = self.messages(key, record, sizes)
         encoded = None
         for limit in tile_limits(self.spec.tiling.max_tiles if sizes else 1):
-            encoded = self._assemble(self.layout(turns, sizes, limit))
+            encoded = self._assemble(self.layout(messages, sizes, limit))
             if len(encoded.token_ids) <= self.spec.sequence_length:
                 break
         assert encoded is not None, "tile_limits is never empty"
         return self.check_labels(encoded.truncated(self.spec.sequence_length))
 
     def encode_prompt(
-        self, turns: Sequence[Turn], sizes: Sequence[ImageSize], room: int = 0
+        self, messages: Sequence[Message], sizes: Sequence[ImageSize], room: int = 0
     ) -> EncodedSample:
         """A question to answer: like `encode`, ending with the assistant's header, without labels.
 
@@ -132,11 +134,11 @@ class SampleEncoder:
         Raises:
             ValueError: markers that do not match the images, or a prompt that does not fit.
         """
-        shown = self._with_system(place_images(tuple(turns), len(sizes)))
+        shown = self._with_system(place_images(tuple(messages), len(sizes)))
         length = 0
         for limit in tile_limits(self.spec.tiling.max_tiles if sizes else 1):
             images = self._images(sizes, limit)
-            encoded = self._assemble(Layout(self.format.prompt(shown, images), images))
+            encoded = self._assemble(SampleLayout(self.format.prompt(shown, images), images))
             length = len(encoded.token_ids)
             if length + room <= self.spec.sequence_length:
                 return encoded
@@ -161,26 +163,26 @@ class SampleEncoder:
             raise ValueError(f"every label is masked: {why}")
         return encoded
 
-    def _with_system(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        if self.spec.system_message is None or turns[0].role == "system":
-            return turns
-        return (Turn("system", self.spec.system_message), *turns)
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if self.spec.system_message is None or messages[0].role == "system":
+            return messages
+        return (Message("system", self.spec.system_message), *messages)
 
     def _images(self, sizes: Sequence[ImageSize], max_tiles: int) -> tuple[ImageLayout, ...]:
         thumbnails = int(self.spec.tiling.thumbnail)
         grids = [choose_grid(*size, self.spec.tile_size, max_tiles) for size in sizes]
         return tuple(lay_out(grid, thumbnails) for grid in grids)
 
-    def _assemble(self, layout: Layout) -> EncodedSample:
+    def _assemble(self, layout: SampleLayout) -> EncodedSample:
         ids: list[int] = []
         images: list[int] = []
         labels: list[int] = []
-        views: list[tuple[int, int, int, int]] = []
+        spans: list[tuple[int, int, int, int]] = []
         for piece in layout.pieces:
             start = len(ids)
             ids.extend(self.ids(piece))
-            if piece.view[0] < piece.view[1]:
-                views.append((start, len(ids), *piece.view))
+            if piece.span[0] < piece.span[1]:
+                spans.append((start, len(ids), *piece.span))
             if piece.role == "image":
                 images.extend(range(start, len(ids)))
             elif piece.role == "trained":
@@ -193,12 +195,12 @@ class SampleEncoder:
             label_positions=label_positions,
             label_ids=token_ids[label_positions + 1],
             images=layout.images,
-            cross=self._cross(layout.images, views),
+            cross=self._cross(layout.images, spans),
             is_truncated=False,
         )
 
     def _cross(
-        self, images: Sequence[ImageLayout], views: Sequence[tuple[int, int, int, int]]
+        self, images: Sequence[ImageLayout], spans: Sequence[tuple[int, int, int, int]]
     ) -> CrossTiles:
         routes = [route for image in images for route in self.format.routes(image)]
         tags = [
@@ -209,7 +211,7 @@ class SampleEncoder:
             self.spec.context_tokens_per_tile,
             np.array([route == "cross" for route in routes], dtype=np.bool_),
             tuple(tags),
-            np.array(_merged(views), dtype=np.int64).reshape(-1, 4),
+            np.array(_merged(spans), dtype=np.int64).reshape(-1, 4),
         )
 
 
@@ -217,10 +219,10 @@ def _hash(parts: list[object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _merged(views: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """Neighbouring tokens that see the same tiles make one view."""
+def _merged(spans: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """Neighbouring tokens that see the same tiles make one span."""
     merged: list[tuple[int, int, int, int]] = []
-    for start, stop, first, last in views:
+    for start, stop, first, last in spans:
         if merged and merged[-1][1:] == (start, first, last):
             merged[-1] = (merged[-1][0], stop, first, last)
         else:

@@ -1,4 +1,4 @@
-"""A sample's JSON record as chat turns.
+"""A sample's JSON record as chat messages.
 
 Accepted: `{"conversations": [{"from", "value"}]}` (LLaVA), `{"messages": [{"role", "content"}]}`
 (OpenAI), `{"caption"}` (a text, or several to choose from), `{"question", "answer"}` or
@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nvlm_train.data.samples.messages import Role, Turn, place_images
+from nvlm_train.data.samples.messages import Message, Role, place_images
 from nvlm_train.data.samples.prompts import (
     CAPTION_TASKS,
     PAGE_TASKS,
@@ -43,8 +43,10 @@ _TASKS: tuple[tuple[str, tuple[Task, ...], Task], ...] = (
 """(field, tasks of records that have it, the usual one)."""
 
 
-def read_turns(record: bytes, key: str, num_images: int, family: PromptFamily) -> tuple[Turn, ...]:
-    """Turns of a record, one `<image>` marker per image.
+def read_messages(
+    record: bytes, key: str, num_images: int, family: PromptFamily
+) -> tuple[Message, ...]:
+    """Messages of a record, one `<image>` marker per image.
 
     Raises:
         ValueError: "record cannot be read: ...", or a marker that has no image, or the reverse.
@@ -63,10 +65,10 @@ def read_turns(record: bytes, key: str, num_images: int, family: PromptFamily) -
         raise ValueError(
             "image is missing: a caption or text record describes an image; add KEY.jpg or KEY.png"
         )
-    return place_images(_turns_of(fields, key, family), num_images)
+    return place_images(_messages_of(fields, key, family), num_images)
 
 
-def _turns_of(fields: Mapping[str, Any], key: str, family: PromptFamily) -> tuple[Turn, ...]:
+def _messages_of(fields: Mapping[str, Any], key: str, family: PromptFamily) -> tuple[Message, ...]:
     if "conversations" in fields:
         return _chat(fields["conversations"], "conversations", "from", "value")
     if "messages" in fields:
@@ -95,15 +97,17 @@ def _task(fields: Mapping[str, Any], name: str, tasks: Sequence[Task], usual: Ta
 
 def _asked(
     fields: Mapping[str, Any], key: str, family: PromptFamily, name: str, task: Task
-) -> tuple[Turn, ...]:
+) -> tuple[Message, ...]:
     """A prompt of the task's family, and the answer."""
     prompt = choose_prompt(family, task, key)
     if name != "question":
-        return Turn("user", prompt), Turn("assistant", _text(_one_of(fields, name, key), name))
+        return Message("user", prompt), Message(
+            "assistant", _text(_one_of(fields, name, key), name)
+        )
     choices = _choices(fields) if task == "multiple_choice" else []
     question = fill_prompt(prompt, _text(fields, "question"), choices)
     answer = _letter(fields, choices) if choices else _answer(fields, key)
-    return Turn("user", question), Turn("assistant", answer)
+    return Message("user", question), Message("assistant", answer)
 
 
 def _choices(fields: Mapping[str, Any]) -> list[str]:
@@ -129,10 +133,10 @@ def _letter(fields: Mapping[str, Any], choices: Sequence[str]) -> str:
     )
 
 
-def _chat(value: object, name: str, role_field: str, text_field: str) -> tuple[Turn, ...]:
+def _chat(value: object, name: str, role_field: str, text_field: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"record cannot be read: {name} must be a list of turns that is not empty")
-    turns: list[Turn] = []
+    messages: list[Message] = []
     for number, item in enumerate(value):
         where = f"{name}[{number}]"
         if not isinstance(item, dict):
@@ -147,8 +151,8 @@ def _chat(value: object, name: str, role_field: str, text_field: str) -> tuple[T
             raise ValueError(
                 f"record cannot be read: {where} is a system turn, which can only be first"
             )
-        turns.append(Turn(role, _content(item.get(text_field), f"{where}.{text_field}")))
-    return tuple(turns)
+        messages.append(Message(role, _content(item.get(text_field), f"{where}.{text_field}")))
+    return tuple(messages)
 
 
 def _content(value: object, where: str) -> str:

@@ -139,7 +139,7 @@ def _sight(view: SampleView, minis: list[str]) -> str:
         f'<th class="cell" title="{html.escape(labels[tile])}">{index + 1}</th>'
         for index, tile in enumerate(numbers)
     )
-    rows = [_sight_row(same, numbers, minis) for same in _same_view(view.runs)]
+    rows = [_sight_row(same, numbers, minis) for same in _same_span(view.runs)]
     keys = sum(len(tag) + cross.tokens_per_tile for tag in cross.tags)
     chips = "".join(
         f'<span class="slots cross"><img src="{minis[tile]}" alt="">'
@@ -153,11 +153,11 @@ def _sight(view: SampleView, minis: list[str]) -> str:
     )
 
 
-def _same_view(runs: tuple[TokenRun, ...]) -> list[list[TokenRun]]:
+def _same_span(runs: tuple[TokenRun, ...]) -> list[list[TokenRun]]:
     """Neighbouring runs that see the same tiles, whatever their role."""
     groups: list[list[TokenRun]] = []
     for run in runs:
-        if groups and groups[-1][-1].view == run.view:
+        if groups and groups[-1][-1].span == run.span:
             groups[-1].append(run)
         else:
             groups.append([run])
@@ -165,7 +165,7 @@ def _same_view(runs: tuple[TokenRun, ...]) -> list[list[TokenRun]]:
 
 
 def _sight_row(same: list[TokenRun], numbers: list[int], minis: list[str]) -> str:
-    first, last = same[0].view
+    first, last = same[0].span
     shown = " ".join(
         f"[{len(run.tokens)} slots]" if run.tile is not None else run.text for run in same
     )

@@ -1,4 +1,4 @@
-"""A sample's tokens as text, in runs that share a role and a view. Shape legend: N tokens, T tiles."""
+"""A sample's tokens as text, in runs that share a role and a span. Shape legend: N tokens, T tiles."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TokenRun:
     tokens: tuple[Token, ...]
     tile: int | None
     """Of image slots: which of the sample's tiles stands in them."""
-    view: tuple[int, int]
+    span: tuple[int, int]
     """[first, last) of the sample's cross-routed tiles; (0, 0) sees none."""
 
     @property
@@ -64,18 +64,18 @@ def token_runs(encoded: EncodedSample, tokenizer: Tokenizer) -> list[TokenRun]:
     for position in encoded.image_positions.tolist():
         roles[position] = "image"
     tiles = _tiles_in_slots(encoded)
-    views = np.zeros((count, 2), dtype=np.int64)
-    for start, stop, first, last in encoded.cross.views.tolist():
-        views[start:stop] = first, last
+    spans = np.zeros((count, 2), dtype=np.int64)
+    for start, stop, first, last in encoded.cross.spans.tolist():
+        spans[start:stop] = first, last
     tokens = read_tokens(encoded.token_ids.tolist(), tokenizer)
 
     def kind(token: Token) -> tuple[Role, int | None, tuple[int, int]]:
-        first, last = views[token.position].tolist()
+        first, last = spans[token.position].tolist()
         return roles[token.position], tiles.get(token.position), (first, last)
 
     return [
-        TokenRun(role, tuple(members), tile, view)
-        for (role, tile, view), members in groupby(tokens, kind)
+        TokenRun(role, tuple(members), tile, span)
+        for (role, tile, span), members in groupby(tokens, kind)
     ]
 
 

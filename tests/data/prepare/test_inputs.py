@@ -18,7 +18,7 @@ from nvlm_train.data.prepare.inputs.formats import FORMATS, open_entries
 from nvlm_train.data.prepare.inputs.ocr import grounded
 from nvlm_train.data.prepare.preparation import prepare_input
 from nvlm_train.data.prepare.staging import Target
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.records import read_messages
 from nvlm_train.data.shards.fields import FieldMapping
 from nvlm_train.data.shards.tar import Sample
 from nvlm_train.errors import ShardError
@@ -47,8 +47,8 @@ def samples(tmp_path: Path, spec: InputSpec) -> list[Sample]:
 
 def answers(sample: Sample) -> list[str]:
     key, record, images = sample
-    turns = read_turns(json.dumps(record).encode(), key, len(images), "sft")
-    return [turn.text for turn in turns if turn.role == "assistant"]
+    messages = read_messages(json.dumps(record).encode(), key, len(images), "sft")
+    return [message.text for message in messages if message.role == "assistant"]
 
 
 def write(path: Path, content: object) -> str:

@@ -18,11 +18,11 @@ from nvlm_train.data.index.shard_index import load_index
 from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.data.samples.encoder import SampleEncoder
-from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.messages import Message
 from nvlm_train.data.shards.tar import LocalShard, write_shards
 from nvlm_train.data.viewing.samples import view_sample
 from nvlm_train.data.viewing.token_runs import token_runs
-from nvlm_train.evaluation.prompts import encode_turns
+from nvlm_train.evaluation.prompts import encode_messages
 from nvlm_train.routes import ROUTES
 from nvlm_train.tiling import candidate_grids, lay_out, tile_limits
 from nvlm_train.tokens import tile_tags
@@ -109,7 +109,7 @@ def test_a_regular_tag_sees_its_own_tile(make_encoder: Make) -> None:
         routes=ROUTES["x"], tiling=TilingConfig(thumbnail=False), sequence_length=400
     )
     sample = encoder.encode("k", record("<image> q <image>"), [TWO_TILES, ONE_TILE])
-    seen = [(run.text, run.view) for run in token_runs(sample, encoder.tokenizer)]
+    seen = [(run.text, run.span) for run in token_runs(sample, encoder.tokenizer)]
     assert [each for each in seen if each[0].startswith("<tile")] == [
         ("<tile_1>", (0, 1)), ("<tile_2>", (1, 2)), ("<tile_1>", (2, 3)),
     ]  # fmt: skip
@@ -147,7 +147,7 @@ def test_a_question_is_asked_as_it_was_trained(make_encoder: Make, style: TileTa
     sizes = [TWO_TILES, ONE_TILE]
     trained = encoder.encode("k", record("<image><image>?"), sizes)
     images = [encoded(picture(*size), "PNG") for size in sizes]
-    asked = encode_turns(encoder, [Turn("user", "<image><image>?")], images, 4)
+    asked = encode_messages(encoder, [Message("user", "<image><image>?")], images, 4)
     before = trained.label_positions[0] + 1
     assert asked.encoded.token_ids.tolist() == trained.token_ids[:before].tolist()
     assert len(asked.tiles_TCEE) == 3

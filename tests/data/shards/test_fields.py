@@ -17,7 +17,7 @@ from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import load_index
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig, read_blend
 from nvlm_train.data.samples.encoder import SampleEncoder
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.records import read_messages
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping, read_fields
 from nvlm_train.data.shards.tar import LocalShard, write_shards
 from nvlm_train.errors import ConfigError, ShardError
@@ -62,9 +62,9 @@ def test_img2dataset_tars_need_no_mapping(tmp_path: Path) -> None:
     reader = open_tar(tmp_path / "00000.tar")
     assert reader.index.keys.tolist() == [f"{n:09d}" for n in range(3)]
     assert reader.index.image_sizes(1) == [(40, 30)] and reader.image(1, 0) == jpeg(1)
-    assert read_turns(reader.record(2), "k", 1, "sft")[1].text == "caption 2"
+    assert read_messages(reader.record(2), "k", 1, "sft")[1].text == "caption 2"
     mapped = open_tar(tmp_path / "00000.tar", CAPTION)
-    assert read_turns(mapped.record(2), "k", 1, "sft")[1].text == "text 2"
+    assert read_messages(mapped.record(2), "k", 1, "sft")[1].text == "text 2"
 
 
 @pytest.mark.parametrize("image", ["jpg", "jpeg", "JPG", "png", "webp"])

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.data.images import read_size
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.records import read_messages
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards.tar import IMAGE_SUFFIXES, Sample
 from nvlm_train.errors import ShardError
@@ -170,7 +170,7 @@ def as_sample(key: str, parts: Parts) -> Sample:
         raise ValueError(f"{error}; name the fields to keep with --field") from error
     except UnicodeEncodeError as error:
         raise ValueError(f"the record is not Unicode text ({error}); repair it") from error
-    read_turns(encoded, key, len(images), "sft")
+    read_messages(encoded, key, len(images), "sft")
     return key, record, members
 
 
