@@ -6,19 +6,16 @@ Computed once per (shard, encoding) and stored beside the index, so that plans a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.index.array_file import ArrayFile, Texts
-from nvlm_train.data.index.files import IndexFiles
+from nvlm_train.data.index.files import ArrayFile, IndexFiles, Texts
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import BESIDE
-from nvlm_train.data.samples.encoder import ImageSize, SampleEncoder, SampleLayout
-from nvlm_train.data.samples.messages import Message
+from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards.tar import Shard
 
@@ -65,17 +62,6 @@ class LengthsSummary:
     """Tiles of the sample that has most."""
     unusable: dict[str, tuple[int, list[int]]]
     """Kind -> (how many samples, the first few rows)."""
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A sample on its way: its record, and its pieces at the full tile limit."""
-
-    row: int
-    record: bytes
-    sizes: list[ImageSize]
-    messages: tuple[Message, ...]
-    layout: SampleLayout
 
 
 def lengths_suffix(encoder: SampleEncoder, fields: FieldMapping) -> str:
@@ -180,62 +166,12 @@ def compute_lengths(reader: ShardReader, encoder: SampleEncoder) -> ShardLengths
         reasons={},
     )
     for start in range(0, count, _CHUNK):
-        drafts = list(_drafts(reader, encoder, range(start, min(start + _CHUNK, count)), lengths))
-        known = _tokenise(drafts, encoder)
-        for draft in drafts:
-            _measure(reader, encoder, draft, known, lengths)
+        rows = range(start, min(start + _CHUNK, count))
+        for row, length in encoder.measure(rows, reader.sample):
+            if length.problem:
+                lengths.reasons[row] = length.problem
+            lengths.num_tokens[row] = length.num_tokens
+            lengths.num_tiles[row] = length.num_tiles
+            lengths.num_trained[row] = length.num_trained
+            lengths.is_truncated[row] = length.is_truncated
     return lengths
-
-
-def _drafts(
-    reader: ShardReader, encoder: SampleEncoder, rows: Sequence[int], lengths: ShardLengths
-) -> Iterator[_Draft]:
-    for row in rows:
-        try:
-            record, sizes = reader.record(row), reader.index.image_sizes(row)
-            messages = encoder.messages(reader.key(row), record, sizes)
-        except ValueError as error:
-            lengths.reasons[row] = str(error)
-            continue
-        layout = encoder.layout(messages, sizes, encoder.spec.tiling.max_tiles)
-        yield _Draft(row, record, sizes, messages, layout)
-
-
-def _tokenise(drafts: Sequence[_Draft], encoder: SampleEncoder) -> dict[str, list[int]]:
-    """Ids of every different text of these samples."""
-    texts = list(
-        {
-            piece.text: None
-            for draft in drafts
-            for piece in draft.layout.pieces
-            if piece.text and not piece.after
-        }
-    )
-    return dict(zip(texts, encoder.tokenizer.encode_batch(texts), strict=True))
-
-
-def _measure(
-    reader: ShardReader,
-    encoder: SampleEncoder,
-    draft: _Draft,
-    known: dict[str, list[int]],
-    lengths: ShardLengths,
-) -> None:
-    """Counts a sample's tokens; only one that does not fit is encoded in full, with fewer tiles."""
-    row = draft.row
-    counts = [(len(encoder.ids(piece, known)), piece.role) for piece in draft.layout.pieces]
-    num_tokens = sum(count for count, _ in counts)
-    num_trained = sum(count for count, role in counts if role == "trained")
-    num_tiles = sum(image.num_tiles for image in draft.layout.images)
-    if num_tokens > encoder.spec.sequence_length or num_trained == 0:
-        try:
-            encoded = encoder.encode(reader.key(row), draft.record, draft.sizes)
-        except ValueError as error:
-            lengths.reasons[row] = str(error)
-            return
-        num_tokens, num_trained = len(encoded.token_ids), len(encoded.label_ids)
-        num_tiles = encoded.num_tiles
-        lengths.is_truncated[row] = encoded.is_truncated
-    lengths.num_tokens[row] = num_tokens
-    lengths.num_tiles[row] = num_tiles
-    lengths.num_trained[row] = num_trained

@@ -5,6 +5,7 @@ from __future__ import annotations
 from isal.isal_zlib import crc32  # zlib's CRC-32, three times as fast
 
 from nvlm_train.data.index.shard_index import ShardIndex
+from nvlm_train.data.samples.records import RawSample
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards.tar import Shard
 from nvlm_train.errors import ShardError
@@ -25,8 +26,18 @@ class ShardReader:
         self.fields = fields
 
     def key(self, row: int) -> str:
-        """The sample's key."""
+        """Returns the sample's key."""
         return str(self.index.keys[row])
+
+    def sample(self, row: int) -> RawSample:
+        """Reads the sample's record; of its images only the sizes are looked up.
+
+        Raises:
+            ValueError: see `record`; or an image whose header cannot be read.
+            ShardError: the shard changed since it was indexed.
+        """
+        record = self.record(row)
+        return RawSample(self.key(row), record, self.index.image_sizes(row))
 
     def record(self, row: int) -> bytes:
         """Bytes of KEY.json, or the record that the field mapping makes of other members.

@@ -15,8 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.index.array_file import ArrayFile, Texts
-from nvlm_train.data.index.files import IndexFiles
+from nvlm_train.data.index.files import ArrayFile, IndexFiles, Texts
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards.scan import scan_tar
 from nvlm_train.data.shards.tar import Shard, Stamp

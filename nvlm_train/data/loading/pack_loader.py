@@ -66,11 +66,11 @@ class PackLoader:
 
     def _encode(self, sample: SampleRef) -> EncodedSample:
         reader = self._plan.reader(sample)
-        key, record = reader.key(sample.row), reader.record(sample.row)
-        encoded = self._encoder.encode(key, record, reader.index.image_sizes(sample.row))
+        raw = reader.sample(sample.row)
+        encoded = self._encoder.encode(*raw)
         if (len(encoded.token_ids), encoded.num_tiles) != (sample.num_tokens, sample.num_tiles):
             raise ShardError(
-                f"sample={key} in shard={reader.name} has {len(encoded.token_ids)} tokens and "
+                f"sample={raw.key} in shard={reader.name} has {len(encoded.token_ids)} tokens and "
                 f"{encoded.num_tiles} tiles, planned were {sample.num_tokens} and "
                 f"{sample.num_tiles}; delete the shard's .lengths-* files and start again"
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.index.array_file import open_arrays, write_arrays
+from nvlm_train.data.index.files import open_arrays, write_arrays
 
 _log = logging.getLogger(__name__)
 

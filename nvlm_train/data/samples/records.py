@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from nvlm_train.data.samples.messages import Message, Role, place_images
 from nvlm_train.data.samples.prompts import (
@@ -26,6 +26,20 @@ from nvlm_train.data.samples.prompts import (
     letter,
 )
 from nvlm_train.tokens import IMAGE_MARKER
+
+ImageSize = tuple[int, int]
+"""(width, height), upright."""
+
+
+class RawSample(NamedTuple):
+    """A sample as a shard holds it."""
+
+    key: str
+    record: bytes
+    """JSON."""
+    sizes: list[ImageSize]
+    """Of its images, in their order."""
+
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -65,7 +79,8 @@ def read_messages(
         raise ValueError(
             "image is missing: a caption or text record describes an image; add KEY.jpg or KEY.png"
         )
-    return place_images(_messages_of(fields, key, family), num_images)
+    messages = _messages_of(fields, key, family)
+    return place_images(messages, num_images)
 
 
 def _messages_of(fields: Mapping[str, Any], key: str, family: PromptFamily) -> tuple[Message, ...]:

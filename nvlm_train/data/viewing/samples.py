@@ -59,13 +59,13 @@ def view_sample(source: str, reader: ShardReader, row: int, encoder: SampleEncod
     """The sample with its pixels. Raises ShardError: the shard changed since it was indexed."""
     key = reader.key(row)
     try:
-        sizes = reader.index.image_sizes(row)
-        encoded = encoder.encode(key, reader.record(row), sizes)
+        raw = reader.sample(row)
+        encoded = encoder.encode(*raw)
     except ValueError as error:
         return SampleView(source, reader.name, key, None, str(error), (), ())
     images = tuple(
         _view_image(reader.image(row, number), size, encoded, number, encoder)
-        for number, size in enumerate(sizes)
+        for number, size in enumerate(raw.sizes)
     )
     runs = tuple(token_runs(encoded, encoder.tokenizer))
     return SampleView(source, reader.name, key, encoded, "", images, runs)
@@ -117,5 +117,6 @@ def _view_image(
     except ValueError as error:
         problem = str(error)
         tiles_TCEE = np.zeros((count, 3, edge, edge), dtype=np.uint8)
-    tags, routes = encoder.format.tags(image), encoder.format.routes(image)
-    return ImageView(size, grid, tiles_TCEE, tuple(tags), tuple(routes), problem)
+    tiles = encoder.format.tiles(image)
+    tags, routes = tuple(tile.tag for tile in tiles), tuple(tile.route for tile in tiles)
+    return ImageView(size, grid, tiles_TCEE, tags, routes, problem)

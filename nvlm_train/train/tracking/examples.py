@@ -89,8 +89,7 @@ def _questions(plan: DataPlan, encoder: SampleEncoder, room: int) -> Iterator[_Q
     draws = dict.fromkeys(plan.draws(0, _LOOKED_AT))
     for sample in sorted(draws, key=lambda draw: draw.num_tiles == 0):
         reader = plan.reader(sample)
-        sizes = reader.index.image_sizes(sample.row)
-        messages = encoder.messages(reader.key(sample.row), reader.record(sample.row), sizes)
+        messages = encoder.messages(*reader.sample(sample.row))
         first = [message.role for message in messages].index("assistant")
         asked = messages[:first]
         num_images = sum(message.text.count(IMAGE_MARKER) for message in asked)
@@ -107,7 +106,9 @@ def _questions(plan: DataPlan, encoder: SampleEncoder, room: int) -> Iterator[_Q
             question="\n".join(message.text for message in asked),
             reference=messages[first].text,
             answer="",
-            tags=" ".join(tag for image in encoded.images for tag in encoder.format.tags(image)),
+            tags=" ".join(
+                tile.tag for image in encoded.images for tile in encoder.format.tiles(image)
+            ),
             tiles_HWC=picture(prompt.tiles_TCEE, encoded.grids, encoded.tiles_per_image),
         )
         yield _Question(prompt, row)

@@ -18,7 +18,7 @@ from benchmarks.made_sources import NoEncoder
 from benchmarks.plan import make_blend
 from nvlm_train.batch import StepPlan
 from nvlm_train.config.schema import BatchConfig
-from nvlm_train.data.index.array_file import open_arrays
+from nvlm_train.data.index.files import open_arrays
 from nvlm_train.data.plan.open_sources import open_sources
 from nvlm_train.data.plan.packing import best_fit_decreasing
 from nvlm_train.data.plan.plan import DataPlan

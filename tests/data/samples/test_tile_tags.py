@@ -174,14 +174,15 @@ def test_lengths_of_before_are_made_anew(
     write_shards([("k", chat("<image>", "a"), [image])], str(tmp_path / "s-%06d.tar"))
     shard = LocalShard(str(tmp_path / "s-000000.tar"))
     reader = ShardReader("s", shard, load_index(shard))
-    encoder = make_encoder(tiling=TilingConfig(thumbnail=False))
+    tiling = TilingConfig(thumbnail=False)
     with monkeypatch.context() as old:
         old.setattr("nvlm_train.data.samples.encoder.ENCODING_VERSION", 3)
         old.setattr(
             "nvlm_train.data.samples.chat_format.tile_tags",
             lambda style, grid, regular, thumbnails, tag: ["<tile_1>", tag],
         )
-        wrong = load_lengths(reader, encoder).num_tokens[0]
+        wrong = load_lengths(reader, make_encoder(tiling=tiling)).num_tokens[0]
+    encoder = make_encoder(tiling=tiling)
     right = load_lengths(reader, encoder).num_tokens[0]
     sample = encoder.encode("k", reader.record(0), [TWO_TILES])
     assert right == len(sample.token_ids) != wrong
