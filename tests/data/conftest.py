@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from nvlm_train.config.schema import BatchConfig, TilingConfig, TokenizerConfig
-from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
 from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import Sample, write_shards
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
@@ -144,6 +145,8 @@ def make_plan(
 
     def make(batch: BatchConfig, seed: int = 7) -> DataPlan:
         encoder = make_encoder()
-        return DataPlan(open_sources(BLEND, str(data_root), encoder), batch, LENGTH, seed, 0.0)
+        return DataPlan(
+            open_sources(BLEND, Store(str(data_root)), encoder), batch, LENGTH, seed, 0.0
+        )
 
     return make

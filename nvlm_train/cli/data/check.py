@@ -117,17 +117,16 @@ def _jobs(blend_name: str, loader: LoaderConfig) -> list[ShardJob]:
     """Every shard of the blend once for each field mapping."""
     from nvlm_train.config.paths import data_recipes_dir
     from nvlm_train.data.checking.shard import ShardJob
-    from nvlm_train.data.plan.data_recipe import read_blend
-    from nvlm_train.data.plan.shard_lists import list_shards
-    from nvlm_train.data.shards.tar import join_root
+    from nvlm_train.data.plan.data_recipe import list_shards, read_blend
+    from nvlm_train.data.shards.store import Store
 
-    root = loader.data_root
-    blend = list_shards(read_blend(blend_name, str(data_recipes_dir())), root)
+    store = Store(loader.data_root)
+    blend = list_shards(read_blend(blend_name, str(data_recipes_dir())), store)
     remedies = {
         (name, source.fields): source.remedy for source in blend.sources for name in source.shards
     }
     return [
-        ShardJob(number, name, join_root(root, name), remedy, fields, loader.index_dir)
+        ShardJob(number, name, store.path(name), remedy, fields, loader.index_dir)
         for number, ((name, fields), remedy) in enumerate(remedies.items())
     ]
 

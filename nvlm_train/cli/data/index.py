@@ -110,18 +110,18 @@ def _shards_of_recipes(
     """A shard -> numbers of the encodings under which its lengths are wanted."""
     from nvlm_train.config.paths import data_recipes_dir
     from nvlm_train.data.index.build import WantedShard
-    from nvlm_train.data.plan.data_recipe import read_blend
-    from nvlm_train.data.plan.shard_lists import list_shards
-    from nvlm_train.data.shards.tar import join_root
+    from nvlm_train.data.plan.data_recipe import list_shards, read_blend
+    from nvlm_train.data.shards.store import Store
 
     wanted = [(name, tuple(range(len(stages)))) for name in names]
     if recipe and not names:
         wanted = [(recipe.stages[stage].blend, (n,)) for n, stage in enumerate(stages)]
+    store = Store(root)
     found: dict[WantedShard, tuple[int, ...]] = {}
     for name, numbers in wanted:
-        for source in list_shards(read_blend(name, str(data_recipes_dir())), root).sources:
+        for source in list_shards(read_blend(name, str(data_recipes_dir())), store).sources:
             for shard in source.shards:
-                wanted_shard = WantedShard(join_root(root, shard), source.fields)
+                wanted_shard = WantedShard(store.path(shard), source.fields)
                 before = found.get(wanted_shard, ())
                 found[wanted_shard] = tuple(dict.fromkeys((*before, *numbers)))
     return found

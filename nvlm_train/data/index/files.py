@@ -181,15 +181,25 @@ def _view(data: mmap.mmap, first: int, entry: Mapping[str, Any]) -> NDArray[Any]
     return np.frombuffer(data, dtype, count, first + start).reshape(shape)
 
 
+Unwritten = dict[tuple[str, str], ArrayFile]
+"""(shard, suffix) -> what the file would hold."""
+
+
 @dataclass(frozen=True)
 class IndexFiles:
     """Files that belong to shards: `SHARD.tar.index`, `SHARD.tar.lengths-ENCODING`, ..."""
 
     directory: str | None = None
     """None: beside each shard, or beside the node's copy of a remote one, or nowhere."""
+    unwritten: Unwritten | None = None
+    """Keeps in memory what cannot be written, for instance in a read-only directory; None lets it
+    go, for those that read each shard once."""
 
     def path(self, shard: Shard, suffix: str) -> Path | None:
-        """Where the shard's file with this suffix lies; None for a remote shard without directory."""
+        """Returns where the shard's file with this suffix lies.
+
+        A remote shard without a directory has no such place: None.
+        """
         if self.directory is not None:
             # Shards of two directories may have the same name.
             place = hashlib.sha256(shard.path.encode()).hexdigest()[:16]
@@ -198,7 +208,9 @@ class IndexFiles:
         return None if is_remote(beside) else Path(beside)
 
     def facts(self, shard: Shard, suffix: str) -> dict[str, Any] | None:
-        """What the file's header says; None when the file is missing or damaged."""
+        """Returns what the file's header says; None when the file is missing or damaged."""
+        if self.unwritten and (shard.path, suffix) in self.unwritten:
+            return self.unwritten[shard.path, suffix].facts
         path = self.path(shard, suffix)
         if path is None:
             return None
@@ -211,7 +223,9 @@ class IndexFiles:
             return None
 
     def open(self, shard: Shard, suffix: str) -> ArrayFile | None:
-        """The file, mapped; None when it is missing or damaged."""
+        """Returns the file, mapped; None when it is missing or damaged."""
+        if self.unwritten and (shard.path, suffix) in self.unwritten:
+            return self.unwritten[shard.path, suffix]
         path = self.path(shard, suffix)
         if path is None:
             return None
@@ -232,8 +246,8 @@ class IndexFiles:
     ) -> None:
         """Stores the file, whole or not at all.
 
-        Where nothing can be written (a read-only directory, a remote store) what it would hold
-        stays in memory, which one warning per directory says.
+        Where nothing can be written (a read-only directory, a remote store) one warning per
+        directory says so, and `unwritten` keeps what the file would hold.
         """
         path = self.path(shard, suffix)
         try:
@@ -243,6 +257,8 @@ class IndexFiles:
                 path.parent.mkdir(parents=True, exist_ok=True)
             write_arrays(path, facts, arrays)
         except OSError as error:
+            if self.unwritten is not None:
+                self.unwritten[shard.path, suffix] = ArrayFile(dict(facts), dict(arrays))
             place = os.path.dirname(shard.path) if self.directory is None else self.directory
             if place not in _warned_directories:
                 _warned_directories.add(place)

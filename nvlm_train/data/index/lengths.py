@@ -6,6 +6,7 @@ Computed once per (shard, encoding) and stored beside the index, so that plans a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,6 +86,28 @@ def load_lengths(
     }
     files.write(reader.shard, suffix, facts, _arrays(lengths))
     return lengths
+
+
+def lengths_summary(
+    shard: Shard,
+    index_digest: str,
+    open_reader: Callable[[], ShardReader],
+    encoder: SampleEncoder,
+    files: IndexFiles = BESIDE,
+    fields: FieldMapping = OWN_FIELDS,
+) -> LengthsSummary:
+    """Returns what the lengths say about the whole shard.
+
+    Only where they are not stored the shard is opened, measured, and its lengths are stored.
+
+    Raises:
+        ShardError: the shard changed since it was indexed.
+    """
+    stored = read_lengths_summary(shard, index_digest, encoder, files, fields)
+    if stored is not None:
+        return stored
+    lengths = load_lengths(open_reader(), encoder, files)
+    return summarise(lengths)
 
 
 def read_lengths_summary(

@@ -117,6 +117,22 @@ def index_state(
     return "fresh" if _is_of(facts, stamp) else "stale"
 
 
+def index_summary(
+    shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
+) -> IndexSummary:
+    """Returns what the index says about the whole shard; the index is made where it is not stored.
+
+    Raises:
+        FileNotFoundError: the shard is missing.
+        ShardError: the tar is torn or holds members that are refused.
+    """
+    stored = read_summary(shard, files, fields)
+    if stored is not None:
+        return stored
+    index = load_index(shard, files, fields)
+    return IndexSummary(len(index), index.digest)
+
+
 def read_summary(
     shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
 ) -> IndexSummary | None:

@@ -1,7 +1,9 @@
-"""Weighted blends: which source each draw comes from, and where its k-th draw lies.
+"""Weighted blends: which source each draw comes from, and which sample a source's k-th draw is.
 
 Draws are numbered from 0 for a whole stage and nothing is remembered between them: any draw of any
 step is named by arithmetic, without those before it.
+
+Shape legend: N draws.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from nvlm_train.batch import SampleRef
 from nvlm_train.data.ordering import hashed_permutation, stable_hash
+from nvlm_train.data.plan.sources import Source
 
 BLOCK = 1000
 """Draws among which the sources are shuffled; shares are exact to a few draws at a block's end."""
@@ -196,3 +200,63 @@ class SourceOrder:
         rows = np.concatenate([self._rows_of(int(shard)).astype(np.int32) for shard in shards])
         shuffled = hashed_permutation(len(rows), stable_hash("samples", epoch, window, *self._salt))
         return places[shuffled], rows[shuffled]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Samples in the order in which they are drawn: the fields of `SampleRef`, each int64 [N]."""
+
+    source: NDArray[np.int64]
+    shard: NDArray[np.int64]
+    row: NDArray[np.int64]
+    num_tokens: NDArray[np.int64]
+    num_tiles: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def refs(self) -> list[SampleRef]:
+        """Returns the samples one by one."""
+        columns = (self.source, self.shard, self.row, self.num_tokens, self.num_tiles)
+        return [SampleRef(*fields) for fields in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+class Blender:
+    """Draw i of a stage -> the sample: a blend's order and the orders of its sources."""
+
+    def __init__(self, sources: Sequence[Source], seed: int) -> None:
+        self._sources = sources
+        self._blend = BlendOrder(
+            [source.weight for source in sources], seed, [source.max_draws for source in sources]
+        )
+        self._orders = [_order(source, seed) for source in sources]
+
+    @property
+    def num_draws(self) -> int | None:
+        """Draws until every source has left; None when one has no limit."""
+        return self._blend.num_draws
+
+    def draw(self, start: int, stop: int) -> Draws:
+        """Returns draws [start, stop); those after the blend's last are left out."""
+        sources, numbers = self._blend.draws(start, stop)
+        shards, rows, tokens, tiles = np.empty((4, len(sources)), dtype=np.int64)
+        for number, order in enumerate(self._orders):
+            places = np.flatnonzero(sources == number)
+            if len(places) == 0:
+                continue
+            # A source's draws inside a range of the blend follow each other.
+            first = int(numbers[places[0]])
+            shards[places], rows[places] = order.locate(first, first + len(places))
+            for shard in np.unique(shards[places]).tolist():
+                own = places[shards[places] == shard]
+                lengths = self._sources[number].lengths[shard]
+                tokens[own] = lengths.num_tokens[rows[own]]
+                tiles[own] = lengths.num_tiles[rows[own]]
+        return Draws(sources, shards, rows, tokens, tiles)
+
+
+def _order(source: Source, seed: int) -> SourceOrder:
+    lengths = source.lengths
+    return SourceOrder(
+        source.table.num_usable, lambda shard: lengths[shard].usable_rows(), seed, source.name
+    )

@@ -1,9 +1,15 @@
-"""Data recipes: `data_recipes/NAME.yaml` as a blend of named, weighted sources."""
+"""Data recipes: `data_recipes/NAME.yaml` as a blend of named, weighted sources, and their shards.
+
+A source names shards, or the `NAME.manifest.json` that `nvlm data prepare` writes beside them. A
+recipe that names the manifest holds for any number of shards, and a shard lost on the way is an
+error, not a smaller source.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -12,12 +18,15 @@ import yaml
 
 from nvlm_train.data.formats import LAYOUTS
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping, read_fields
+from nvlm_train.data.shards.manifest import check_format
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import expand_pattern
-from nvlm_train.errors import ConfigError
+from nvlm_train.errors import ConfigError, ShardError
 
 WeightBy = Literal["samples", "trained_tokens"]
 FORMAT = 1
-"""Of data recipes; a file need not state it."""
+"""The format of data recipes; a file need not state it."""
+MANIFEST_SUFFIX = ".manifest.json"
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,53 @@ def read_blend(name: str, recipes_dir: str) -> Blend:
     if problems:
         raise ConfigError(problems)
     return Blend(path.stem, sources, weight_by, _description(content, "note"))
+
+
+def list_shards(blend: Blend, store: Store) -> Blend:
+    """Returns the blend with every manifest replaced by the shards it lists, which lie beside it.
+
+    Raises:
+        ShardError: a manifest that is missing or is none.
+    """
+    sources = [
+        replace(source, shards=_shard_names(blend.name, source, store)) for source in blend.sources
+    ]
+    return replace(blend, sources=tuple(sources))
+
+
+def missing_shard(blend: str, source: SourceConfig, name: str, store: Store) -> ShardError:
+    """Returns the error for a shard or manifest that is not there: whose it is, how to get it."""
+    return ShardError(
+        f"missing shard={store.path(name)}: blend={blend} source={source.name} names "
+        f"{name}, and relative names start at loader.data_root={store.root}; correct either, or "
+        f"{source.remedy}"
+    )
+
+
+def _shard_names(blend: str, source: SourceConfig, store: Store) -> tuple[str, ...]:
+    names: list[str] = []
+    for name in source.shards:
+        is_manifest = name.endswith(MANIFEST_SUFFIX)
+        names += _listed(blend, source, name, store) if is_manifest else [name]
+    return tuple(names)
+
+
+def _listed(blend: str, source: SourceConfig, name: str, store: Store) -> list[str]:
+    """Returns the names of the shards that a manifest lists."""
+    path = store.path(name)
+    try:
+        content = json.loads(store.read(name))
+        check_format(content, path)
+        files = [str(shard["file"]) for shard in content["shards"]]
+    except FileNotFoundError as error:
+        raise missing_shard(blend, source, name, store) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(
+            f"manifest={path} cannot be read ({type(error).__name__}: {error}); blend={blend} "
+            f"source={source.name} names it; {source.remedy}"
+        ) from error
+    directory = name.rpartition("/")[0]
+    return [f"{directory}/{file}" if directory else file for file in files]
 
 
 def _check_format(content: object, path: str) -> None:

@@ -120,13 +120,6 @@ def expand_pattern(pattern: str) -> list[str]:
     return list(braceexpand.braceexpand(pattern))
 
 
-def join_root(root: str, path: str) -> str:
-    """`path` as it is when absolute or remote, else below `root` (which may be remote)."""
-    if is_remote(path) or os.path.isabs(path):
-        return path
-    return f"{root.rstrip('/')}/{path}" if is_remote(root) else os.path.join(root, path)
-
-
 Sample = tuple[str, Mapping[str, Any], list[tuple[str, bytes]]]
 """(key, record for KEY.json, [(suffix, image bytes)]); suffixes as in `jpg` or `0.jpg`."""
 

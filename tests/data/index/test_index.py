@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import load_index
 from nvlm_train.data.shards.store import Store
-from nvlm_train.data.shards.tar import LocalShard, expand_pattern, join_root, write_shards
+from nvlm_train.data.shards.tar import LocalShard, expand_pattern, write_shards
 from nvlm_train.errors import ShardError
 from tests.data.conftest import chat, encoded, mixed_samples, picture
 
@@ -223,9 +223,9 @@ def test_remote_shard(shard: LocalShard, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_names() -> None:
     assert expand_pattern("x-{000008..000010}.tar") == [f"x-{n:06d}.tar" for n in (8, 9, 10)]
-    assert join_root("root", "a.tar") == "root/a.tar"
-    assert join_root("s3://bucket/shards/", "a.tar") == "s3://bucket/shards/a.tar"
-    assert join_root("root", "/abs/a.tar") == "/abs/a.tar"
+    assert Store("root").path("a.tar") == "root/a.tar"
+    assert Store("s3://bucket/shards/").path("a.tar") == "s3://bucket/shards/a.tar"
+    assert Store("root").path("/abs/a.tar") == "/abs/a.tar"
 
 
 @pytest.mark.parametrize("key", ["a.b", "", "../a", "/a", "a//b"])

@@ -14,11 +14,12 @@ import pytest
 
 from nvlm_train.batch import RankShare
 from nvlm_train.config.schema import BatchConfig, LoaderConfig
-from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
 from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.errors import ShardError, TrainingError
 from nvlm_train.train.step import SkipBudget
@@ -86,7 +87,7 @@ def _damage_records(path: Path, draw: random.Random) -> None:
 def make_plan(root: Path, encoder: SampleEncoder, tolerance: float) -> DataPlan:
     shards = tuple(sorted(path.name for path in root.glob("d-*.tar")))
     blend = Blend("b", (SourceConfig("s", shards),))
-    sources = open_sources(blend, str(root), encoder)
+    sources = open_sources(blend, Store(str(root)), encoder)
     return DataPlan(sources, BatchConfig(size=32), LENGTH, 3, tolerance)
 
 

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from nvlm_train.batch import Microbatch, PackPlan, RankShare, SampleRef, StepBatch
 from nvlm_train.config.schema import BatchConfig, LoaderConfig
-from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.images import cut_tiles, decode_image
 from nvlm_train.data.loading.loader import Loader, group_rounds, split_tiles
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
 from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.errors import ShardError
 from tests.data.conftest import LENGTH, SLOTS, TILE, chat, encoded, mixed_samples, picture
@@ -157,7 +158,7 @@ def test_split_tiles(num_tiles: int, num_ranks: int) -> None:
 
 def small_plan(root: Path, encoder: SampleEncoder) -> DataPlan:
     blend = Blend("b", (SourceConfig("s", ("s-000000.tar",)),))
-    sources = open_sources(blend, str(root), encoder)
+    sources = open_sources(blend, Store(str(root)), encoder)
     return DataPlan(sources, BatchConfig(size=4), LENGTH, 1, 0.0)
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
-from nvlm_train.data.plan.open_sources import open_sources
-from nvlm_train.data.plan.sources import Source
+from nvlm_train.data.plan.sources import Source, open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.errors import ShardError
 from tests.data.conftest import mixed_samples
@@ -24,7 +24,7 @@ def source(tmp_path: Path, make_encoder: MakeEncoder) -> Source:
     write_shards(mixed_samples(12, "k"), str(tmp_path / "s-%06d.tar"), 4)
     names = tuple(f"s-{number:06d}.tar" for number in range(3))
     blend = Blend("b", (SourceConfig("s", names),))
-    return open_sources(blend, str(tmp_path), make_encoder())[0]
+    return open_sources(blend, Store(str(tmp_path)), make_encoder())[0]
 
 
 def test_shards_are_a_sequence(source: Source) -> None:
@@ -46,6 +46,6 @@ def test_a_shard_that_was_indexed_anew_meanwhile(
 ) -> None:
     write_shards(mixed_samples(12, "other"), str(tmp_path / "s-%06d.tar"), 4)
     blend = Blend("b", (SourceConfig("s", ("s-000001.tar",)),))
-    open_sources(blend, str(tmp_path), make_encoder())  # another process indexes it
+    open_sources(blend, Store(str(tmp_path)), make_encoder())  # another process indexes it
     with pytest.raises(ShardError, match=r"changed shard=.*s-000001.tar: digest=.*, the run began"):
         source.readers[1].key(0)

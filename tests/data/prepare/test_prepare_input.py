@@ -16,12 +16,12 @@ import psutil
 import pytest
 
 from nvlm_train.cli import main
-from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
-from nvlm_train.data.plan.shard_lists import list_shards
+from nvlm_train.data.plan.data_recipe import Blend, SourceConfig, list_shards
 from nvlm_train.data.prepare.inputs.entries import InputSpec
 from nvlm_train.data.prepare.preparation import PrepareProgress, prepare_input
 from nvlm_train.data.prepare.staging import Target
 from nvlm_train.data.shards.manifest import read_manifest
+from nvlm_train.data.shards.store import Store
 from nvlm_train.errors import ShardError
 from tests.data.conftest import chat, encoded, picture
 
@@ -271,12 +271,12 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(stored))
     assert read_manifest(str(out), "x") is not None
     blend = Blend("b", (SourceConfig("x", ("x.manifest.json",)),))
-    assert len(list_shards(blend, str(out)).sources[0].shards) == 2
+    assert len(list_shards(blend, Store(str(out))).sources[0].shards) == 2
     path.write_text("[]")
-    for read in (lambda: read_manifest(str(out), "x"), lambda: list_shards(blend, str(out))):
+    for read in (lambda: read_manifest(str(out), "x"), lambda: list_shards(blend, Store(str(out)))):
         with pytest.raises(ShardError, match="cannot be read"):
             read()
     path.write_text(json.dumps(stored | {"format": 2, "shards": "elsewhere"}))
-    for read in (lambda: read_manifest(str(out), "x"), lambda: list_shards(blend, str(out))):
+    for read in (lambda: read_manifest(str(out), "x"), lambda: list_shards(blend, Store(str(out)))):
         with pytest.raises(ShardError, match="format=2, this version reads 1; use the nvlm-train"):
             read()

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import load_index
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig, read_blend
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.samples.records import read_messages
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping, read_fields
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import LocalShard, write_shards
 from nvlm_train.errors import ConfigError, ShardError
 from tests.data.conftest import chat, encoded, mixed_samples, picture
@@ -167,7 +168,7 @@ def test_mappings_do_not_share_caches(
         for name in ("long", "short", "long"):
             mapping = FieldMapping((("caption", f"json.{name}"),))
             blend = Blend("b", (SourceConfig("s", ("a.tar",), fields=mapping),))
-            source = open_sources(blend, str(tmp_path), make_encoder())[0]
+            source = open_sources(blend, Store(str(tmp_path)), make_encoder())[0]
             lengths.append(int(source.lengths[0].num_trained[0]))
             digests.append(source.readers[0].index.digest)
     assert lengths[0] > lengths[1] and lengths == [*lengths[:2], lengths[0]] * 2
@@ -175,7 +176,7 @@ def test_mappings_do_not_share_caches(
     assert len(list(tmp_path.glob("a.tar.index-*"))) == 2
     assert len(list(tmp_path.glob("a.tar.lengths-*"))) == 2
     own = Blend("b", (SourceConfig("s", ("a.tar",)),))
-    source = open_sources(own, str(tmp_path), make_encoder())[0]
+    source = open_sources(own, Store(str(tmp_path)), make_encoder())[0]
     assert source.num_unusable == 1 and "hold none of conversations" in source.lengths[0].reasons[0]
 
 
