@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 def build_data(
     stage: StageConfig, recipe: Recipe, recipes_dir: str
 ) -> tuple[DataPlan, SampleEncoder]:
-    """Plan and encoder of a stage; shards without an up-to-date index are indexed first.
+    """Returns a stage's plan and encoder; shards without an up-to-date index are indexed first.
 
     Indexes are shared through the file system: let one rank call this first, the others after it,
     or all of them do the same work.
@@ -61,13 +61,13 @@ def build_data(
 
 
 def build_encoder(stage: StageConfig, recipe: Recipe) -> SampleEncoder:
-    """How the stage turns records into tokens; generation and evaluation use the same."""
+    """Returns the encoder of the stage; generation and evaluation use the same."""
     spec = encoding_spec(stage, recipe)
     return SampleEncoder(Tokenizer(recipe.model.tokenizer), spec)
 
 
 def encoding_spec(stage: StageConfig, recipe: Recipe) -> EncodingSpec:
-    """What of a recipe decides how the stage's samples are encoded, besides the tokenizer."""
+    """Returns what decides, besides the tokenizer, how the stage's samples are encoded."""
     return EncodingSpec(
         tile_size=recipe.model.vision.tile_size,
         tokens_per_tile=tokens_per_tile(recipe.model.vision),
@@ -82,7 +82,10 @@ def encoding_spec(stage: StageConfig, recipe: Recipe) -> EncodingSpec:
 
 
 def table_stem(blend: Blend, store: Store, recipe: Recipe) -> Path:
-    """Where a blend's tables of packs lie: with the index of its first shard, else with the run."""
+    """Returns where a blend's tables of packs lie, as the start of their names.
+
+    They lie with the index of the blend's first shard where that can be written, else with the run.
+    """
     first = store.open(blend.sources[0].shards[0])
     beside = IndexFiles(recipe.loader.index_dir).path(first, "")
     if beside is not None and os.access(beside.parent, os.W_OK):

@@ -1,4 +1,4 @@
-"""The layouts of raw data that `nvlm data prepare` reads; `data/prepare/inputs/formats.py` opens them."""
+"""The formats of raw data that `nvlm data prepare` reads; `prepare/inputs/formats.py` opens them."""
 
 from __future__ import annotations
 

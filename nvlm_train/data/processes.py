@@ -15,7 +15,7 @@ from nvlm_train.errors import ShardError
 def processes(
     count: int, start: Callable[..., None], *arguments: object
 ) -> Iterator[ProcessPoolExecutor]:
-    """Fresh processes that each call `start(*arguments)` first; forks would copy held locks.
+    """Opens fresh processes that each call `start(*arguments)` first; forks would copy held locks.
 
     Raises:
         ShardError: a process was killed.

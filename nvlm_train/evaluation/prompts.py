@@ -15,7 +15,7 @@ from nvlm_train.evaluation.generate import Prompt
 def make_prompt(
     encoder: SampleEncoder, question: str, images: Sequence[bytes], max_new_tokens: int
 ) -> Prompt:
-    """One user message, tiled and encoded as in training.
+    """Returns one user message, tiled and encoded as in training.
 
     Args:
         encoder: of the stage that the model was trained in; its system message is used.
@@ -35,7 +35,7 @@ def encode_messages(
     images: Sequence[bytes],
     max_new_tokens: int,
 ) -> Prompt:
-    """Messages to answer, the last one a user's; see `make_prompt`."""
+    """Returns messages to answer, the last one a user's; see `make_prompt`."""
     import torch
 
     sizes = [read_size(image) for image in images]

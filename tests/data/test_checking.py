@@ -18,7 +18,7 @@ from nvlm_train.cli import main
 from nvlm_train.data.checking.duplicates import DuplicateTables, differing_bits
 from nvlm_train.data.checking.findings import Findings
 from nvlm_train.data.checking.fingerprints import hash_parts, split_words, text_grams
-from nvlm_train.data.checking.shard import ShardPrints
+from nvlm_train.data.checking.shard import ImagePrint, ShardPrints
 from nvlm_train.data.checking.spill import SpilledTable
 from nvlm_train.data.prepare.write import prepare_shards
 from nvlm_train.data.shards.tar import Sample
@@ -259,7 +259,7 @@ def test_near_images_are_all_found(
     """The parts of the hashes lead to the same images as comparing all pairs."""
     for index, bits in changes:
         hashes = [*hashes, hashes[index % len(hashes)] ^ sum(1 << bit for bit in bits)]
-    prints = ShardPrints(images=[(n + 1, each, n) for n, each in enumerate(hashes)])
+    prints = ShardPrints(images=[ImagePrint(n + 1, each, n) for n, each in enumerate(hashes)])
     tables = DuplicateTables(tmp_path_factory.mktemp("near"), distance)
     tables.add(prints, 0)
     found = Findings()
@@ -276,11 +276,12 @@ def test_near_images_are_all_found(
 def test_changes_spread_over_the_hash_are_found(tmp_path: Path, distance: int) -> None:
     """The worst case: every part of the hash but one has changed."""
     parts = distance + 1
-    images = []
+    images: list[ImagePrint] = []
     for n in range(parts):
         kept = [64 * part // parts for part in range(parts) if part != n]
         base = hash_parts(b"base", bytes([n]))
-        images += [(2 * n, base, 2 * n), (2 * n + 1, base ^ sum(1 << b for b in kept), 2 * n + 1)]
+        near = base ^ sum(1 << b for b in kept)
+        images += [ImagePrint(2 * n, base, 2 * n), ImagePrint(2 * n + 1, near, 2 * n + 1)]
     tables, found = DuplicateTables(tmp_path, distance), Findings()
     tables.add(ShardPrints(images=images), 0)
     tables.report(found, lambda place: ("s", str(place)))

@@ -11,7 +11,7 @@ from nvlm_train.errors import ConfigError, ShardError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Arguments of the command."""
+    """Adds the command with its arguments."""
     command = commands.add_parser(
         "prepare",
         help="raw files to WebDataset shards; run again after a kill to go on",
@@ -95,7 +95,7 @@ def _problems(options: argparse.Namespace) -> list[str]:
 
 
 def _fields(pairs: list[str], problems: list[str]) -> dict[str, str | list[str]] | None:
-    """FIELD=PLACE as a mapping; a repeated `image` makes a list."""
+    """Returns the FIELD=PLACE pairs as a mapping; a repeated `image` makes a list."""
     fields: dict[str, str | list[str]] = {}
     images: list[str] = []
     for pair in pairs:

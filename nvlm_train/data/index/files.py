@@ -48,13 +48,13 @@ class ArrayFile:
     """A mapped file. The map closes when the last array is let go."""
 
     facts: dict[str, Any]
-    """What was written beside the arrays."""
+    """The facts that were written beside the arrays."""
     arrays: Arrays
     """Read-only views of the map."""
 
 
 class Texts:
-    """N texts as one block of UTF-8 and where each ends, so that they can be mapped."""
+    """N texts, kept as one block of UTF-8 and where each ends, so that they can be mapped."""
 
     __slots__ = ("_bytes", "_ends")
 
@@ -72,21 +72,21 @@ class Texts:
         return self._bytes[start : int(self._ends[number])].tobytes().decode("utf-8")
 
     def tolist(self) -> list[str]:
-        """All of them."""
+        """Returns all the texts."""
         return [self[number] for number in range(len(self))]
 
     def arrays(self, name: str) -> Arrays:
-        """As arrays for `write_arrays`; `Texts.of` takes them back."""
+        """Returns the texts as arrays for `write_arrays`; `Texts.of` takes them back."""
         return {name: self._bytes, f"{name}_ends": self._ends}
 
     @staticmethod
     def of(arrays: Mapping[str, NDArray[Any]], name: str) -> Texts:
-        """The texts stored under this name. Raises KeyError."""
+        """Returns the texts stored under this name. Raises KeyError."""
         return Texts(arrays[name], arrays[f"{name}_ends"])
 
     @staticmethod
     def pack(texts: Sequence[str]) -> Texts:
-        """In memory."""
+        """Makes a block of these texts, in memory."""
         # Reasons quote records, which may hold half a surrogate pair.
         encoded = [text.encode("utf-8", "backslashreplace") for text in texts]
         ends = np.cumsum([len(data) for data in encoded], dtype=np.int64)
@@ -114,7 +114,7 @@ def write_arrays(path: Path, facts: Mapping[str, Any], arrays: Mapping[str, NDAr
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What was written beside the arrays; no array is read.
+    """Reads what was written beside the arrays; no array is read.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -156,7 +156,7 @@ def _header_length(start: bytes) -> int:
 
 
 def _parse(header: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(facts, entry of every array)."""
+    """Returns the facts, and the entry of every array."""
     try:
         content = json.loads(header)
         facts = json.loads(content.pop("__metadata__")[_KEY])

@@ -30,7 +30,10 @@ _FINGERPRINT_CHARS = 16
 
 @dataclass(frozen=True)
 class ShardLengths:
-    """Row i belongs to row i of the shard's index; arrays are views of a mapped file."""
+    """The lengths of a shard's samples: row i belongs to row i of its index.
+
+    The arrays are views of a mapped file.
+    """
 
     num_tokens: NDArray[np.int32]
     """[N], image tokens included; 0 for an unusable sample."""
@@ -44,7 +47,7 @@ class ShardLengths:
     """Row -> why the sample is unusable; the text before ":" is its kind."""
 
     def usable_rows(self) -> NDArray[np.int64]:
-        """Rows that can be drawn, ascending: int64 [usable]."""
+        """Returns the rows that can be drawn, ascending: int64 [usable]."""
         return np.flatnonzero(self.num_trained > 0)
 
 
@@ -66,7 +69,7 @@ class LengthsSummary:
 
 
 def lengths_suffix(encoder: SampleEncoder, fields: FieldMapping) -> str:
-    """Name of a shard's lengths file after the shard's own name."""
+    """Returns what follows the shard's own name in the name of its lengths file."""
     mapped = f"-{fields.digest}" if fields.digest else ""
     return f".lengths-{encoder.fingerprint[:_FINGERPRINT_CHARS]}{mapped}"
 
@@ -74,7 +77,7 @@ def lengths_suffix(encoder: SampleEncoder, fields: FieldMapping) -> str:
 def load_lengths(
     reader: ShardReader, encoder: SampleEncoder, files: IndexFiles = BESIDE
 ) -> ShardLengths:
-    """Stored lengths of a shard, else computed and stored."""
+    """Returns the stored lengths of a shard; where there are none they are computed and stored."""
     suffix = lengths_suffix(encoder, reader.fields)
     stored = files.open(reader.shard, suffix)
     if stored is not None and _is_of(stored.facts, reader.index.digest):
@@ -117,7 +120,7 @@ def read_lengths_summary(
     files: IndexFiles = BESIDE,
     fields: FieldMapping = OWN_FIELDS,
 ) -> LengthsSummary | None:
-    """What the stored lengths say about the whole shard; None when they have to be made anew."""
+    """Returns what the stored lengths say about the whole shard; None when they must be made anew."""
     facts = files.facts(shard, lengths_suffix(encoder, fields))
     if facts is None or not _is_of(facts, index_digest):
         return None
@@ -126,7 +129,7 @@ def read_lengths_summary(
 
 
 def summarise(lengths: ShardLengths) -> LengthsSummary:
-    """The few numbers of a shard."""
+    """Returns the few numbers of a shard."""
     digest = hashlib.sha256()
     unusable: dict[str, tuple[int, list[int]]] = {}
     for row, reason in lengths.reasons.items():
@@ -147,7 +150,7 @@ def summarise(lengths: ShardLengths) -> LengthsSummary:
 
 
 def kind_of(reason: str) -> str:
-    """What a reason has in common with others: the text before its first colon."""
+    """Returns what a reason has in common with others: the text before its first colon."""
     return reason.partition(":")[0]
 
 

@@ -12,7 +12,7 @@ from nvlm_train.errors import ShardError
 
 
 class ShardReader:
-    """One shard with its index. Thread-safe.
+    """Reads the samples of one shard, whose index it has. Thread-safe.
 
     `name` is the shard as the data recipe writes it: the same on machines with another data_root.
     """
@@ -40,7 +40,7 @@ class ShardReader:
         return RawSample(self.key(row), record, self.index.image_sizes(row))
 
     def record(self, row: int) -> bytes:
-        """Bytes of KEY.json, or the record that the field mapping makes of other members.
+        """Reads KEY.json, or the record that the field mapping makes of other members.
 
         Raises:
             ValueError: the sample has none, or its members do not hold what the mapping names.
@@ -58,7 +58,7 @@ class ShardReader:
         return self.fields.record(contents)
 
     def image(self, row: int, number: int) -> bytes:
-        """Bytes of the sample's image `number`. Raises ShardError: the shard changed."""
+        """Reads the file of the sample's image `number`. Raises ShardError: the shard changed."""
         image = self.index.image_rows(row)[number]
         offset, size, crc = self.index.images[image, :3].tolist()
         return self._read(row, offset, size, crc)

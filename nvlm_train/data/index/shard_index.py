@@ -27,7 +27,7 @@ _IMAGE_FIELDS = 5
 
 
 BESIDE = IndexFiles()
-"""Files beside the shards."""
+"""The files lie beside the shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,11 @@ class ShardIndex:
         return len(self.keys)
 
     def image_rows(self, row: int) -> range:
-        """Rows of `images` that belong to the sample."""
+        """Returns the rows of `images` that belong to the sample."""
         return range(int(self.first_image[row]), int(self.first_image[row + 1]))
 
     def image_sizes(self, row: int) -> list[tuple[int, int]]:
-        """(width, height) of the sample's images.
+        """Returns (width, height) of each of the sample's images.
 
         Raises:
             ValueError: an image whose header cannot be read.
@@ -80,7 +80,7 @@ class ShardIndex:
 def load_index(
     shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
 ) -> ShardIndex:
-    """The shard's stored index, made anew when it is missing, damaged or out of date.
+    """Returns the shard's stored index; a missing, damaged or outdated one is made anew.
 
     Each field mapping has an index of its own.
 
@@ -98,14 +98,14 @@ def load_index(
 
 
 def index_suffix(fields: FieldMapping) -> str:
-    """Name of an index file after the shard's own name."""
+    """Returns what follows the shard's own name in the name of its index file."""
     return f"{INDEX_SUFFIX}-{fields.digest}" if fields.digest else INDEX_SUFFIX
 
 
 def index_state(
     shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
 ) -> Literal["fresh", "missing", "stale"]:
-    """Whether `load_index` would find an index that belongs to the shard as it is now.
+    """Says whether `load_index` would find an index that belongs to the shard as it is now.
 
     Raises:
         FileNotFoundError: the shard is missing.
@@ -136,7 +136,7 @@ def index_summary(
 def read_summary(
     shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
 ) -> IndexSummary | None:
-    """What the stored index says about the whole shard; None when it has to be made anew.
+    """Returns what the stored index says about the whole shard; None when it must be made anew.
 
     Raises:
         FileNotFoundError: the shard is missing.
@@ -151,7 +151,7 @@ def read_summary(
 def open_index(
     shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
 ) -> ShardIndex | None:
-    """The stored index as it is, without a look at the shard; None where there is none."""
+    """Returns the stored index without a look at the shard; None where there is none."""
     stored = files.open(shard, index_suffix(fields))
     if stored is None or stored.facts.get("version") != INDEX_VERSION:
         return None
@@ -209,7 +209,7 @@ def _facts(index: ShardIndex) -> dict[str, Any]:
 
 
 def _is_of(facts: Mapping[str, Any], stamp: Stamp) -> bool:
-    """Whether this version of the code wrote it, for the shard as it is now."""
+    """Says whether this version of the code wrote the index, for the shard as it is now."""
     return facts.get("version") == INDEX_VERSION and (
         (facts["size"], facts["stamp"]) == (stamp.size, stamp.version)
     )

@@ -44,17 +44,17 @@ class SourceConfig:
     fields: FieldMapping = OWN_FIELDS
     """Where records lie in tars that somebody else made."""
     task: str = ""
-    """What is asked of the pictures: captioning, charts, ... Groups sources in reports."""
+    """What is asked about the images: captioning, charts, ...; it groups sources in reports."""
     layout: str = ""
     """The format of `nvlm data prepare` that makes the shards."""
     licence: str = ""
-    """Where the licence is to be read."""
+    """The place where the licence can be read."""
     note: str = ""
-    """What else its user should know: which files, which part, whose weight."""
+    """Anything else its user should know: which files, which part, whose weight."""
 
     @property
     def remedy(self) -> str:
-        """How somebody who lacks the shards gets them."""
+        """The words that tell somebody who lacks the shards how to get them."""
         layout = self.layout or "FORMAT"
         command = f"nvlm data prepare {layout} INPUT --out DIR --name {self.name}"
         parts = [f"write them with `{command}`"]
@@ -74,13 +74,13 @@ class Blend:
     name: str
     sources: tuple[SourceConfig, ...]
     weight_by: WeightBy = "samples"
-    """What a weight is a share of: samples drawn, or tokens trained on."""
+    """Says whether weights are shares of the samples drawn or of the tokens trained on."""
     note: str = ""
-    """What its user should know of the whole blend."""
+    """Anything its user should know of the whole blend."""
 
 
 def read_blend(name: str, recipes_dir: str) -> Blend:
-    """The data recipe `recipes_dir/name.yaml`, or the file itself when `name` is a path.
+    """Reads the data recipe `recipes_dir/name.yaml`, or the file itself when `name` is a path.
 
     Raises:
         ConfigError: missing file, unknown or missing key, bad weight, bad pattern; all at once.
@@ -244,7 +244,7 @@ def _check_descriptions(
 
 
 def _description(item: Mapping[str, Any], key: str) -> str:
-    """The text on one line, however YAML folded it."""
+    """Returns the text on one line, however YAML folded it."""
     return " ".join(str(item.get(key, "")).split())
 
 

@@ -25,7 +25,7 @@ _SLOW = 2000
 
 
 class PackTable:
-    """Packs of each window from the stage's first on, as far as they were asked for.
+    """Counts the packs of each window from the stage's first on, as far as they are asked for.
 
     Args:
         count_packs: packs of window n.
@@ -48,11 +48,11 @@ class PackTable:
         return len(self._ends)
 
     def before(self, window: int) -> int:
-        """Packs of all windows before this one, which has been counted."""
+        """Returns the packs of all windows before this one, which has been counted."""
         return int(self._ends[window - 1]) if window else 0
 
     def find(self, pack: int, max_windows: int | None) -> int | None:
-        """The window that holds the pack; None when all `max_windows` windows hold fewer."""
+        """Returns the window that holds the pack; None when all `max_windows` windows hold fewer."""
         if pack >= self.before(len(self._ends)):
             self._grow(pack, max_windows)
         window = int(np.searchsorted(self._ends, pack, side="right"))
@@ -100,7 +100,7 @@ class PackTable:
         self._num_stored = len(self._ends)
 
     def _stored(self) -> NDArray[np.int32]:
-        """What the file holds for this plan; empty when it is missing, damaged or another plan's."""
+        """Returns what the file holds for this plan; nothing when it is missing, damaged or another's."""
         nothing = np.empty(0, dtype=np.int32)
         if self._path is None:
             return nothing

@@ -28,7 +28,7 @@ _TABLE_CHARS = 16
 
 
 class DataPlan:
-    """Steps of one stage.
+    """The steps of one stage.
 
     Args:
         table_stem: path before `.packs-FINGERPRINT`, the file that finds a step when packs are the
@@ -66,7 +66,7 @@ class DataPlan:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Shard (as the data recipe names it) -> digest of its contents, and the plan's own.
+        """The digest of every shard (as the data recipe names it), and the plan's own.
 
         Stored in checkpoints; `check_digests` compares.
         """
@@ -85,7 +85,7 @@ class DataPlan:
 
     @property
     def first_fingerprint(self) -> str:
-        """As checkpoints of format 1 have it, which know an encoding by its lengths only."""
+        """The fingerprint that checkpoints of format 1 have: they know an encoding by its lengths only."""
         return self._hash_with([])
 
     def _hash_with(self, encodings: list[str]) -> str:
@@ -107,16 +107,16 @@ class DataPlan:
         check_digests(recorded, self.digests, self.first_fingerprint)
 
     def reader(self, sample: SampleRef) -> ShardReader:
-        """Where the sample is read."""
+        """Returns the reader of the sample's shard."""
         return self.sources[sample.source].readers[sample.shard]
 
     def info(self, sample: SampleRef) -> SampleInfo:
-        """Provenance of the sample."""
+        """Returns where the sample comes from."""
         reader = self.reader(sample)
         return SampleInfo(sample.source, reader.name, reader.key(sample.row))
 
     def step(self, step: int, dp_size: int) -> StepPlan:
-        """Everything of optimizer step `step` (from 0); its samples do not depend on `dp_size`.
+        """Returns the plan of optimizer step `step` (from 0); its samples do not depend on `dp_size`.
 
         Raises:
             TrainingError: the sources have left the blend before the step is full.
@@ -132,9 +132,9 @@ class DataPlan:
         return StepPlan(step, deal(packs, dp_size))
 
     def draws(self, start: int, stop: int) -> list[SampleRef]:
-        """Samples [start, stop) of the stage in the order in which they are drawn.
+        """Returns samples [start, stop) of the stage in the order in which they are drawn.
 
-        Fewer where the sources have limits and all of them have left the blend.
+        There are fewer where the sources have limits and all of them have left the blend.
         """
         return self._blender.draw(start, stop).refs()
 
@@ -161,7 +161,7 @@ class DataPlan:
 
     @cached_property
     def packs_before(self) -> PackTable:
-        """Where the packs of each window begin, when packs are the unit."""
+        """The table of where the packs of each window begin, when packs are the unit."""
         stem = self._table_stem
         name = f"{stem and stem.name}.packs-{self.fingerprint[:_TABLE_CHARS]}"
         path = None if stem is None else stem.with_name(name)
@@ -174,7 +174,7 @@ class DataPlan:
         return None if total is None else math.ceil(total / self.batch.window)
 
     def count_packs(self, window: int) -> int:
-        """Packs that the window's draws make."""
+        """Counts the packs that the window's draws make."""
         return len(self._groups_of(window)[1])
 
     def _groups(self, draws: Draws) -> list[list[int]]:
@@ -187,7 +187,7 @@ class DataPlan:
         )
 
     def _packs(self, start: int, stop: int) -> list[PackPlan]:
-        """Packs [start, stop) of the stage when packs are the unit; none when they are too few."""
+        """Returns packs [start, stop) of the stage when packs are the unit; none when they are too few."""
         table = self.packs_before
         if table.find(stop - 1, self.num_windows) is None:
             return []
@@ -200,13 +200,13 @@ class DataPlan:
         return found
 
     def _make_groups(self, window: int) -> tuple[Draws, list[list[int]]]:
-        """The draws of a window, and which of them share a pack."""
+        """Returns the draws of a window, and which of them share a pack."""
         size = self.batch.window
         draws = self._blender.draw(window * size, (window + 1) * size)
         return draws, self._groups(draws)
 
     def _make_window(self, window: int) -> list[PackPlan]:
-        """Packs of one window of draws, shuffled: packing makes them from long to short samples."""
+        """Returns the packs of one window, shuffled: packing makes them from long to short samples."""
         packs = _to_packs(*self._groups_of(window))
         order = hashed_permutation(len(packs), stable_hash("packs", self.seed, window))
         return [packs[index] for index in order.tolist()]

@@ -40,7 +40,7 @@ class ShardTable:
     """What stays in memory of a source's shards, shard after shard."""
 
     names: tuple[str, ...]
-    """As the data recipe writes them."""
+    """The names as the data recipe writes them."""
     num_samples: NDArray[np.int64]
     """[shards]."""
     num_usable: NDArray[np.int64]

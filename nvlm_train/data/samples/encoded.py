@@ -1,4 +1,5 @@
-"""A sample as the model reads it: token ids, image slots, labels, and what goes through cross-attention.
+"""A sample as the model reads it: token ids, image slots, labels, and what goes through
+cross-attention.
 
 Shape legend: N tokens of the sample, L trained positions, T tiles of all its images.
 """
@@ -15,7 +16,7 @@ from nvlm_train.tiling import Grid, ImageLayout
 
 @dataclass(frozen=True, slots=True)
 class CrossTiles:
-    """What of a sample goes through cross-attention; empty in NVLM-D.
+    """The part of a sample that goes through cross-attention; it is empty in NVLM-D.
 
     Shape legend: C cross-routed tiles, numbered through all images; P spans.
     """
@@ -60,7 +61,7 @@ class EncodedSample:
         return sum(self.tiles_per_image)
 
     def with_room(self, num_tokens: int) -> EncodedSample:
-        """The same with empty tokens behind, which see what its last token sees."""
+        """Returns the sample with empty tokens behind it, which see what its last token sees."""
         length = len(self.token_ids)
         spans = self.cross.spans.copy()
         if len(spans) and spans[-1, 1] == length:
@@ -72,7 +73,9 @@ class EncodedSample:
         )
 
     def truncated(self, length: int) -> EncodedSample:
-        """Cut at the end to `length` tokens, never inside image slots: a tile's features come whole.
+        """Cuts the sample's end off after `length` tokens.
+
+        Image slots are never cut: the features of a tile come whole.
 
         Raises:
             ValueError: images reach behind `length`.

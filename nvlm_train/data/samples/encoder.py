@@ -57,7 +57,7 @@ class SampleLength:
     is_truncated: bool = False
     """Whether the sample is cut at `sequence_length`."""
     problem: str = ""
-    """Why the sample cannot be used; the text before ":" is the kind of reason."""
+    """The reason why the sample cannot be used; the text before ":" is its kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,12 @@ class _Draft:
     messages: tuple[Message, ...]
     sizes: Sequence[ImageSize]
     layout: SampleLayout
-    """At the full tile limit."""
+    """The sample at the full tile limit."""
 
 
 class SampleEncoder:
-    """Turns records into token ids, the same for the same record, key and image sizes. Thread-safe."""
+    """Turns records into token ids, the same for the same record, key and image sizes.
+    Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, spec: EncodingSpec) -> None:
         self.tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""What is said about a sample's images, message by message, and which message shows them."""
+"""The messages of a sample, and which of them shows its images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one side says. `<image>` in a user's text stands for one image."""
+    """The words of one side. `<image>` in a user's text stands for one image."""
 
     role: Role
     text: str

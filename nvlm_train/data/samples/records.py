@@ -38,7 +38,7 @@ class RawSample(NamedTuple):
     record: bytes
     """JSON."""
     sizes: list[ImageSize]
-    """Of its images, in their order."""
+    """(width, height) of its images, in their order."""
 
 
 _ROLES: dict[str, Role] = {
@@ -60,7 +60,7 @@ _TASKS: tuple[tuple[str, tuple[Task, ...], Task], ...] = (
 def read_messages(
     record: bytes, key: str, num_images: int, family: PromptFamily
 ) -> tuple[Message, ...]:
-    """Messages of a record, one `<image>` marker per image.
+    """Returns the messages of a record, with one `<image>` marker per image.
 
     Raises:
         ValueError: "record cannot be read: ...", or a marker that has no image, or the reverse.
@@ -98,7 +98,7 @@ def _messages_of(fields: Mapping[str, Any], key: str, family: PromptFamily) -> t
 
 
 def _task(fields: Mapping[str, Any], name: str, tasks: Sequence[Task], usual: Task) -> Task:
-    """The record's own `task`, or the usual one of records with this field."""
+    """Returns the record's own `task`, or the usual one of records with this field."""
     if "task" not in fields:
         return "multiple_choice" if name == "question" and "choices" in fields else usual
     for task in tasks:
@@ -113,7 +113,7 @@ def _task(fields: Mapping[str, Any], name: str, tasks: Sequence[Task], usual: Ta
 def _asked(
     fields: Mapping[str, Any], key: str, family: PromptFamily, name: str, task: Task
 ) -> tuple[Message, ...]:
-    """A prompt of the task's family, and the answer."""
+    """Returns a prompt of the task's family, and the answer."""
     prompt = choose_prompt(family, task, key)
     if name != "question":
         return Message("user", prompt), Message(
@@ -133,7 +133,7 @@ def _choices(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _letter(fields: Mapping[str, Any], choices: Sequence[str]) -> str:
-    """The right choice's letter; `answer` is the letter, the choice's text, or its number from 0."""
+    """Returns the right choice's letter; `answer` is the letter, the choice's text, or its number."""
     answer = fields.get("answer")
     letters = [letter(number) for number in range(len(choices))]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
@@ -171,7 +171,7 @@ def _chat(value: object, name: str, role_field: str, text_field: str) -> tuple[M
 
 
 def _content(value: object, where: str) -> str:
-    """Text, or OpenAI's list of parts in which an image part becomes a marker on its own line."""
+    """Returns text, or OpenAI's list of parts as text: an image becomes a marker on its own line."""
     if isinstance(value, str):
         return _valid(value, where)
     if not isinstance(value, list):
@@ -189,7 +189,7 @@ def _content(value: object, where: str) -> str:
 
 
 def _answer(fields: Mapping[str, Any], key: str) -> str:
-    """`answer`, or one of `answers` (texts or `{"answer", "weight"}`) drawn by weight."""
+    """Returns `answer`, or one of `answers` (texts or `{"answer", "weight"}`) drawn by weight."""
     if "answer" in fields:
         return _text(fields, "answer")
     answers = fields.get("answers")
@@ -210,7 +210,7 @@ def _answer(fields: Mapping[str, Any], key: str) -> str:
 
 
 def _one_of(fields: Mapping[str, Any], name: str, key: str) -> Mapping[str, Any]:
-    """The fields; of several texts one stays, always the same for a key."""
+    """Returns the fields; of several texts one stays, always the same for a key."""
     value = fields[name]
     if not isinstance(value, list) or not value:
         return fields
@@ -225,7 +225,7 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
 
 
 def _valid(text: str, where: str) -> str:
-    """Half a surrogate pair (JSON's `\\ud800`) is no character and cannot be tokenised."""
+    """Refuses half a surrogate pair (JSON's `\\ud800`) is no character and cannot be tokenised."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

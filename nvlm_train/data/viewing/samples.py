@@ -1,4 +1,4 @@
-"""What of a sample the model sees: its tiles' pixels, their tags and routes, and its tokens.
+"""A sample as the model sees it: its tiles' pixels, their tags and routes, and its tokens.
 
 Shape legend: T tiles of an image, thumbnail last; E tile edge in pixels; C = 3.
 """
@@ -37,7 +37,7 @@ class ImageView:
     routes: tuple[Route, ...]
     """T."""
     problem: str
-    """Why the pixels could not be decoded; the tiles are then black and nobody trains the sample."""
+    """The reason why the pixels could not be decoded: then the tiles are black and it is not trained."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,15 @@ class SampleView:
     shard: str
     key: str
     encoded: EncodedSample | None
-    """None when it is unusable."""
+    """The encoded sample; None when it cannot be used."""
     reason: str
-    """Why it is."""
+    """The reason why it cannot be used; empty where it can."""
     images: tuple[ImageView, ...]
     runs: tuple[TokenRun, ...]
 
 
 def view_sample(source: str, reader: ShardReader, row: int, encoder: SampleEncoder) -> SampleView:
-    """The sample with its pixels. Raises ShardError: the shard changed since it was indexed."""
+    """Returns the sample with its pixels. Raises ShardError: the shard changed since it was indexed."""
     key = reader.key(row)
     try:
         raw = reader.sample(row)
@@ -72,7 +72,7 @@ def view_sample(source: str, reader: ShardReader, row: int, encoder: SampleEncod
 
 
 def view_ref(plan: DataPlan, sample: SampleRef, encoder: SampleEncoder) -> SampleView:
-    """A planned sample."""
+    """Returns a planned sample with its pixels."""
     name = plan.source_names[sample.source]
     return view_sample(name, plan.reader(sample), sample.row, encoder)
 
@@ -80,7 +80,7 @@ def view_ref(plan: DataPlan, sample: SampleRef, encoder: SampleEncoder) -> Sampl
 def view_source(
     source: Source, keys: Sequence[str], count: int, encoder: SampleEncoder
 ) -> list[SampleView]:
-    """The samples with these keys, or the first `count` of the source.
+    """Returns the samples with these keys, or the first `count` of the source.
 
     Raises:
         SampleError: a key that the source does not have.

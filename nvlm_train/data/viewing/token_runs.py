@@ -23,9 +23,9 @@ class Token:
     """One token as a reader sees it."""
 
     position: int
-    """In the sample."""
+    """The token's position in the sample."""
     number: int
-    """Its id."""
+    """The token's id."""
     text: str
     """Empty where the character goes on in the next token."""
     is_special: bool
@@ -38,7 +38,7 @@ class TokenRun:
     role: Role
     tokens: tuple[Token, ...]
     tile: int | None
-    """Of image slots: which of the sample's tiles stands in them."""
+    """For image slots: which of the sample's tiles stands in them."""
     span: tuple[int, int]
     """[first, last) of the sample's cross-routed tiles; (0, 0) sees none."""
 
@@ -56,7 +56,7 @@ class TokenRun:
 
 
 def token_runs(encoded: EncodedSample, tokenizer: Tokenizer) -> list[TokenRun]:
-    """All N tokens of a sample, in order. A token counts as trained when some label asks for it."""
+    """Returns all N tokens of a sample, in order; one is trained when some label asks for it."""
     count = len(encoded.token_ids)
     roles: list[Role] = ["context"] * count
     for position in encoded.label_positions.tolist():
@@ -80,7 +80,7 @@ def token_runs(encoded: EncodedSample, tokenizer: Tokenizer) -> list[TokenRun]:
 
 
 def read_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[Token]:
-    """Each id's own text. The bytes of a character that several tokens share come with the last."""
+    """Returns each id's own text; a character that several tokens share comes with the last."""
     config = tokenizer.config
     special = {
         tokenizer.pad: config.pad,
@@ -106,13 +106,13 @@ def read_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[Token]:
 
 
 def _text_after(before: list[int], pending: list[int], tokenizer: Tokenizer) -> str:
-    """Some decoders drop a space at the very beginning: the token before keeps it."""
+    """Returns the text of the pending ids; the id before keeps decoders from dropping a space."""
     head, whole = tokenizer.decode(before), tokenizer.decode(before + pending)
     return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(pending)
 
 
 def _tiles_in_slots(encoded: EncodedSample) -> dict[int, int]:
-    """Slot position -> which of the sample's T tiles stands there."""
+    """Returns for every slot's position which of the sample's T tiles stands there."""
     decoder_tiles = np.flatnonzero(~encoded.cross.is_cross_T)
     if len(decoder_tiles) == 0:
         return {}
