@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LAYOUTS = {
+RAW_FORMATS = {
     "llava": "a JSON list with conversations; images in --images (folder, zip, tar)",
     "jsonl": "one record a line, with or without images; chats",
     "parquet": "Parquet files, images as bytes, structs or names",

@@ -1,4 +1,4 @@
-"""Fixtures: a tiny byte-level tokenizer, pictures made on the spot, and shards of them."""
+"""Fixtures: a tiny byte-level tokenizer, images made on the spot, and shards of them."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def make_encoder(tokenizer: Tokenizer) -> Callable[..., SampleEncoder]:
     return make
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth colourful picture."""
+def draw_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth colourful image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -107,12 +107,12 @@ def mixed_samples(count: int, prefix: str, seed: int = 0) -> list[Sample]:
         question, answer = "what? " * (1 + number % 5), f"a{number} " * (1 + number % 3)
         images: list[tuple[str, bytes]] = []
         if number % 4 == 1:
-            images = [("jpg", encoded(picture(20, 20, seed + number), "JPEG"))]
+            images = [("jpg", encoded(draw_image(20, 20, seed + number), "JPEG"))]
         elif number % 4 == 2:
-            images = [("png", encoded(picture(96, 40, seed + number), "PNG"))]
+            images = [("png", encoded(draw_image(96, 40, seed + number), "PNG"))]
         elif number % 4 == 3:
             images = [
-                (f"{i}.jpg", encoded(picture(64 + 40 * i, 33, seed + number + i), "JPEG"))
+                (f"{i}.jpg", encoded(draw_image(64 + 40 * i, 33, seed + number + i), "JPEG"))
                 for i in range(2)
             ]
         samples.append((key, chat(question, answer), images))

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from nvlm_train.data.formats import LAYOUTS
+from nvlm_train.data.formats import RAW_FORMATS
 from nvlm_train.errors import ConfigError, ShardError
 
 
@@ -16,9 +16,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "prepare",
         help="raw files to WebDataset shards; run again after a kill to go on",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="formats:\n" + "\n".join(f"  {name:9} {text}" for name, text in LAYOUTS.items()),
+        epilog="formats:\n" + "\n".join(f"  {name:9} {text}" for name, text in RAW_FORMATS.items()),
     )
-    command.add_argument("format", choices=list(LAYOUTS), metavar="FORMAT")
+    command.add_argument("format", choices=list(RAW_FORMATS), metavar="FORMAT")
     command.add_argument("input", nargs="+", metavar="INPUT")
     command.add_argument(
         "--images", default=".", metavar="PLACE", help="where image names start; default: here"

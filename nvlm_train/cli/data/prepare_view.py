@@ -43,7 +43,7 @@ def open_view(name: str) -> Iterator[PrepareView]:
 def summary(progress: PrepareProgress) -> str:
     """Returns shards, bytes and bad entries in one short line.
 
-    >>> summary(PrepareProgress(9, 4, 5, 2, 1, 2_500_000, 0))
+    >>> summary(PrepareProgress(9, 4, 5, 2, 2_500_000, 0))
     '2/5 shards, 2.5 MB'
     """
     bad = f", {progress.num_bad} bad" if progress.num_bad else ""

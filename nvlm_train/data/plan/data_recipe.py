@@ -16,7 +16,7 @@ from typing import Any, Literal, cast, get_args
 
 import yaml
 
-from nvlm_train.data.formats import LAYOUTS
+from nvlm_train.data.formats import RAW_FORMATS
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping, read_fields
 from nvlm_train.data.shards.manifest import check_format
 from nvlm_train.data.shards.store import Store
@@ -210,10 +210,10 @@ def _source(item: object, where: str, problems: list[str]) -> SourceConfig | Non
     if max_samples is not None and not _is_positive(max_samples, int):
         problems.append(f"{where}.max_samples={max_samples!r} must be a whole number above 0")
     _check_descriptions(item, _DESCRIPTIONS, where, problems)
-    if "layout" in item and item["layout"] not in LAYOUTS:
+    if "layout" in item and item["layout"] not in RAW_FORMATS:
         problems.append(
             f"{where}.layout={item['layout']!r} must be a format of `nvlm data prepare`: "
-            f"{', '.join(LAYOUTS)}"
+            f"{', '.join(RAW_FORMATS)}"
         )
     shards = _shards(item.get("shards"), where, problems)
     mapping = read_fields(item.get("fields"), f"{where}.fields", problems)

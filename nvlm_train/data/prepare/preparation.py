@@ -54,8 +54,6 @@ class PrepareProgress:
     """Entries, bad ones included."""
     num_shards: int
     shards_done: int
-    shards_kept: int
-    """Shards of an earlier run that was interrupted."""
     num_bytes: int
     num_bad: int
 
@@ -117,7 +115,7 @@ def _results(
     if kept:
         _log.info("%d of %d shards are there from the run before", kept, len(tasks))
     fresh = _run(pending, min(num_workers, len(pending)))
-    progress = PrepareProgress(num_entries, 0, len(tasks), 0, kept, 0, 0)
+    progress = PrepareProgress(num_entries, 0, len(tasks), 0, 0, 0)
     results: list[ShardResult] = []
     for task in tasks:
         result = stored[task.number] or next(fresh)

@@ -23,7 +23,7 @@ from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.errors import ShardError
-from tests.data.conftest import LENGTH, SLOTS, TILE, chat, encoded, mixed_samples, picture
+from tests.data.conftest import LENGTH, SLOTS, TILE, chat, draw_image, encoded, mixed_samples
 
 BATCH = BatchConfig(size=12)
 MakePlan = Callable[..., DataPlan]
@@ -163,7 +163,7 @@ def small_plan(root: Path, encoder: SampleEncoder) -> DataPlan:
 
 
 def test_a_truncated_image_is_a_counted_failure(tmp_path: Path, make_encoder: MakeEncoder) -> None:
-    good = encoded(picture(96, 40), "JPEG", quality=95)
+    good = encoded(draw_image(96, 40), "JPEG", quality=95)
     samples = [(f"k{n}", chat("<image>", "a"), [("jpg", good)]) for n in range(3)]
     samples.append(("cut", chat("<image>", "a"), [("jpg", good[:-60])]))
     write_shards(samples, str(tmp_path / "s-%06d.tar"))
@@ -183,7 +183,7 @@ def test_a_truncated_image_is_a_counted_failure(tmp_path: Path, make_encoder: Ma
 
 
 def test_split_image_fails_on_both_ranks(tmp_path: Path, make_encoder: MakeEncoder) -> None:
-    data = encoded(picture(96, 40), "JPEG", quality=95)[:-60]
+    data = encoded(draw_image(96, 40), "JPEG", quality=95)[:-60]
     write_shards([("cut", chat("<image>", "a"), [("jpg", data)])], str(tmp_path / "s-%06d.tar"))
     encoder = make_encoder()
     plan = small_plan(tmp_path, encoder)

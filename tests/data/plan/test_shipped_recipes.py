@@ -13,7 +13,7 @@ from nvlm_train.data.plan.data_recipe import list_shards, read_blend
 from nvlm_train.data.prepare.write import prepare_shards
 from nvlm_train.data.shards.store import Store
 from nvlm_train.errors import ConfigError, ShardError
-from tests.data.conftest import chat, encoded, mixed_samples, picture
+from tests.data.conftest import chat, draw_image, encoded, mixed_samples
 from tests.train.smoke import make_smoke_data, smoke_recipe
 
 SHIPPED = sorted(path.stem for path in data_recipes_dir().glob("*.yaml"))
@@ -44,7 +44,7 @@ def test_a_paper_blend_trains_on_prepared_shards(tmp_path: Path) -> None:
     """Every source of stage 1 under its own name, several shards each, all from manifests."""
     make_smoke_data(tmp_path)
     for number, source in enumerate(read_blend("nvlm_pretrain", str(data_recipes_dir())).sources):
-        image = [("jpg", encoded(picture(40, 40, number), "JPEG"))]
+        image = [("jpg", encoded(draw_image(40, 40, number), "JPEG"))]
         samples = [(f"k{n}", chat("what?", source.name), image) for n in range(3)]
         prepare_shards(samples, str(tmp_path / "paper"), source.name, 2)
     recipe = smoke_recipe(

@@ -23,15 +23,15 @@ from nvlm_train.data.prepare.staging import Target
 from nvlm_train.data.shards.manifest import read_manifest
 from nvlm_train.data.shards.store import Store
 from nvlm_train.errors import ShardError
-from tests.data.conftest import chat, encoded, picture
+from tests.data.conftest import chat, draw_image, encoded
 
 
 def make_input(path: Path, count: int) -> InputSpec:
-    """Chats, every third with a picture."""
+    """Chats, every third with an image."""
     photos = path / "photos"
     photos.mkdir(parents=True)
     for number in range(4):
-        (photos / f"{number}.jpg").write_bytes(encoded(picture(30, 20, number), "JPEG"))
+        (photos / f"{number}.jpg").write_bytes(encoded(draw_image(30, 20, number), "JPEG"))
     with (path / "x.jsonl").open("w") as lines:
         for number in range(count):
             image = {"image": f"{number % 4}.jpg"} if number % 3 == 0 else {}
@@ -147,7 +147,7 @@ def test_bad_entries_stop_or_are_listed(tmp_path: Path, workers: int) -> None:
     assert "not JSON" in stored["bad"][2]["reason"]
 
 
-def test_a_repaired_picture_is_read_again(tmp_path: Path) -> None:
+def test_a_repaired_image_is_read_again(tmp_path: Path) -> None:
     spec = make_input(tmp_path, 12)
     data = (tmp_path / "photos" / "1.jpg").read_bytes()
     (tmp_path / "photos" / "1.jpg").unlink()

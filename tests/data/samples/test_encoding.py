@@ -20,7 +20,7 @@ from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.samples.messages import Message
 from nvlm_train.data.shards.tar import LocalShard, write_shards
 from nvlm_train.tokens import Tokenizer
-from tests.data.conftest import LENGTH, SLOTS, chat, encoded, mixed_samples, picture
+from tests.data.conftest import LENGTH, SLOTS, chat, draw_image, encoded, mixed_samples
 
 Make = Callable[..., SampleEncoder]
 
@@ -178,7 +178,7 @@ def test_lengths_agree_with_the_encoding(tmp_path: Path, make_encoder: Make) -> 
     samples = mixed_samples(40, "k")
     samples.append(("long", chat("what?", "word " * 200), []))
     samples.append(
-        ("wide", chat("<image>", "word " * 10), [("png", encoded(picture(192, 128), "PNG"))])
+        ("wide", chat("<image>", "word " * 10), [("png", encoded(draw_image(192, 128), "PNG"))])
     )
     samples.append(("marker", chat("<image>", "cat"), []))
     write_shards(samples, str(tmp_path / "s-%06d.tar"))

@@ -26,7 +26,7 @@ from nvlm_train.evaluation.prompts import encode_messages
 from nvlm_train.routes import ROUTES
 from nvlm_train.tiling import candidate_grids, lay_out, tile_limits
 from nvlm_train.tokens import tile_tags
-from tests.data.conftest import SLOTS, TILE, chat, encoded, picture
+from tests.data.conftest import SLOTS, TILE, chat, draw_image, encoded
 
 Make = Callable[..., SampleEncoder]
 THUMBNAIL = "<tile_global_thumbnail>"
@@ -146,7 +146,7 @@ def test_a_question_is_asked_as_it_was_trained(make_encoder: Make, style: TileTa
     encoder = make_encoder(tiling=TilingConfig(tags=style, thumbnail=False), sequence_length=400)
     sizes = [TWO_TILES, ONE_TILE]
     trained = encoder.encode("k", record("<image><image>?"), sizes)
-    images = [encoded(picture(*size), "PNG") for size in sizes]
+    images = [encoded(draw_image(*size), "PNG") for size in sizes]
     asked = encode_messages(encoder, [Message("user", "<image><image>?")], images, 4)
     before = trained.label_positions[0] + 1
     assert asked.encoded.token_ids.tolist() == trained.token_ids[:before].tolist()
@@ -154,7 +154,7 @@ def test_a_question_is_asked_as_it_was_trained(make_encoder: Make, style: TileTa
 
 
 def test_a_page_names_tiles_as_the_model_does(tmp_path: Path, make_encoder: Make) -> None:
-    image = ("png", encoded(picture(*TWO_TILES), "PNG"))
+    image = ("png", encoded(draw_image(*TWO_TILES), "PNG"))
     write_shards([("k", chat("<image>", "a"), [image])], str(tmp_path / "s-%06d.tar"))
     shard = LocalShard(str(tmp_path / "s-000000.tar"))
     reader = ShardReader("s", shard, load_index(shard))
@@ -170,7 +170,7 @@ def test_lengths_of_before_are_made_anew(
     tmp_path: Path, make_encoder: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Version 3 called the last regular tile a thumbnail, which is more tokens here."""
-    image = ("png", encoded(picture(*TWO_TILES), "PNG"))
+    image = ("png", encoded(draw_image(*TWO_TILES), "PNG"))
     write_shards([("k", chat("<image>", "a"), [image])], str(tmp_path / "s-%06d.tar"))
     shard = LocalShard(str(tmp_path / "s-000000.tar"))
     reader = ShardReader("s", shard, load_index(shard))

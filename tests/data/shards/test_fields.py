@@ -22,13 +22,13 @@ from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping, read_fields
 from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import LocalShard, write_shards
 from nvlm_train.errors import ConfigError, ShardError
-from tests.data.conftest import chat, encoded, mixed_samples, picture
+from tests.data.conftest import chat, draw_image, encoded, mixed_samples
 
 CAPTION = FieldMapping((("caption", "txt"),))
 
 
 def jpeg(seed: int = 0) -> bytes:
-    return encoded(picture(40, 30, seed), "JPEG")
+    return encoded(draw_image(40, 30, seed), "JPEG")
 
 
 def open_tar(path: Path, fields: FieldMapping = OWN_FIELDS) -> ShardReader:
@@ -69,7 +69,7 @@ def test_img2dataset_tars_need_no_mapping(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("image", ["jpg", "jpeg", "JPG", "png", "webp"])
-def test_suffixes_of_pictures(tmp_path: Path, image: str) -> None:
+def test_suffixes_of_images(tmp_path: Path, image: str) -> None:
     with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
         tar.write({"__key__": "x/1", image: jpeg(), "caption": b" a cat\n"})
     reader = open_tar(tmp_path / "a.tar", FieldMapping((("caption", "caption"),)))
@@ -81,7 +81,7 @@ def test_class_labels_with_a_question_for_all(tmp_path: Path) -> None:
     pattern = str(tmp_path / "digits-%06d.tar")
     with webdataset.ShardWriter(pattern, maxcount=2, verbose=0) as shards:
         for number in range(3):
-            shards.write({"__key__": f"{number}", "png": picture(9, 9), "cls": number + 5})
+            shards.write({"__key__": f"{number}", "png": draw_image(9, 9), "cls": number + 5})
     mapping = FieldMapping((("question", "=Which digit is this?"), ("answer", "cls")))
     reader = open_tar(tmp_path / "digits-000000.tar", mapping)
     assert json.loads(reader.record(1)) == {"question": "Which digit is this?", "answer": "6"}
@@ -97,12 +97,12 @@ def test_numbers_become_text_except_the_number_of_a_choice() -> None:
     assert read_fields(dict(chosen.sources), "x", problems) == chosen and not problems
 
 
-def test_other_json_fields_and_one_of_two_pictures(tmp_path: Path) -> None:
+def test_other_json_fields_and_one_of_two_images(tmp_path: Path) -> None:
     dialog = chat("<image>\nq", "a")["conversations"]
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
         fields = {"meta": {"dialogs": [dialog]}, "short": 7}
-        tar.write({"__key__": "k", "jpg": jpeg(), "mask.png": picture(8, 8), "json": fields})
-        tar.write({"__key__": "l", "jpg": jpeg(), "png": picture(8, 8), "json": fields})
+        tar.write({"__key__": "k", "jpg": jpeg(), "mask.png": draw_image(8, 8), "json": fields})
+        tar.write({"__key__": "l", "jpg": jpeg(), "png": draw_image(8, 8), "json": fields})
     path = tmp_path / "a.tar"
     mapping = FieldMapping((("conversations", "json.meta.dialogs.0"),), ("jpg",))
     reader = open_tar(path, mapping)
