@@ -1,6 +1,6 @@
 """How many tokens, tiles and labels each sample of a shard has under one stage's encoding.
 
-Computed once per (shard, encoding) and stored beside the index, so that plans are pure arithmetic.
+They are computed once per (shard, encoding) and stored beside the index: plans are pure arithmetic.
 """
 
 from __future__ import annotations

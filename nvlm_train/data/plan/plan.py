@@ -1,6 +1,6 @@
 """The plan: which samples make step n, packed how, on which data-parallel rank.
 
-A pure function of (blend, index, encoding, seed, step): every rank computes the same without
+It is a pure function of (blend, index, encoding, seed, step): every rank computes the same without
 talking, and no state but the step number has to be saved.
 """
 
@@ -62,13 +62,14 @@ class DataPlan:
 
     @property
     def source_names(self) -> tuple[str, ...]:
+        """The sources' names, in the order of the blend."""
         return tuple(source.name for source in self.sources)
 
     @property
     def digests(self) -> dict[str, str]:
         """The digest of every shard (as the data recipe names it), and the plan's own.
 
-        Stored in checkpoints; `check_digests` compares.
+        They are stored in checkpoints, and `check_digests` compares them.
         """
         contents = {
             name: source.table.digest(shard)

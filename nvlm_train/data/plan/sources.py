@@ -81,18 +81,22 @@ class Source:
 
     @property
     def num_samples(self) -> int:
+        """Samples of all its shards."""
         return int(self.table.num_samples.sum())
 
     @property
     def num_usable(self) -> int:
+        """Samples that can be trained on."""
         return int(self.table.num_usable.sum())
 
     @property
     def num_unusable(self) -> int:
+        """Samples that cannot be trained on."""
         return self.num_samples - self.num_usable
 
     @property
     def num_truncated(self) -> int:
+        """Samples that are cut at the sequence length."""
         return self.table.num_truncated
 
 
