@@ -35,6 +35,6 @@ def killed_workers_explained() -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise ShardError(
-            f"a worker was killed ({error}), perhaps for want of memory; run the same command "
+            f"a worker was killed ({error}), perhaps for lack of memory; run the same command "
             "again, with fewer --workers"
         ) from error

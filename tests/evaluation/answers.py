@@ -16,7 +16,7 @@ from nvlm_train.evaluation.generate import Prompt, generate, vocab_parallel_argm
 from nvlm_train.geometry import tokens_per_tile
 from nvlm_train.parallel.topology import build_topology
 from nvlm_train.tiling import lay_out
-from tests.convert.qwen_runs import import_engine
+from tests.convert.language_runs import import_engine
 from tests.parity.recipes import VISION
 
 

@@ -270,4 +270,4 @@ class IndexFiles:
 
 
 def _warn_damaged(path: Path, error: Exception) -> None:
-    _log.warning("cache=%s cannot be read (%s); it is made anew", path, error)
+    _log.warning("cache=%s cannot be read (%s); it is made again", path, error)

@@ -120,7 +120,7 @@ def read_lengths_summary(
     files: IndexFiles = BESIDE,
     fields: FieldMapping = OWN_FIELDS,
 ) -> LengthsSummary | None:
-    """Returns what the stored lengths say about the whole shard; None when they must be made anew."""
+    """Returns what the stored lengths say about the whole shard; None when they must be made again."""
     facts = files.facts(shard, lengths_suffix(encoder, fields))
     if facts is None or not _is_of(facts, index_digest):
         return None

@@ -80,7 +80,7 @@ class ShardIndex:
 def load_index(
     shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
 ) -> ShardIndex:
-    """Returns the shard's stored index; a missing, damaged or outdated one is made anew.
+    """Returns the shard's stored index; a missing, damaged or outdated one is made again.
 
     Each field mapping has an index of its own.
 
@@ -136,7 +136,7 @@ def index_summary(
 def read_summary(
     shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
 ) -> IndexSummary | None:
-    """Returns what the stored index says about the whole shard; None when it must be made anew.
+    """Returns what the stored index says about the whole shard; None when it must be made again.
 
     Raises:
         FileNotFoundError: the shard is missing.

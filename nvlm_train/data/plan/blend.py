@@ -56,7 +56,7 @@ class _Phase:
     drawn: tuple[int, ...]
     """Draws of every source before `first`."""
     present: tuple[int, ...]
-    """Sources that still give."""
+    """Sources that still give samples."""
 
 
 class BlendOrder:

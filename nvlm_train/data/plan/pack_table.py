@@ -1,7 +1,7 @@
 """How many packs come before each window of draws: what finds a step when packs are the unit.
 
 Windows differ in their packs, so the sum over all earlier ones is needed. It is kept in a file that
-grows with the run and that `nvlm data index` can fill ahead; without the file it is made anew.
+grows with the run and that `nvlm data index` can fill ahead; without the file it is made again.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class PackTable:
         except FileNotFoundError:
             return nothing
         except (OSError, ValueError) as error:
-            _log.warning("table=%s cannot be read (%s); it is made anew", self._path, error)
+            _log.warning("table=%s cannot be read (%s); it is made again", self._path, error)
             return nothing
         expected = {"version": TABLE_VERSION, "fingerprint": self._fingerprint}
         if stored.facts != expected or "num_packs" not in stored.arrays:

@@ -103,7 +103,7 @@ def stored_result(staging: Path, number: int) -> ShardResult | None:
 def end_with_parent() -> None:
     """Starts a watch, in a new worker, that ends it when the process that started it is gone.
 
-    After `kill -9` a worker would otherwise wait for its next task for ever.
+    After `kill -9` a worker would otherwise wait for its next task forever.
     """
     parent = parent_process()
     assert parent is not None, "runs in workers only"
@@ -132,7 +132,7 @@ def _samples(
 
 @lru_cache(maxsize=1)
 def _entries(spec: InputSpec, digest: str, staging: str) -> Entries:
-    del digest  # a changed input is opened anew
+    del digest  # a changed input is opened again
     try:
         return open_entries(spec, Path(staging) / "input")
     except OSError as error:

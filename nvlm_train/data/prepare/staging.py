@@ -60,14 +60,14 @@ def check_stored(stored: Manifest, target: Target, digest: str) -> None:
     where = f"{target.directory}/{target.name}.manifest.json"
     if stored.input != digest:
         raise ShardError(
-            f"name={target.name}: {where} tells of other shards (another input, or the same one "
+            f"name={target.name}: {where} lists other shards (another input, or the same one "
             "changed, or other options); choose another --name, or remove them"
         )
     for shard in stored.shards:
         path = Path(target.directory) / shard.file
         if not path.is_file() or path.stat().st_size != shard.num_bytes:
             raise ShardError(
-                f"shard={path} is not the one that {where} tells of; "
+                f"shard={path} is not the one that {where} lists; "
                 "remove the manifest and the shards to prepare them again"
             )
 
@@ -78,7 +78,7 @@ def check_names(target: Target, staging: Path) -> None:
     present = sorted(Path(target.directory).glob(pattern))
     if present and not (staging / "publishing").exists():
         raise ShardError(
-            f"name={target.name}: {present[0]} exists and no manifest tells of it; "
+            f"name={target.name}: {present[0]} exists and no manifest lists it; "
             "choose another --name, or remove it"
         )
 

@@ -22,7 +22,7 @@ from nvlm_train.tiling import choose_grid, lay_out, tile_limits
 from nvlm_train.tokens import Tokenizer
 
 ENCODING_VERSION = 4
-"""Raised whenever the same record would become other tokens; stored lengths are then made anew."""
+"""Raised whenever the same record would become other tokens; stored lengths are then made again."""
 
 _SHORT_TEXT = 48
 """Characters of the texts worth remembering: headers, tags, newlines, common prompts."""

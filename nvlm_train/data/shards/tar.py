@@ -70,7 +70,7 @@ class LocalShard:
         try:
             return os.pread(_descriptor(self.path, stamp).number, size, offset)
         except OSError:
-            # A network file system's stale handle stays stale: the next try opens the file anew.
+            # A network file system's stale handle stays stale: the next try opens the file again.
             _descriptor.cache_clear()
             raise
 
@@ -96,7 +96,7 @@ class _Descriptor:
 
 @lru_cache(maxsize=128)
 def _descriptor(path: str, stamp: Stamp) -> _Descriptor:
-    """Returns the shard's open file; a rewritten shard has another stamp and is opened anew."""
+    """Returns the shard's open file; a rewritten shard has another stamp and is opened again."""
     del stamp
     return _Descriptor(path)
 

@@ -205,13 +205,13 @@ def test_what_is_there_already(tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert prepare_input(spec, target) == first
     assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    with pytest.raises(ShardError, match=r"x.manifest.json tells of other shards"):
+    with pytest.raises(ShardError, match=r"x.manifest.json lists other shards"):
         prepare_input(spec, Target(str(out), "x", 2))
     (out / "x-000001.tar").unlink()
-    with pytest.raises(ShardError, match=r"x-000001.tar is not the one that .* tells of"):
+    with pytest.raises(ShardError, match=r"x-000001.tar is not the one that .* lists"):
         prepare_input(spec, target)
     (out / "x.manifest.json").unlink()
-    with pytest.raises(ShardError, match=r"x-000000.tar exists and no manifest tells of it"):
+    with pytest.raises(ShardError, match=r"x-000000.tar exists and no manifest lists it"):
         prepare_input(spec, target)
 
 

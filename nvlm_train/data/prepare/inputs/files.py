@@ -136,5 +136,5 @@ def open_files(path: str) -> Files:
 
 @lru_cache(maxsize=8)
 def _archive(path: str, version: int) -> Files:
-    del version  # another one is opened anew
+    del version  # another one is opened again
     return Zip(path) if path.endswith(".zip") else Tar(path)

@@ -60,7 +60,7 @@ class TarSamples:
 
 @lru_cache(maxsize=16)
 def _reader(path: str, version: int, fields: FieldMapping) -> ShardReader:
-    del version  # another one is opened anew
+    del version  # another one is opened again
     shard = DIRECT.open(path)
     try:
         return ShardReader(path, shard, load_index(shard, fields=fields), fields)

@@ -151,7 +151,7 @@ def _parquet_files(path: str) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _parquet(file: str, version: int) -> Any:
-    del version  # another one is opened anew
+    del version  # another one is opened again
     try:
         import pyarrow
         import pyarrow.parquet
