@@ -38,13 +38,14 @@ from benchmarks.images import TILE, jpeg, photo, pillow_tiles, to_tensor
 from nvlm_train.batch import RankShare
 from nvlm_train.config.paths import PACKAGE
 from nvlm_train.config.schema import BatchConfig, LoaderConfig, TilingConfig, TokenizerConfig
-from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.images import cut_tiles, decode_image, read_size
 from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
 from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
@@ -258,7 +259,9 @@ def main() -> None:
         shards = write_data(root, count)
         encoder = make_encoder()
         blend = Blend("b", (SourceConfig("s", tuple(Path(shard).name for shard in shards)),))
-        plan = DataPlan(open_sources(blend, directory, encoder), BatchConfig(BATCH), LENGTH, 1, 0.0)
+        plan = DataPlan(
+            open_sources(blend, Store(directory), encoder), BatchConfig(BATCH), LENGTH, 1, 0.0
+        )
         sides = {
             "ours_undecoded": lambda: ours_undecoded(plan, count),
             "ours_same": lambda: ours(plan, encoder, count, workers=0),

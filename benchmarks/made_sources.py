@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.index.array_file import Texts, write_arrays
+from nvlm_train.data.index.files import Texts, write_arrays
 from nvlm_train.data.index.lengths import LENGTHS_VERSION, ShardLengths, summarise
 from nvlm_train.data.index.shard_index import INDEX_SUFFIX, INDEX_VERSION
 

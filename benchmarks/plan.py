@@ -21,9 +21,10 @@ from typing import Any, cast
 from benchmarks.made_sources import NoEncoder, write_source
 from nvlm_train.config.schema import BatchConfig
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
-from nvlm_train.data.plan.open_sources import open_sources
 from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.data.shards.store import Store
 
 WEIGHTS = {"captions": 0.45, "documents": 0.25, "chats": 0.3}
 SHARDS, ROWS = 24, 2000
@@ -45,7 +46,7 @@ def make_blend(
 
 def open_plan(root: Path, blend: Blend, sequence_length: int, batch: BatchConfig) -> DataPlan:
     """Opens a plan as a run opens it."""
-    sources = open_sources(blend, str(root), cast(SampleEncoder, NoEncoder()))
+    sources = open_sources(blend, Store(str(root)), cast(SampleEncoder, NoEncoder()))
     return DataPlan(sources, batch, sequence_length, 1, 0.0, root / "table")
 
 

@@ -37,9 +37,10 @@ def look(root: Path, num_shards: int, unit: str, steps: int) -> dict[str, object
 
     from nvlm_train.config.schema import BatchConfig
     from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
-    from nvlm_train.data.plan.open_sources import open_sources
     from nvlm_train.data.plan.plan import DataPlan
+    from nvlm_train.data.plan.sources import open_sources
     from nvlm_train.data.samples.encoder import SampleEncoder
+    from nvlm_train.data.shards.store import Store
 
     imported = private_mib()
     sources = tuple(
@@ -47,7 +48,7 @@ def look(root: Path, num_shards: int, unit: str, steps: int) -> dict[str, object
         for kind in KINDS
     )
     start = time.perf_counter()
-    opened = open_sources(Blend("mix", sources), str(root), cast(SampleEncoder, NoEncoder()))
+    opened = open_sources(Blend("mix", sources), Store(str(root)), cast(SampleEncoder, NoEncoder()))
     batch = BatchConfig(128, "samples" if unit == "samples" else "packs")
     plan = DataPlan(opened, batch, SEQUENCE_LENGTH, 1, 0.0)
     open_seconds = time.perf_counter() - start

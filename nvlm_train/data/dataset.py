@@ -8,18 +8,14 @@ from pathlib import Path
 
 from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.data.index.files import IndexFiles
-from nvlm_train.data.plan.data_recipe import Blend, read_blend
-from nvlm_train.data.plan.open_sources import open_sources
+from nvlm_train.data.plan.data_recipe import Blend, list_shards, read_blend
 from nvlm_train.data.plan.plan import DataPlan
-from nvlm_train.data.plan.shard_lists import list_shards
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder
-from nvlm_train.data.shards.store import build_store
-from nvlm_train.data.shards.tar import join_root
+from nvlm_train.data.shards.store import Store, build_store
 from nvlm_train.geometry import context_tokens_per_tile, tokens_per_tile
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
-
-__all__ = ["build_data", "build_encoder", "encoding_spec", "open_sources", "table_stem"]
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +23,7 @@ _log = logging.getLogger(__name__)
 def build_data(
     stage: StageConfig, recipe: Recipe, recipes_dir: str
 ) -> tuple[DataPlan, SampleEncoder]:
-    """Plan and encoder of a stage; shards without an up-to-date index are indexed first.
+    """Returns a stage's plan and encoder; shards without an up-to-date index are indexed first.
 
     Indexes are shared through the file system: let one rank call this first, the others after it,
     or all of them do the same work.
@@ -38,18 +34,19 @@ def build_data(
         TrainingError: more unusable samples than the recipe tolerates, or fewer samples than its
             steps take.
     """
-    blend = list_shards(read_blend(stage.blend, recipes_dir), recipe.loader.data_root)
-    encoder = build_encoder(stage, recipe)
     loader = recipe.loader
     store = build_store(loader)
-    sources = open_sources(blend, loader.data_root, encoder, loader.index_dir, store)
+    encoder = build_encoder(stage, recipe)
+    blend = list_shards(read_blend(stage.blend, recipes_dir), store)
+    stem = table_stem(blend, store, recipe)
+    sources = open_sources(blend, store, encoder, loader.index_dir)
     plan = DataPlan(
         sources,
         stage.batch,
         stage.sequence_length,
         recipe.seed,
         loader.max_skipped_fraction,
-        table_stem(blend, recipe),
+        stem,
     )
     plan.check_steps(stage.steps)
     for kind in plan.unusable:
@@ -64,12 +61,13 @@ def build_data(
 
 
 def build_encoder(stage: StageConfig, recipe: Recipe) -> SampleEncoder:
-    """How the stage turns records into tokens; generation and evaluation use the same."""
-    return SampleEncoder(Tokenizer(recipe.model.tokenizer), encoding_spec(stage, recipe))
+    """Returns the encoder of the stage; generation and evaluation use the same."""
+    spec = encoding_spec(stage, recipe)
+    return SampleEncoder(Tokenizer(recipe.model.tokenizer), spec)
 
 
 def encoding_spec(stage: StageConfig, recipe: Recipe) -> EncodingSpec:
-    """What of a recipe decides how the stage's samples are encoded, besides the tokenizer."""
+    """Returns what decides, besides the tokenizer, how the stage's samples are encoded."""
     return EncodingSpec(
         tile_size=recipe.model.vision.tile_size,
         tokens_per_tile=tokens_per_tile(recipe.model.vision),
@@ -83,11 +81,13 @@ def encoding_spec(stage: StageConfig, recipe: Recipe) -> EncodingSpec:
     )
 
 
-def table_stem(blend: Blend, recipe: Recipe) -> Path:
-    """Where a blend's tables of packs lie: with the index of its first shard, else with the run."""
-    loader = recipe.loader
-    first = build_store(loader).open(join_root(loader.data_root, blend.sources[0].shards[0]))
-    beside = IndexFiles(loader.index_dir).path(first, "")
+def table_stem(blend: Blend, store: Store, recipe: Recipe) -> Path:
+    """Returns where a blend's tables of packs lie, as the start of their names.
+
+    They lie with the index of the blend's first shard where that can be written, else with the run.
+    """
+    first = store.open(blend.sources[0].shards[0])
+    beside = IndexFiles(recipe.loader.index_dir).path(first, "")
     if beside is not None and os.access(beside.parent, os.W_OK):
         return beside
     return Path(recipe.run_dir) / blend.name

@@ -1,8 +1,8 @@
-"""The layouts of raw data that `nvlm data prepare` reads; `data/prepare/inputs/formats.py` opens them."""
+"""The formats of raw data that `nvlm data prepare` reads; `prepare/inputs/formats.py` opens them."""
 
 from __future__ import annotations
 
-LAYOUTS = {
+RAW_FORMATS = {
     "llava": "a JSON list with conversations; images in --images (folder, zip, tar)",
     "jsonl": "one record a line, with or without images; chats",
     "parquet": "Parquet files, images as bytes, structs or names",

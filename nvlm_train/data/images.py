@@ -61,20 +61,20 @@ _PIXEL_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow's readers raise on damaged files."""
+"""The errors that Pillow's readers raise on damaged files."""
 
 
 def read_size(data: bytes) -> tuple[int, int]:
-    """(width, height) after EXIF rotation, from the header alone; no pixel is decoded."""
+    """Reads (width, height) after EXIF rotation from the header alone; no pixel is decoded."""
     image = _open(data)
     width, height = image.size
     return (height, width) if _orientation(image) in _TURNED else (width, height)
 
 
 def decode_image(data: bytes, max_pixels: int) -> Tensor:
-    """RGB pixels, upright: uint8 [C, H, W] (a view of [H, W, C] memory).
+    """Decodes an image to upright RGB pixels: uint8 [C, H, W] (a view of [H, W, C] memory).
 
-    The first frame of an animation, alpha laid on white, the upper 8 bits of 16-bit grey.
+    Animations give their first frame, alpha is laid on white, 16-bit grey gives its upper 8 bits.
 
     Raises:
         ValueError: damaged or truncated data, an unknown format, or more than `max_pixels`.
@@ -97,7 +97,7 @@ def decode_image(data: bytes, max_pixels: int) -> Tensor:
 
 
 def cut_tiles(image_CHW: Tensor, grid: Grid, num_tiles: int, tile_size: int) -> Tensor:
-    """The image squashed to the grid and cut row by row: uint8 [T, C, E, E].
+    """Resizes the image to the grid, whatever its shape, and cuts it row by row: uint8 [T, C, E, E].
 
     When `num_tiles` is one more than the grid's tiles, the thumbnail, made from the whole image,
     comes last (NVLM 1.0, section 4.1).
@@ -110,7 +110,7 @@ def cut_tiles(image_CHW: Tensor, grid: Grid, num_tiles: int, tile_size: int) -> 
 
 
 def cut_tiles_into(tiles_TCEE: Pixels, image_CHW: Tensor, grid: Grid) -> None:
-    """`cut_tiles` into memory that is there already: contiguous uint8 [T, C, E, E]."""
+    """Does the same as `cut_tiles` into memory that is there already: contiguous uint8 [T, C, E, E]."""
     columns, rows = grid
     edge = tiles_TCEE.shape[-1]
     whole_CHW = _resize(image_CHW, rows * edge, columns * edge).numpy()
@@ -135,7 +135,7 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def _open(data: bytes) -> Image.Image:
-    """The image with its header read and its pixels not."""
+    """Opens the image: its header is read and its pixels are not."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except _PIXEL_ERRORS as error:
@@ -146,7 +146,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _reason(error: BaseException) -> str:
-    """One line of the decoder's complaint, without the address of the buffer it read from."""
+    """Returns one line of the decoder's complaint, without the address of the buffer it read from."""
     text = str(error).strip().split("\n")[0]
     if text.startswith("cannot identify image file"):
         return "not a JPEG, PNG, WebP, GIF, BMP or TIFF file, or its header is damaged"
@@ -154,20 +154,20 @@ def _reason(error: BaseException) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8."""
+    """Returns the EXIF orientation, 1 to 8."""
     # A PNG may carry EXIF behind its pixels, and Pillow would decode them to look for it.
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except _PIXEL_ERRORS:
-        # Damaged metadata around an intact picture: shown as it is stored.
+        # Damaged metadata around an intact image: it is shown as it is stored.
         return 1
     return value if isinstance(value, int) and value in range(1, 9) else 1
 
 
 def _decode_jpeg(data: bytes) -> Pixels:
-    """uint8 [H, W, C]. `strict` makes libjpeg's warnings, truncation among them, errors."""
+    """Decodes to uint8 [H, W, C]; `strict` makes libjpeg's warnings, truncation among them, errors."""
     import simplejpeg
 
     pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
@@ -175,7 +175,7 @@ def _decode_jpeg(data: bytes) -> Pixels:
 
 
 def _decode_other(image: Image.Image) -> Pixels:
-    """uint8 [H, W, C] of anything that Pillow reads."""
+    """Decodes anything that Pillow reads to uint8 [H, W, C]."""
     image.load()
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range; convert the image to 8 bits")
@@ -201,7 +201,7 @@ def _turn_upright(pixels_HWC: Pixels, orientation: int) -> Pixels:
 
 
 def _resize(image_CHW: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialiasing; an image that already has the size is left as it is."""
+    """Resizes with an antialiased bicubic filter; an image of that size already is left as it is."""
     from torch.nn.functional import interpolate
 
     if tuple(image_CHW.shape[1:]) == (height, width):

@@ -17,7 +17,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def stable_hash(*parts: str | int) -> int:
-    """A 64-bit hash of the parts; the same in every process and version.
+    """Returns a 64-bit hash of the parts, the same in every process and version.
 
     >>> stable_hash("cat", 1) == stable_hash("cat", 1) != stable_hash("cat1")
     True
@@ -28,7 +28,7 @@ def stable_hash(*parts: str | int) -> int:
 
 
 def hashed_permutation(count: int, salt: int) -> NDArray[np.int64]:
-    """A permutation of range(count) drawn by `salt` (64 bits): int64 [count].
+    """Returns a permutation of range(count) that `salt` (64 bits) draws: int64 [count].
 
     Sorts the first `count` outputs of splitmix64 seeded with `salt` (Steele et al., 2014).
     """

@@ -15,7 +15,7 @@ from nvlm_train.errors import ShardError
 def processes(
     count: int, start: Callable[..., None], *arguments: object
 ) -> Iterator[ProcessPoolExecutor]:
-    """Fresh processes that each call `start(*arguments)` first; forks would copy held locks.
+    """Opens fresh processes that each call `start(*arguments)` first; forks would copy held locks.
 
     Raises:
         ShardError: a process was killed.
@@ -35,6 +35,6 @@ def killed_workers_explained() -> Iterator[None]:
         yield
     except BrokenProcessPool as error:
         raise ShardError(
-            f"a worker was killed ({error}), perhaps for want of memory; run the same command "
+            f"a worker was killed ({error}), perhaps for lack of memory; run the same command "
             "again, with fewer --workers"
         ) from error

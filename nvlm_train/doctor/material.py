@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 from nvlm_train.config.paths import data_recipes_dir
-from nvlm_train.config.schema import LoaderConfig, Recipe
+from nvlm_train.config.schema import Recipe
 from nvlm_train.convert import check
 from nvlm_train.convert.tokenizer import stage_tags, tag_problems
-from nvlm_train.data.dataset import build_encoder, open_sources
+from nvlm_train.data.dataset import build_encoder
 from nvlm_train.data.index.files import IndexFiles
 from nvlm_train.data.index.shard_index import index_state
-from nvlm_train.data.plan.data_recipe import Blend, SourceConfig, read_blend
-from nvlm_train.data.plan.shard_lists import list_shards
-from nvlm_train.data.plan.sources import Source, unusable_kinds
-from nvlm_train.data.shards.fields import FieldMapping
-from nvlm_train.data.shards.store import build_store
-from nvlm_train.data.shards.tar import join_root
+from nvlm_train.data.plan.data_recipe import Blend, list_shards, read_blend
+from nvlm_train.data.plan.sources import Source, open_sources, skipped_share, unusable_kinds
+from nvlm_train.data.shards.store import Store, build_store
 from nvlm_train.doctor.finding import Finding, Findings, error, findings_of, ok, warning
 from nvlm_train.doctor.storage import gigabytes
 from nvlm_train.errors import ConfigError, NvlmError, ShardError
@@ -57,7 +53,8 @@ def check_shards(recipe: Recipe) -> Findings:
     """Checks that every shard of every scheduled stage exists, and was indexed after it was written."""
     for blend in dict.fromkeys(recipe.stages[name].blend for name in recipe.schedule):
         try:
-            found = _listed(blend, recipe.loader)
+            store = build_store(recipe.loader)
+            found = _listed(blend, store)
         except ConfigError as problems:
             for problem in problems.problems:
                 yield error("shards", problem, "correct the data recipe")
@@ -65,26 +62,25 @@ def check_shards(recipe: Recipe) -> Findings:
         except ShardError as problem:
             yield error("shards", str(problem), "write what is missing, or correct the data recipe")
             continue
-        yield from _shards(found, recipe.loader)
+        yield from _shards(found, store, IndexFiles(recipe.loader.index_dir))
 
 
-def _listed(blend: str, loader: LoaderConfig) -> Blend:
+def _listed(blend: str, store: Store) -> Blend:
     """Reads a blend and the manifests that it names.
 
     Raises:
         ConfigError: the blend is wrong.
         ShardError: a manifest is missing or damaged.
     """
-    return list_shards(read_blend(blend, str(data_recipes_dir())), loader.data_root)
+    return list_shards(read_blend(blend, str(data_recipes_dir())), store)
 
 
-def _shards(blend: Blend, loader: LoaderConfig) -> Findings:
+def _shards(blend: Blend, store: Store, files: IndexFiles) -> Findings:
     states: Counter[str] = Counter()
-    data_root, files, store = loader.data_root, IndexFiles(loader.index_dir), build_store(loader)
     total = unindexed = 0
-    for path, fields in _paths(blend.sources, data_root):
+    for name, fields in ((name, each.fields) for each in blend.sources for name in each.shards):
         try:
-            shard = store.open(path)
+            shard = store.open(name)
             size, state = shard.stamp().size, index_state(shard, files, fields)
         except ShardError as problem:
             yield error("shards", str(problem), "correct the data recipe")
@@ -92,8 +88,8 @@ def _shards(blend: Blend, loader: LoaderConfig) -> Findings:
         except OSError as problem:
             yield error(
                 "shards",
-                f"blend={blend.name}: {path}: {problem.strerror or problem}",
-                f"set loader.data_root (now {data_root}), or write the shard with `nvlm data prepare`",
+                f"blend={blend.name}: {store.path(name)}: {problem.strerror or problem}",
+                f"set loader.data_root (now {store.root}), or write the shard with `nvlm data prepare`",
             )
             continue
         states[state] += 1
@@ -112,12 +108,6 @@ def _shards(blend: Blend, loader: LoaderConfig) -> Findings:
     )
 
 
-def _paths(sources: tuple[SourceConfig, ...], data_root: str) -> Iterator[tuple[str, FieldMapping]]:
-    for source in sources:
-        for name in source.shards:
-            yield join_root(data_root, name), source.fields
-
-
 def check_labels(recipe: Recipe, shards_read: int | None) -> Findings:
     """Reports the shares of trained tokens and unusable samples, stage by stage. Makes missing indexes.
 
@@ -128,12 +118,10 @@ def check_labels(recipe: Recipe, shards_read: int | None) -> Findings:
     for name in recipe.schedule:
         stage = recipe.stages[name]
         try:
-            loader = recipe.loader
-            blend = _first_shards(_listed(stage.blend, loader), shards_read)
+            store = build_store(recipe.loader)
+            blend = _first_shards(_listed(stage.blend, store), shards_read)
             encoder = build_encoder(stage, recipe)
-            sources = open_sources(
-                blend, loader.data_root, encoder, loader.index_dir, build_store(loader)
-            )
+            sources = open_sources(blend, store, encoder, recipe.loader.index_dir)
         except NvlmError as problem:
             yield error("labels", f"stage {name}: {problem}", "see the lines above")
             continue
@@ -164,8 +152,7 @@ def _coverage(stage: str, source: Source) -> Finding:
 
 def _skipped(stage: str, sources: list[Source], tolerance: float) -> Finding:
     """Reports the share of unusable samples among those drawn, which training compares as well."""
-    total = sum(source.weight for source in sources)
-    share = sum(s.weight / total * s.num_unusable / s.num_samples for s in sources)
+    share = skipped_share(sources)
     text = f"stage {stage}: {share:.2%} of the samples drawn cannot be used (tolerance {tolerance:.2%})"
     if share <= tolerance:
         return ok("labels", text)

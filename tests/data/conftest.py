@@ -1,4 +1,4 @@
-"""Fixtures: a tiny byte-level tokenizer, pictures made on the spot, and shards of them."""
+"""Fixtures: a tiny byte-level tokenizer, images made on the spot, and shards of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from nvlm_train.config.schema import BatchConfig, TilingConfig, TokenizerConfig
-from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
 from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import Sample, write_shards
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
@@ -69,8 +70,8 @@ def make_encoder(tokenizer: Tokenizer) -> Callable[..., SampleEncoder]:
     return make
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth colourful picture."""
+def draw_image(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth colourful image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -106,12 +107,12 @@ def mixed_samples(count: int, prefix: str, seed: int = 0) -> list[Sample]:
         question, answer = "what? " * (1 + number % 5), f"a{number} " * (1 + number % 3)
         images: list[tuple[str, bytes]] = []
         if number % 4 == 1:
-            images = [("jpg", encoded(picture(20, 20, seed + number), "JPEG"))]
+            images = [("jpg", encoded(draw_image(20, 20, seed + number), "JPEG"))]
         elif number % 4 == 2:
-            images = [("png", encoded(picture(96, 40, seed + number), "PNG"))]
+            images = [("png", encoded(draw_image(96, 40, seed + number), "PNG"))]
         elif number % 4 == 3:
             images = [
-                (f"{i}.jpg", encoded(picture(64 + 40 * i, 33, seed + number + i), "JPEG"))
+                (f"{i}.jpg", encoded(draw_image(64 + 40 * i, 33, seed + number + i), "JPEG"))
                 for i in range(2)
             ]
         samples.append((key, chat(question, answer), images))
@@ -144,6 +145,8 @@ def make_plan(
 
     def make(batch: BatchConfig, seed: int = 7) -> DataPlan:
         encoder = make_encoder()
-        return DataPlan(open_sources(BLEND, str(data_root), encoder), batch, LENGTH, seed, 0.0)
+        return DataPlan(
+            open_sources(BLEND, Store(str(data_root)), encoder), batch, LENGTH, seed, 0.0
+        )
 
     return make

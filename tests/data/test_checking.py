@@ -18,7 +18,7 @@ from nvlm_train.cli import main
 from nvlm_train.data.checking.duplicates import DuplicateTables, differing_bits
 from nvlm_train.data.checking.findings import Findings
 from nvlm_train.data.checking.fingerprints import hash_parts, split_words, text_grams
-from nvlm_train.data.checking.shard import ShardPrints
+from nvlm_train.data.checking.shard import ImagePrint, ShardPrints
 from nvlm_train.data.checking.spill import SpilledTable
 from nvlm_train.data.prepare.write import prepare_shards
 from nvlm_train.data.shards.tar import Sample
@@ -29,12 +29,12 @@ _SENTENCE = "the quick brown fox jumps over a lazy dog while seven owls watch fr
 
 
 def photo(seed: int, size: int = 96) -> Image.Image:
-    """A picture with structure that no other seed has."""
+    """An image with structure that no other seed has."""
     coarse = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def picture_sample(key: str, seed: int, question: str = "") -> Sample:
+def image_sample(key: str, seed: int, question: str = "") -> Sample:
     return (
         key,
         chat(f"<image>{question or key}", f"a{seed}"),
@@ -59,7 +59,7 @@ def examples(found: dict[str, Any], kind: str) -> list[tuple[str, str]]:
 
 
 def test_sound_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tars = [write(tmp_path, name, *(picture_sample(f"{name}{n}", 10 * i + n) for n in range(4)))
+    tars = [write(tmp_path, name, *(image_sample(f"{name}{n}", 10 * i + n) for n in range(4)))
             for i, name in enumerate("ab")]  # fmt: skip
     code, found = check(tmp_path, *tars)
     assert (code, found["kinds"]) == (0, {})
@@ -68,8 +68,8 @@ def test_sound_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = write(tmp_path, "good", picture_sample("g", 1))
-    torn = Path(write(tmp_path, "torn", picture_sample("t", 2), picture_sample("u", 3)))
+    good = write(tmp_path, "good", image_sample("g", 1))
+    torn = Path(write(tmp_path, "torn", image_sample("t", 2), image_sample("u", 3)))
     torn.write_bytes(torn.read_bytes()[:-12_000])
     link = tmp_path / "link.tar"
     with tarfile.open(link, "w") as tar:
@@ -80,7 +80,7 @@ def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = write(
         tmp_path, "bad",
         ("cut", chat("<image>?", "a"), [("jpg", whole[:-60])]),
-        ("noise", chat("<image>?", "b"), [("jpg", b"not a picture")]),
+        ("noise", chat("<image>?", "b"), [("jpg", b"not an image")]),
         ("marker", chat("<image><image>?", "c"), [("png", encoded(photo(5), "PNG"))]),
         ("mute", {"messages": [{"role": "user", "content": "hi"}]}, []),
         ("odd", {"nothing": 1}, [("png", encoded(photo(6), "PNG"))]),
@@ -108,12 +108,12 @@ def test_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_duplicates_across_shards(tmp_path: Path) -> None:
     first = write(
-        tmp_path, "a", picture_sample("one", 1, "What is it?"), picture_sample("two", 2),
+        tmp_path, "a", image_sample("one", 1, "What is it?"), image_sample("two", 2),
         ("chat", chat("Say  hello, please!", "Hello."), []),
     )  # fmt: skip
-    same = ("again", *picture_sample("one", 1, "What is it?")[1:])
+    same = ("again", *image_sample("one", 1, "What is it?")[1:])
     second = write(
-        tmp_path, "b", same, picture_sample("other_question", 1, "Which colours?"),
+        tmp_path, "b", same, image_sample("other_question", 1, "Which colours?"),
         ("shout", chat("say hello PLEASE", "hello"), []),
     )  # fmt: skip
     code, found = check(tmp_path, first, second)
@@ -122,7 +122,7 @@ def test_duplicates_across_shards(tmp_path: Path) -> None:
     assert examples(found, "near-duplicate sample") == [
         ("shout", f"has the words of chat in {first}")
     ]
-    # The same picture under another question is how VQA sets are made: counted, not found.
+    # The same image under another question is how VQA sets are made: counted, not found.
     assert found["shared_images"] == 2
     ignoring = ["--ignore", "duplicate sample", "--ignore", "near-duplicate sample"]
     assert check(tmp_path, first, second, *ignoring)[0] == 0
@@ -131,7 +131,7 @@ def test_duplicates_across_shards(tmp_path: Path) -> None:
 def test_near_duplicate_images(tmp_path: Path) -> None:
     resized = encoded(photo(7).resize((60, 60)), "JPEG", quality=70)
     tar = write(
-        tmp_path, "a", picture_sample("whole", 7), picture_sample("else", 8),
+        tmp_path, "a", image_sample("whole", 7), image_sample("else", 8),
         ("small", chat("<image>what?", "x"), [("jpg", resized)]),
     )  # fmt: skip
     code, found = check(tmp_path, tar, "--image-distance", "7")
@@ -163,11 +163,11 @@ def test_evaluation_material(tmp_path: Path, form: str) -> None:
     )
     bigger = encoded(photo(21, 97), "JPEG", quality=90)
     tar = write(
-        tmp_path, "train", picture_sample("same", 20, "Other words."),
+        tmp_path, "train", image_sample("same", 20, "Other words."),
         ("similar", chat("<image>Describe.", "x"), [("jpg", bigger)]),
         ("text", chat("Continue", f"... {_SENTENCE.upper()}, and so on"), []),
         ("short", chat("the quick brown fox jumps", "over"), []),
-        picture_sample("free", 22),
+        image_sample("free", 22),
     )  # fmt: skip
     code, found = check(tmp_path, tar, "--against", against, "--image-distance", "7")
     assert code == 1
@@ -259,7 +259,7 @@ def test_near_images_are_all_found(
     """The parts of the hashes lead to the same images as comparing all pairs."""
     for index, bits in changes:
         hashes = [*hashes, hashes[index % len(hashes)] ^ sum(1 << bit for bit in bits)]
-    prints = ShardPrints(images=[(n + 1, each, n) for n, each in enumerate(hashes)])
+    prints = ShardPrints(images=[ImagePrint(n + 1, each, n) for n, each in enumerate(hashes)])
     tables = DuplicateTables(tmp_path_factory.mktemp("near"), distance)
     tables.add(prints, 0)
     found = Findings()
@@ -276,11 +276,12 @@ def test_near_images_are_all_found(
 def test_changes_spread_over_the_hash_are_found(tmp_path: Path, distance: int) -> None:
     """The worst case: every part of the hash but one has changed."""
     parts = distance + 1
-    images = []
+    images: list[ImagePrint] = []
     for n in range(parts):
         kept = [64 * part // parts for part in range(parts) if part != n]
         base = hash_parts(b"base", bytes([n]))
-        images += [(2 * n, base, 2 * n), (2 * n + 1, base ^ sum(1 << b for b in kept), 2 * n + 1)]
+        near = base ^ sum(1 << b for b in kept)
+        images += [ImagePrint(2 * n, base, 2 * n), ImagePrint(2 * n + 1, near, 2 * n + 1)]
     tables, found = DuplicateTables(tmp_path, distance), Findings()
     tables.add(ShardPrints(images=images), 0)
     tables.report(found, lambda place: ("s", str(place)))
@@ -321,7 +322,7 @@ def test_words_and_their_runs() -> None:
 
 
 def test_images_of_other_kinds(tmp_path: Path) -> None:
-    """Grey, transparent and palette pictures have looks, too."""
+    """Grey, transparent and palette images have looks, too."""
     samples = []
     for n, mode in enumerate(("L", "RGBA", "P")):
         stream = io.BytesIO()

@@ -87,7 +87,7 @@ CASES: dict[str, Make] = {
 
 
 def in_pillow(data: bytes) -> Image.Image:
-    """The upright picture on white, by Pillow alone."""
+    """The upright image on white, by Pillow alone."""
     image = Image.open(io.BytesIO(data))
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):

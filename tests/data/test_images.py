@@ -1,4 +1,4 @@
-"""Decoding: every kind of picture, every way to be broken, and pixels against Pillow's."""
+"""Decoding: every kind of image, every way to be broken, and pixels against Pillow's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from nvlm_train.data.images import cut_tiles, decode_image, read_size
-from tests.data.conftest import encoded, picture, resized
+from tests.data.conftest import draw_image, encoded, resized
 
 LIMIT = 1_000_000
 
@@ -27,7 +27,7 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 def test_exif_rotation(image_format: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(picture(40, 24), image_format, exif=exif)
+    data = encoded(draw_image(40, 24), image_format, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     image = decode_image(data, LIMIT)
     assert read_size(data) == upright.size == (image.shape[2], image.shape[1])
@@ -36,14 +36,14 @@ def test_exif_rotation(image_format: str, orientation: int) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
 def test_colour_modes(mode: str) -> None:
-    image = picture(30, 20).convert(mode)
+    image = draw_image(30, 20).convert(mode)
     data = encoded(image, "TIFF")
     assert torch.equal(decode_image(data, LIMIT), pixels_of(image.convert("RGB")))
 
 
 def test_cmyk_and_grey_jpeg() -> None:
     for mode in ("CMYK", "L"):
-        data = encoded(picture(30, 20).convert(mode), "JPEG", quality=95)
+        data = encoded(draw_image(30, 20).convert(mode), "JPEG", quality=95)
         expected = pixels_of(Image.open(io.BytesIO(data)).convert("RGB"))
         assert (decode_image(data, LIMIT).int() - expected.int()).abs().max() <= 2
 
@@ -80,20 +80,20 @@ def test_bomb_is_refused_before_it_is_decoded() -> None:
 
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.9, 0.999])
 def test_truncated_jpeg(kept: float) -> None:
-    data = encoded(picture(200, 200), "JPEG", quality=95)
+    data = encoded(draw_image(200, 200), "JPEG", quality=95)
     with pytest.raises(ValueError, match="image cannot be read: "):
         decode_image(data[: int(len(data) * kept)], LIMIT)
 
 
 def test_truncated_jpeg_says_so() -> None:
-    data = encoded(picture(200, 200), "JPEG")
+    data = encoded(draw_image(200, 200), "JPEG")
     with pytest.raises(ValueError, match="image cannot be read: Premature end of JPEG file"):
         decode_image(data[:-40], LIMIT)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_truncated_other_formats(image_format: str) -> None:
-    data = encoded(picture(120, 120), image_format)
+    data = encoded(draw_image(120, 120), image_format)
     with pytest.raises(ValueError, match="image cannot be read: "):
         decode_image(data[: len(data) // 2], LIMIT)
 
@@ -107,7 +107,7 @@ def test_truncated_other_formats(image_format: str) -> None:
 def test_damaged_files_decode_or_raise_value_error(
     image_format: str, edits: list[tuple[float, int]], kept: float
 ) -> None:
-    data = bytearray(encoded(picture(24, 24), image_format))
+    data = bytearray(encoded(draw_image(24, 24), image_format))
     for where, value in edits:
         data[int(where * (len(data) - 1))] = value
     damaged = bytes(data[: max(1, int(len(data) * kept))])
@@ -124,7 +124,7 @@ def test_other_formats_are_not_even_tried() -> None:
 
 
 def test_tiles_are_pillows_within_two_levels() -> None:
-    source = picture(517, 301)
+    source = draw_image(517, 301)
     image = decode_image(encoded(source, "PNG"), LIMIT)
     tiles = cut_tiles(image, (3, 2), 7, 64)
     whole = pixels_of(resized(source, (192, 128))).int()
@@ -153,7 +153,7 @@ SHAPES = [
 def grainy(width: int, height: int) -> Image.Image:
     """Like a photograph at high sensitivity: a smooth scene under noise that resizing has to average."""
     noise = np.random.default_rng(5).normal(0, 40, (height, width, 3))
-    smooth = np.asarray(picture(width, height)).astype(np.float64)
+    smooth = np.asarray(draw_image(width, height)).astype(np.float64)
     return Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
 
 

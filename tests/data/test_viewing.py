@@ -24,17 +24,17 @@ from nvlm_train.data.viewing.steps import view_step
 from nvlm_train.data.viewing.token_runs import read_tokens, token_runs
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
-from tests.data.conftest import SLOTS, chat, encoded, picture
+from tests.data.conftest import SLOTS, chat, draw_image, encoded
 from tests.train.smoke import make_smoke_data, overrides, smoke_recipe
 
 
 class _Page(HTMLParser):
-    """Counts classes, collects pictures, and notes tags that were closed in the wrong order."""
+    """Counts classes, collects images, and notes tags that were closed in the wrong order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.classes: list[str] = []
-        self.pictures: list[str] = []
+        self.images: list[str] = []
         self.links: list[str] = []
         self.open: list[str] = []
         self.feed(text)
@@ -45,7 +45,7 @@ class _Page(HTMLParser):
         self.classes += (values.get("class") or "").split()
         self.links += [values[name] or "" for name in ("src", "href") if name in values]
         if tag == "img":
-            self.pictures.append(values["src"] or "")
+            self.images.append(values["src"] or "")
         if tag not in ("img", "meta", "br"):
             self.open.append(tag)
 
@@ -77,7 +77,7 @@ def test_trained_tokens_are_those_that_labels_ask_for(
     slots = [run for run in runs if run.role == "image"]
     assert [run.tile for run in slots] == [0, 1, 2, 3]
     assert all(len(run.tokens) == SLOTS for run in slots)
-    assert all(run.view == (0, 0) for run in runs)
+    assert all(run.span == (0, 0) for run in runs)
 
 
 def test_cross_views_by_token(
@@ -87,10 +87,10 @@ def test_cross_views_by_token(
     encoder = make_encoder(routes=ROUTES["x"])
     record = json.dumps(chat("<image> q", "a")).encode()
     runs = token_runs(encoder.encode("k", record, [(64, 32)]), tokenizer)
-    views = {run.text: run.view for run in runs}
-    assert views["<tile_1>"] == (0, 1) and views["<tile_2>"] == (1, 2)
-    assert views["<tile_global_thumbnail>"] == (2, 3)
-    assert runs[0].view == (0, 0) and runs[-1].view == (0, 3)
+    spans = {run.text: run.span for run in runs}
+    assert spans["<tile_1>"] == (0, 1) and spans["<tile_2>"] == (1, 2)
+    assert spans["<tile_global_thumbnail>"] == (2, 3)
+    assert runs[0].span == (0, 0) and runs[-1].span == (0, 3)
 
 
 @pytest.mark.parametrize("text", ["naïve Größe", "日本語 \U0001f600!", " two  spaces\n\ttab", "a"])
@@ -116,7 +116,7 @@ def test_page_of_a_source(root: Path, tmp_path: Path, architecture: str) -> None
 
 def test_tiles_on_the_page_are_the_models(root: Path, tmp_path: Path) -> None:
     """Small tiles are stored without loss, so they can be compared."""
-    data = encoded(picture(70, 33, 5), "PNG")
+    data = encoded(draw_image(70, 33, 5), "PNG")
     prepare_shards([("one", chat("<image>?", "a"), [("png", data)])], str(tmp_path), "one")
     (tmp_path / "one.yaml").write_text("sources: [{name: one, shards: one.manifest.json}]")
     more = (f"stages.sft.blend={tmp_path}/one.yaml", f"loader.data_root={tmp_path}")
@@ -125,11 +125,11 @@ def test_tiles_on_the_page_are_the_models(root: Path, tmp_path: Path) -> None:
     recipe = smoke_recipe(root, tmp_path)
     edge = recipe.model.vision.tile_size
     tiles = cut_tiles(decode_image(data, 10**6), (2, 1), 3, edge).permute(0, 2, 3, 1).numpy()
-    pictures = [
+    found = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
-        for source in _Page(out.read_text()).pictures[:3]
+        for source in _Page(out.read_text()).images[:3]
     ]
-    assert all(np.array_equal(a, b) for a, b in zip(pictures, tiles, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(found, tiles, strict=True))
 
 
 def test_page_of_a_step(root: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_places_in_packs_are_the_batchs(root: Path, tmp_path: Path) -> None:
 
 
 def test_unusable_and_damaged_samples_are_shown(root: Path, tmp_path: Path) -> None:
-    whole = encoded(picture(64, 64), "JPEG")
+    whole = encoded(draw_image(64, 64), "JPEG")
     samples = [
         ("cut", chat("<image>?", "a"), [("jpg", whole[:-40])]),
         ("mute", {"messages": [{"role": "user", "content": "<b>hi</b>"}]}, []),

@@ -28,7 +28,8 @@ def sight(name: str, samples: Sequence[Sample], seed: int) -> Tensor:
     pieces_of, images_of = [], []
     for number, (words, sizes) in enumerate(samples):
         record = cross_recipes.record((words, sizes), 10 * seed + number)
-        layout = encoder.layout(encoder.turns("", json.dumps(record).encode(), sizes), sizes, 6)
+        messages = encoder.messages("", json.dumps(record).encode(), sizes)
+        layout = next(encoder.layouts(messages, sizes))
         pieces_of.append([(piece, len(encoder.ids(piece))) for piece in layout.pieces])
         images_of.append(layout.images)
     return dense.allowed_tiles(pieces_of, images_of, cross_recipes.SEQUENCE_LENGTH)

@@ -8,7 +8,7 @@ from nvlm_train.cli.data import check, index, prepare, show, stats
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The commands under `nvlm data`."""
+    """Adds the commands under `nvlm data`."""
     index.add_parser(commands)
     prepare.add_parser(commands)
     show.add_parser(commands)

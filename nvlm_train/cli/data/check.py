@@ -24,7 +24,7 @@ _MAX_IMAGE_PIXELS = 178_956_970
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Arguments of the command."""
+    """Adds the command with its arguments."""
     command = commands.add_parser("check", help="look for damage, duplicates and leaks")
     command.add_argument(
         "what", nargs="*", metavar="KEY=VALUE | SHARDS", help="Hydra overrides, or tars by name"
@@ -71,7 +71,11 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> tuple[list[ShardJob], CheckSettings]:
-    """The shards and how to look at them. Raises ConfigError: everything wrong with the arguments."""
+    """Returns the shards and how to look at them.
+
+    Raises:
+        ConfigError: everything that is wrong with the arguments.
+    """
     from nvlm_train.data.checking.check import CheckSettings
     from nvlm_train.data.checking.evaluation import expand
     from nvlm_train.data.checking.shard import ShardJob
@@ -86,7 +90,7 @@ def _plan(options: argparse.Namespace) -> tuple[list[ShardJob], CheckSettings]:
     if not 0 <= options.image_distance <= _MAX_DISTANCE:
         problems.append(
             f"--image-distance={options.image_distance} must be 0 to {_MAX_DISTANCE}; "
-            "with more, different pictures count as alike"
+            "with more, different images count as alike"
         )
     try:
         against = tuple(expand(options.against))
@@ -114,20 +118,19 @@ def _plan(options: argparse.Namespace) -> tuple[list[ShardJob], CheckSettings]:
 
 
 def _jobs(blend_name: str, loader: LoaderConfig) -> list[ShardJob]:
-    """Every shard of the blend once for each field mapping."""
+    """Returns every shard of the blend once for each field mapping."""
     from nvlm_train.config.paths import data_recipes_dir
     from nvlm_train.data.checking.shard import ShardJob
-    from nvlm_train.data.plan.data_recipe import read_blend
-    from nvlm_train.data.plan.shard_lists import list_shards
-    from nvlm_train.data.shards.tar import join_root
+    from nvlm_train.data.plan.data_recipe import list_shards, read_blend
+    from nvlm_train.data.shards.store import Store
 
-    root = loader.data_root
-    blend = list_shards(read_blend(blend_name, str(data_recipes_dir())), root)
+    store = Store(loader.data_root)
+    blend = list_shards(read_blend(blend_name, str(data_recipes_dir())), store)
     remedies = {
         (name, source.fields): source.remedy for source in blend.sources for name in source.shards
     }
     return [
-        ShardJob(number, name, join_root(root, name), remedy, fields, loader.index_dir)
+        ShardJob(number, name, store.path(name), remedy, fields, loader.index_dir)
         for number, ((name, fields), remedy) in enumerate(remedies.items())
     ]
 
@@ -162,5 +165,5 @@ def _print(findings: Findings, ignored: Collection[str]) -> None:
 
 
 def _rest(reason: str, kind: str) -> str:
-    """The reason without the kind that stands in the first column."""
+    """Returns the reason without the kind, which stands in the first column."""
     return reason.removeprefix(f"{kind}: ")

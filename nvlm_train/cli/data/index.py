@@ -19,10 +19,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Arguments of the command."""
+    """Adds the command with its arguments."""
     command = commands.add_parser(
         "index",
-        help="offsets, picture sizes and lengths of shards, ahead of training",
+        help="offsets, image sizes and lengths of shards, ahead of training",
         description="Indexes the shards of data recipes. With a recipe's overrides (KEY=VALUE, as "
         "`nvlm train` takes them) also the lengths of every sample under each stage's encoding, "
         "and of stages whose batch.unit is packs the table that finds their steps. Without a data "
@@ -92,7 +92,7 @@ def _patterns(patterns: list[str]) -> list[str]:
 
 
 def _encodings(recipe: Recipe | None) -> dict[str, Encoding]:
-    """Stage -> its encoding."""
+    """Returns the encoding of every scheduled stage."""
     if recipe is None:
         return {}
     from nvlm_train.data.dataset import encoding_spec
@@ -107,28 +107,28 @@ def _encodings(recipe: Recipe | None) -> dict[str, Encoding]:
 def _shards_of_recipes(
     names: list[str], recipe: Recipe | None, root: str, stages: dict[str, Encoding]
 ) -> dict[WantedShard, tuple[int, ...]]:
-    """A shard -> numbers of the encodings under which its lengths are wanted."""
+    """Returns for every shard the numbers of the encodings under which its lengths are wanted."""
     from nvlm_train.config.paths import data_recipes_dir
     from nvlm_train.data.index.build import WantedShard
-    from nvlm_train.data.plan.data_recipe import read_blend
-    from nvlm_train.data.plan.shard_lists import list_shards
-    from nvlm_train.data.shards.tar import join_root
+    from nvlm_train.data.plan.data_recipe import list_shards, read_blend
+    from nvlm_train.data.shards.store import Store
 
     wanted = [(name, tuple(range(len(stages)))) for name in names]
     if recipe and not names:
         wanted = [(recipe.stages[stage].blend, (n,)) for n, stage in enumerate(stages)]
+    store = Store(root)
     found: dict[WantedShard, tuple[int, ...]] = {}
     for name, numbers in wanted:
-        for source in list_shards(read_blend(name, str(data_recipes_dir())), root).sources:
+        for source in list_shards(read_blend(name, str(data_recipes_dir())), store).sources:
             for shard in source.shards:
-                wanted_shard = WantedShard(join_root(root, shard), source.fields)
+                wanted_shard = WantedShard(store.path(shard), source.fields)
                 before = found.get(wanted_shard, ())
                 found[wanted_shard] = tuple(dict.fromkeys((*before, *numbers)))
     return found
 
 
 def _shown(work: Iterable[IndexedShard], total: int) -> Iterator[IndexedShard]:
-    """The same shards, with a bar on a terminal and a line now and then in a log."""
+    """Yields the same shards and shows progress: a bar on a terminal, now and then a line in a log."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -169,7 +169,7 @@ def _say(done: list[IndexedShard], seconds: float) -> None:
 
 
 def _count_packs(recipe: Recipe, num_workers: int) -> None:
-    """Tables of the stages that count packs."""
+    """Fills the tables of the stages that count packs."""
     from nvlm_train.config.paths import data_recipes_dir
     from nvlm_train.data.counting import count_ahead
     from nvlm_train.data.dataset import build_data

@@ -6,19 +6,19 @@ import argparse
 import os
 import sys
 
-from nvlm_train.data.formats import LAYOUTS
+from nvlm_train.data.formats import RAW_FORMATS
 from nvlm_train.errors import ConfigError, ShardError
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Arguments of the command."""
+    """Adds the command with its arguments."""
     command = commands.add_parser(
         "prepare",
         help="raw files to WebDataset shards; run again after a kill to go on",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="formats:\n" + "\n".join(f"  {name:9} {text}" for name, text in LAYOUTS.items()),
+        epilog="formats:\n" + "\n".join(f"  {name:9} {text}" for name, text in RAW_FORMATS.items()),
     )
-    command.add_argument("format", choices=list(LAYOUTS), metavar="FORMAT")
+    command.add_argument("format", choices=list(RAW_FORMATS), metavar="FORMAT")
     command.add_argument("input", nargs="+", metavar="INPUT")
     command.add_argument(
         "--images", default=".", metavar="PLACE", help="where image names start; default: here"
@@ -95,7 +95,7 @@ def _problems(options: argparse.Namespace) -> list[str]:
 
 
 def _fields(pairs: list[str], problems: list[str]) -> dict[str, str | list[str]] | None:
-    """FIELD=PLACE as a mapping; a repeated `image` makes a list."""
+    """Returns the FIELD=PLACE pairs as a mapping; a repeated `image` makes a list."""
     fields: dict[str, str | list[str]] = {}
     images: list[str] = []
     for pair in pairs:

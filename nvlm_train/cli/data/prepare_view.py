@@ -23,12 +23,12 @@ class PrepareView(Protocol):
     """Shows progress as it comes."""
 
     def show(self, progress: PrepareProgress) -> None:
-        """Shows how far it is."""
+        """Shows how far the preparation is."""
 
 
 @contextmanager
 def open_view(name: str) -> Iterator[PrepareView]:
-    """A bar when stderr is a terminal, plain lines otherwise."""
+    """Opens a bar when stderr is a terminal, plain lines otherwise."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _PlainLines(name)
@@ -41,9 +41,9 @@ def open_view(name: str) -> Iterator[PrepareView]:
 
 
 def summary(progress: PrepareProgress) -> str:
-    """Shards, bytes and bad entries in one short line.
+    """Returns shards, bytes and bad entries in one short line.
 
-    >>> summary(PrepareProgress(9, 4, 5, 2, 1, 2_500_000, 0))
+    >>> summary(PrepareProgress(9, 4, 5, 2, 2_500_000, 0))
     '2/5 shards, 2.5 MB'
     """
     bad = f", {progress.num_bad} bad" if progress.num_bad else ""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Arguments of the command."""
+    """Adds the command with its arguments."""
     command = commands.add_parser("show", help="an HTML page of what the model sees")
     command.add_argument(
         "what",
@@ -79,9 +79,10 @@ def _check(options: argparse.Namespace, names: list[str]) -> None:
 
 def _source_page(options: argparse.Namespace, recipe: Recipe, stage: str, name: str) -> str:
     from nvlm_train.config.paths import data_recipes_dir
-    from nvlm_train.data.dataset import build_encoder, open_sources
-    from nvlm_train.data.plan.data_recipe import read_blend
-    from nvlm_train.data.plan.shard_lists import list_shards
+    from nvlm_train.data.dataset import build_encoder
+    from nvlm_train.data.plan.data_recipe import list_shards, read_blend
+    from nvlm_train.data.plan.sources import open_sources
+    from nvlm_train.data.shards.store import Store
     from nvlm_train.data.viewing.page import source_page
     from nvlm_train.data.viewing.samples import view_source
 
@@ -91,9 +92,8 @@ def _source_page(options: argparse.Namespace, recipe: Recipe, stage: str, name: 
         raise ConfigError([f"source={name}: blend={blend.name} has {', '.join(names)}"])
     encoder = build_encoder(recipe.stages[stage], recipe)
     only = replace(blend, sources=tuple(each for each in blend.sources if each.name == name))
-    loader = recipe.loader
-    listed = list_shards(only, loader.data_root)
-    (source,) = open_sources(listed, loader.data_root, encoder, loader.index_dir)
+    store = Store(recipe.loader.data_root)
+    (source,) = open_sources(list_shards(only, store), store, encoder, recipe.loader.index_dir)
     views = view_source(source, options.key, options.samples, encoder)
     return source_page(_context(options, recipe, stage, names), name, views)
 

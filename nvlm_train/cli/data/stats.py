@@ -22,7 +22,7 @@ _BAR = 12
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Arguments of the command."""
+    """Adds the command with its arguments."""
     command = commands.add_parser("stats", help="a stage's blend in numbers")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     command.add_argument("--stage", help="default: the schedule's last")
@@ -79,7 +79,7 @@ def stats(options: argparse.Namespace) -> int:
 
 
 def _held_table(found: BlendStatistics, tasks: Mapping[str, str], sequence_length: int) -> Table:
-    """What the shards hold, by task where the data recipe names tasks."""
+    """Returns a table of what the shards hold, by task where the data recipe names tasks."""
     table = _table("What the sources hold")
     table.add_column("source", no_wrap=True)
     for heading in ("samples", "unusable", "cut", "tokens", "trained", "tiles"):
@@ -106,7 +106,7 @@ def _held_table(found: BlendStatistics, tasks: Mapping[str, str], sequence_lengt
 
 
 def _drawn_table(found: BlendStatistics) -> Table:
-    """What the steps draw."""
+    """Returns a table of what the steps draw."""
     table = _table(f"What steps 0 to {found.num_steps - 1:,} draw")
     table.add_column("source", no_wrap=True)
     for heading in ("asked", "samples", "tokens", "trained", "tiles"):
@@ -151,7 +151,7 @@ def _summary(found: BlendStatistics, stage: StageConfig) -> str:
 
 
 def sparkline(counts: Sequence[int]) -> str:
-    """Counts as one line of bars; whatever is not zero shows.
+    """Returns the counts as one line of bars; whatever is not zero shows.
 
     >>> sparkline([0, 1, 50, 100])
     ' ▁▄█'

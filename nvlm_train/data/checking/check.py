@@ -28,10 +28,10 @@ _OPEN_INDEXES = 32
 
 @dataclass(frozen=True)
 class CheckSettings:
-    """What a check needs besides the shards."""
+    """Everything that a check needs besides the shards."""
 
     recipe: Recipe | None
-    """None where shards are given by name."""
+    """The recipe whose stage is checked; None where shards are given by name."""
     stage: str
     max_image_pixels: int
     image_distance: int
@@ -49,7 +49,7 @@ class _ShardReport:
 
 
 class _Worker:
-    """What one process keeps between shards."""
+    """The state that one process keeps between shards."""
 
     def __init__(self, settings: CheckSettings, evaluation: EvaluationPrints) -> None:
         import torch
@@ -64,7 +64,7 @@ class _Worker:
     def check(self, job: ShardJob) -> _ShardReport:
         findings, prints = self._checker.check(job)
         leaks = find_leaks(prints, self._evaluation, self._distance)
-        prints.grams.clear()  # only evaluation material needs them
+        prints.texts.clear()  # only evaluation material needs them
         return _ShardReport(findings, prints, leaks)
 
 
@@ -114,7 +114,7 @@ def run_check(
 def _reports(
     jobs: Sequence[ShardJob], settings: CheckSettings, evaluation: EvaluationPrints
 ) -> Iterator[Iterator[_ShardReport]]:
-    """Reports in the order of the jobs, so that the same data gives the same examples."""
+    """Yields the reports in the order of the jobs, so that the same data gives the same examples."""
     worker = _Worker(settings, evaluation)  # what is wrong with the recipe is raised here
     if settings.workers == 1:
         yield map(worker.check, jobs)

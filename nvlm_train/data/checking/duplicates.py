@@ -17,16 +17,16 @@ SAME_WORDS = "near-duplicate sample"
 SAME_LOOKS = "near-duplicate image"
 
 Describe = Callable[[int], tuple[str, str]]
-"""A place's (shard, key)."""
+"""Returns the (shard, key) of a place."""
 
 
 def places(rows: list[int], shard: int) -> NDArray[np.int64]:
-    """(shard, row) as one number."""
+    """Returns every (shard, row) as one number, a place."""
     return np.array(rows, dtype=np.int64) | (np.int64(shard) << 32)
 
 
 def differing_bits(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """How many of the 64 bits differ: int64, broadcast like `a ^ b`."""
+    """Counts how many of the 64 bits differ: int64, broadcast like `a ^ b`."""
     # A table of 16-bit words: numpy counts bits itself only from version 2 on.
     words = np.ascontiguousarray(a ^ b)[..., None].view(np.uint16)
     bits: NDArray[np.int64] = _BITS[words].sum(axis=-1, dtype=np.int64)
@@ -37,7 +37,7 @@ _BITS = np.array([number.bit_count() for number in range(1 << 16)], dtype=np.uin
 
 
 class DuplicateTables:
-    """Hashes of all training samples, on disk, and what they have in common.
+    """Keeps the hashes of all training samples on disk and finds what they have in common.
 
     Near-duplicate images are pairs whose perceptual hashes differ in at most `distance` bits. Split
     into distance + 1 parts, such hashes agree in one part at least: only those are compared.
@@ -52,20 +52,21 @@ class DuplicateTables:
         self._flagged = SpilledTable(directory, "flagged")
 
     def add(self, prints: ShardPrints, shard: int) -> None:
-        """One shard's hashes."""
-        exact, rows = _columns(prints.exact)
-        near, _ = _columns(prints.near)
-        self._exact.add(exact, places(rows, shard))
-        self._near.add(near, places(rows, shard), value=exact)
-        content = np.array([each[0] for each in prints.images], dtype=np.uint64)
-        looks = np.array([each[1] for each in prints.images], dtype=np.uint64)
-        where = places([each[2] for each in prints.images], shard)
+        """Adds the hashes of one shard."""
+        exact = np.array([each.hash for each in prints.exact], dtype=np.uint64)
+        near = np.array([each.hash for each in prints.near], dtype=np.uint64)
+        samples = places([each.row for each in prints.exact], shard)
+        self._exact.add(exact, samples)
+        self._near.add(near, samples, value=exact)
+        content = np.array([each.content for each in prints.images], dtype=np.uint64)
+        looks = np.array([each.looks for each in prints.images], dtype=np.uint64)
+        where = places([each.row for each in prints.images], shard)
         self._images.add(content, where)
         for number in range(self._distance + 1):
             self._parts.add(self._part(looks, number), where, value=looks, other=content)
 
     def report(self, findings: Findings, describe: Describe) -> None:
-        """Adds what was found."""
+        """Adds what was found to the findings."""
         for group in self._exact.groups():
             pairs = ((int(place), int(group["place"][0])) for place in group["place"][1:])
             findings.add(SAME, len(group) - 1, _examples(pairs, "equals", describe))
@@ -80,7 +81,7 @@ class DuplicateTables:
         self._report_looks(findings, describe)
 
     def _report_looks(self, findings: Findings, describe: Describe) -> None:
-        """Every image that looks like another, counted once however many it looks like."""
+        """Adds every image that looks like another, counted once however many it looks like."""
         shown: dict[int, Example] = {}
         for rows in self._parts.buckets():
             files = _different_files(rows)
@@ -99,7 +100,7 @@ class DuplicateTables:
         findings.add(SAME_LOOKS, count, shown.values())
 
     def _part(self, looks: NDArray[np.uint64], number: int) -> NDArray[np.uint64]:
-        """Part `number` of each hash, with the number in it."""
+        """Returns part `number` of each hash, with the number in it."""
         count = self._distance + 1
         low, high = 64 * number // count, 64 * (number + 1) // count
         part = (looks >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
@@ -111,7 +112,7 @@ class DuplicateTables:
 def close_rows(
     files: NDArray[np.void], distance: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows that look like an earlier one of their key, and which one: two int64 [found].
+    """Finds rows that look like an earlier one of their key, and which one: two int64 [found].
 
     `files` are sorted by key and place. All pairs (i, i + 1) are compared at once, then all
     (i, i + 2), until no two rows so far apart share a key.
@@ -132,7 +133,7 @@ def close_rows(
 
 
 def _different_files(rows: NDArray[np.void]) -> NDArray[np.void]:
-    """Of rows with equal key and content the first: copies of a file are no near-duplicates."""
+    """Returns the first of the rows with equal key and content: copies are no near-duplicates."""
     order = np.lexsort((rows["place"], rows["other"], rows["key"]))
     ordered = rows[order]
     is_first = np.append(
@@ -142,10 +143,6 @@ def _different_files(rows: NDArray[np.void]) -> NDArray[np.void]:
     )
     kept: NDArray[np.void] = rows[np.sort(order[is_first])]
     return kept
-
-
-def _columns(pairs: list[tuple[int, int]]) -> tuple[NDArray[np.uint64], list[int]]:
-    return np.array([each[0] for each in pairs], dtype=np.uint64), [each[1] for each in pairs]
 
 
 def _examples(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,17 @@ from nvlm_train.data.checking.fingerprints import (
     sample_texts,
     text_grams,
 )
-from nvlm_train.data.checking.shard import ShardChecker, ShardJob, ShardPrints
+from nvlm_train.data.checking.shard import (
+    ImagePrint,
+    ShardChecker,
+    ShardJob,
+    ShardPrints,
+    TextPrint,
+)
 from nvlm_train.data.checking.spill import SpilledTable
 from nvlm_train.data.images import decode_image
 from nvlm_train.data.index.shard_index import load_index
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.records import read_messages
 from nvlm_train.data.shards.store import DIRECT
 from nvlm_train.errors import SampleError, ShardError
 
@@ -39,31 +45,47 @@ _PAIRS = 1 << 22
 
 @dataclass(frozen=True)
 class EvaluationPrints:
-    """Hashes of all evaluation samples, each with its owner: an index into `labels`."""
+    """The hashes of all evaluation samples, each with its owner: an index into `labels`."""
 
     labels: tuple[str, ...]
     images: NDArray[np.uint64]
-    """Of bytes, ascending."""
+    """Hashes of the bytes, ascending."""
     image_owners: NDArray[np.int64]
     looks: NDArray[np.uint64]
-    """Perceptual ones, in the order of `images`."""
+    """Perceptual hashes, in the order of `images`."""
     grams: NDArray[np.uint64]
-    """Of runs of words, ascending and different."""
+    """Hashes of runs of words, ascending and different."""
     gram_owners: NDArray[np.int64]
+
+
+class LeakedImage(NamedTuple):
+    """A training row that shows an image of evaluation."""
+
+    row: int
+    owner: int
+    is_same_file: bool
+    """Else it only looks like it."""
+
+
+class LeakedGram(NamedTuple):
+    """A training row that holds a run of words of evaluation."""
+
+    row: int
+    owner: int
+    gram: int
+    """The hash of the run of words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Leaks:
-    """Training rows of one shard that hold evaluation material: (row, owner, what)."""
+    """The training rows of one shard that hold evaluation material."""
 
-    images: list[tuple[int, int, int]]
-    """`what`: bits that differ, -1 for the same file."""
-    grams: list[tuple[int, int, int]]
-    """`what`: the hash of the run of words."""
+    images: list[LeakedImage]
+    grams: list[LeakedGram]
 
 
 def read_evaluation(paths: Sequence[str], max_image_pixels: int) -> EvaluationPrints:
-    """Hashes of evaluation sets: tars, or JSON Lines whose `image`, `images` lie beside the file.
+    """Hashes evaluation sets: tars, or JSON Lines whose `image`, `images` lie beside the file.
 
     Raises:
         ShardError, SampleError: a file or image that is missing or damaged.
@@ -74,55 +96,55 @@ def read_evaluation(paths: Sequence[str], max_image_pixels: int) -> EvaluationPr
             _read_tar(path, max_image_pixels, prints, labels)
         else:
             _read_lines(path, max_image_pixels, prints, labels)
-    table = np.array(prints.images, dtype=np.uint64).reshape(-1, 3)
-    table = table[np.argsort(table[:, 0], kind="stable")]
+    content = np.array([image.content for image in prints.images], dtype=np.uint64)
+    order = np.argsort(content, kind="stable")
     empty = np.empty(0, dtype=np.uint64)
-    grams = np.concatenate([empty, *(found for found, _ in prints.grams)])
+    grams = np.concatenate([empty, *(text.grams for text in prints.texts)])
     owners = np.repeat(
-        np.array([row for _, row in prints.grams], dtype=np.int64),
-        [len(found) for found, _ in prints.grams],
+        np.array([text.row for text in prints.texts], dtype=np.int64),
+        [len(text.grams) for text in prints.texts],
     )
     different, first = np.unique(grams, return_index=True)
     return EvaluationPrints(
         labels=tuple(labels),
-        images=table[:, 0],
-        image_owners=table[:, 2].astype(np.int64),
-        looks=table[:, 1],
+        images=content[order],
+        image_owners=np.array([image.row for image in prints.images], dtype=np.int64)[order],
+        looks=np.array([image.looks for image in prints.images], dtype=np.uint64)[order],
         grams=different,
         gram_owners=owners[first],
     )
 
 
 def find_leaks(prints: ShardPrints, evaluation: EvaluationPrints, distance: int) -> Leaks:
-    """What of the evaluation sets a shard holds."""
-    images: list[tuple[int, int, int]] = []
+    """Finds what a shard holds of the evaluation sets."""
+    images: list[LeakedImage] = []
     chunk = max(1, _PAIRS // max(1, len(evaluation.looks)))
     for start in range(0, len(prints.images) if len(evaluation.images) else 0, chunk):
         part = prints.images[start : start + chunk]
-        looks = np.array([each[1] for each in part], dtype=np.uint64)
+        looks = np.array([image.looks for image in part], dtype=np.uint64)
         bits = differing_bits(looks[:, None], evaluation.looks[None, :])
-        for (content, _, row), own_bits in zip(part, bits, strict=True):
-            place = int(np.searchsorted(evaluation.images, np.uint64(content)))
+        for image, own_bits in zip(part, bits, strict=True):
+            place = int(np.searchsorted(evaluation.images, np.uint64(image.content)))
             nearest = int(own_bits.argmin())
-            if place < len(evaluation.images) and int(evaluation.images[place]) == content:
-                images.append((row, int(evaluation.image_owners[place]), -1))
+            if place < len(evaluation.images) and int(evaluation.images[place]) == image.content:
+                images.append(LeakedImage(image.row, int(evaluation.image_owners[place]), True))
             elif own_bits[nearest] <= distance:
                 owner = int(evaluation.image_owners[nearest])
-                images.append((row, owner, int(own_bits[nearest])))
-    grams: list[tuple[int, int, int]] = []
-    for found, row in prints.grams:
+                images.append(LeakedImage(image.row, owner, False))
+    grams: list[LeakedGram] = []
+    for text in prints.texts:
         _, own, known = np.intersect1d(
-            found, evaluation.grams, assume_unique=True, return_indices=True
+            text.grams, evaluation.grams, assume_unique=True, return_indices=True
         )
         grams += [
-            (row, int(evaluation.gram_owners[k]), int(found[o]))
+            LeakedGram(text.row, int(evaluation.gram_owners[k]), int(text.grams[o]))
             for o, k in zip(own, known, strict=True)
         ]
     return Leaks(images, grams)
 
 
 class LeakTables:
-    """Leaks of all shards, on disk until it is known which runs of words are common."""
+    """Keeps the leaks of all shards on disk until it is known which runs of words are common."""
 
     def __init__(self, directory: Path, labels: Sequence[str]) -> None:
         self._labels = labels
@@ -131,21 +153,20 @@ class LeakTables:
         self._texts = SpilledTable(directory, "leaked-texts")
 
     def add(self, leaks: Leaks, shard: int) -> None:
-        """One shard's leaks."""
-        for table, rows in ((self._images, leaks.images), (self._grams, leaks.grams)):
-            where = places([row for row, _, _ in rows], shard)
-            owners = np.array([owner for _, owner, _ in rows], dtype=np.uint64)
-            what = np.array([each for _, _, each in rows], dtype=object)
-            numbers = (what % (1 << 64)).astype(np.uint64)
-            if table is self._images:
-                table.add(where.astype(np.uint64), where, value=owners, other=numbers)
-            else:
-                table.add(numbers, where, value=owners)
+        """Adds the leaks of one shard."""
+        where = places([image.row for image in leaks.images], shard)
+        owners = np.array([image.owner for image in leaks.images], dtype=np.uint64)
+        is_same = np.array([image.is_same_file for image in leaks.images], dtype=np.uint64)
+        self._images.add(where.astype(np.uint64), where, value=owners, other=is_same)
+        where = places([gram.row for gram in leaks.grams], shard)
+        owners = np.array([gram.owner for gram in leaks.grams], dtype=np.uint64)
+        grams = np.array([gram.gram for gram in leaks.grams], dtype=np.uint64)
+        self._grams.add(grams, where, value=owners)
 
     def report(self, findings: Findings, describe: Describe) -> None:
-        """Adds what was found."""
+        """Adds what was found to the findings."""
         for rows in self._images.buckets():
-            is_same = rows["other"] == np.uint64((1 << 64) - 1)
+            is_same = rows["other"] == 1
             self._count(findings, SAME_IMAGE, rows[is_same], describe)
             self._count(findings, SIMILAR_IMAGE, rows[~is_same], describe)
         for rows in self._grams.buckets():
@@ -176,8 +197,8 @@ def _read_tar(path: str, max_image_pixels: int, prints: ShardPrints, labels: lis
     offset = len(labels)
     index = load_index(DIRECT.open(path))
     labels += [f"{key} in {path}" for key in index.keys.tolist()]
-    prints.images += [(content, looks, row + offset) for content, looks, row in found.images]
-    prints.grams += [(grams, row + offset) for grams, row in found.grams]
+    prints.images += [image._replace(row=image.row + offset) for image in found.images]
+    prints.texts += [text._replace(row=text.row + offset) for text in found.texts]
 
 
 def _read_lines(path: str, max_image_pixels: int, prints: ShardPrints, labels: list[str]) -> None:
@@ -191,12 +212,12 @@ def _read_lines(path: str, max_image_pixels: int, prints: ShardPrints, labels: l
             for file in files:
                 data = (Path(path).parent / str(file)).read_bytes()
                 looks = perceptual_hash(decode_image(data, max_image_pixels))
-                prints.images.append((hash_parts(data), looks, owner))
+                prints.images.append(ImagePrint(hash_parts(data), looks, owner))
             text = json.dumps(record).encode()
-            turns = read_turns(text, where, len(files), "sft")
+            messages = read_messages(text, where, len(files), "sft")
         except (OSError, ValueError) as error:
             raise SampleError(path, f"line {number}", str(error)) from error
-        prints.grams.append((text_grams(sample_texts(text, turns)), owner))
+        prints.texts.append(TextPrint(text_grams(sample_texts(text, messages)), owner))
 
 
 def _records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -218,7 +239,7 @@ def _object(value: object) -> dict[str, Any]:
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
-    """Paths of brace patterns. Raises ValueError: unbalanced braces."""
+    """Returns the paths of brace patterns. Raises ValueError: unbalanced braces."""
     from nvlm_train.data.shards.tar import expand_pattern
 
     return [path for pattern in patterns for path in expand_pattern(pattern)]

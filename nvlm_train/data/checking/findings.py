@@ -26,24 +26,24 @@ class Kind:
     examples: list[Example] = field(default_factory=list)
 
     def add(self, count: int, examples: Iterable[Example]) -> None:
-        """Counts all, keeps the first few examples."""
+        """Counts all of them and keeps the first few examples."""
         self.count += count
         self.examples += list(examples)[: MAX_EXAMPLES - len(self.examples)]
 
 
 @dataclass(slots=True)
 class Findings:
-    """What is wrong, by kind, and what is only worth knowing."""
+    """Everything that is wrong, by kind, and what is only worth knowing."""
 
     num_shards: int = 0
     num_samples: int = 0
     num_images: int = 0
     kinds: dict[str, Kind] = field(default_factory=dict)
     shared_images: int = 0
-    """Samples whose image file another sample has, too: usual where questions share a picture."""
+    """Samples whose image file another sample has, too: usual where questions share an image."""
 
     def add(self, kind: str, count: int, examples: Iterable[Example]) -> None:
-        """Some more of a kind; nothing where `count` is 0."""
+        """Adds some more of a kind; a count of 0 adds nothing."""
         if count:
             self.kinds.setdefault(kind, Kind()).add(count, examples)
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.messages import Message
 from nvlm_train.errors import NvlmError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _PLAIN_FIELDS = ("question", "answer", "answers", "caption", "text")
 
 
 def split_words(text: str) -> list[str]:
-    """Words in lower case, without punctuation.
+    """Returns the words in lower case, without punctuation.
 
     >>> split_words("What's  THIS, a tile?")
     ['what', 's', 'this', 'a', 'tile']
@@ -45,11 +45,11 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def sample_texts(record: bytes, turns: Sequence[Turn]) -> list[str]:
-    """The record's own texts, one a turn. Prompts that the framework would add are not among them."""
+def sample_texts(record: bytes, messages: Sequence[Message]) -> list[str]:
+    """Returns the record's own texts, one a message, without prompts that the framework would add."""
     fields = json.loads(record)
     if fields.keys() & {"conversations", "messages"}:
-        return [turn.text for turn in turns if turn.role != "system"]
+        return [message.text for message in messages if message.role != "system"]
     values = [fields[name] for name in _PLAIN_FIELDS if name in fields]
     return [
         value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
@@ -58,13 +58,13 @@ def sample_texts(record: bytes, turns: Sequence[Turn]) -> list[str]:
 
 
 def text_grams(texts: Sequence[str]) -> NDArray[np.uint64]:
-    """Hashes of all runs of 13 words inside a text, ascending and different: uint64 [G]."""
+    """Hashes all runs of 13 words inside a text: uint64 [G], ascending and different."""
     found = [_grams(split_words(text)) for text in texts]
     return np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *found]))
 
 
 def hash_parts(*parts: bytes) -> int:
-    """The first 64 bits of a SHA-256 over the parts; where one ends is part of it."""
+    """Returns the first 64 bits of a SHA-256 over the parts and their lengths."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "big"))
@@ -73,7 +73,7 @@ def hash_parts(*parts: bytes) -> int:
 
 
 def perceptual_hash(image_CHW: Tensor) -> int:
-    """64 bits that stay about the same when a picture is resized or compressed again.
+    """Returns 64 bits that stay about the same when an image is resized or compressed again.
 
     pHash: signs of the low frequencies of its brightness, by the `imagehash` library.
 
@@ -86,8 +86,8 @@ def perceptual_hash(image_CHW: Tensor) -> int:
         raise NvlmError(
             "package=ImageHash is not installed; `pip install nvlm-train[check]` brings it"
         ) from error
-    picture = Image.fromarray(np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy()))
-    bits = imagehash.phash(picture).hash
+    image = Image.fromarray(np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy()))
+    bits = imagehash.phash(image).hash
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 

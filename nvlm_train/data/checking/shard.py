@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,8 @@ from nvlm_train.data.index.files import IndexFiles
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import load_index
 from nvlm_train.data.samples.encoder import SampleEncoder
-from nvlm_train.data.samples.messages import Turn
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.messages import Message
+from nvlm_train.data.samples.records import read_messages
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards.store import DIRECT
 from nvlm_train.errors import ShardError
@@ -34,36 +35,60 @@ _NO_LABELS = "every label is masked: the conversation has no assistant turn"
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """A shard to look at."""
+    """A shard that is to be checked."""
 
     number: int
     name: str
-    """As the data recipe writes it."""
+    """The name as the data recipe writes it."""
     path: str
     remedy: str = "correct the name"
-    """What to do when it is missing."""
+    """What somebody who lacks the shard can do."""
     fields: FieldMapping = OWN_FIELDS
     index_dir: str | None = None
 
     def open(self) -> ShardReader:
-        """Raises FileNotFoundError, ShardError, OSError: it cannot be read."""
+        """Opens the shard. Raises FileNotFoundError, ShardError, OSError: it cannot be read."""
         shard = DIRECT.open(self.path)
         index = load_index(shard, IndexFiles(self.index_dir), self.fields)
         return ShardReader(self.name, shard, index, self.fields)
 
 
+class SamplePrint(NamedTuple):
+    """A hash of a sample."""
+
+    hash: int
+    row: int
+
+
+class ImagePrint(NamedTuple):
+    """The hashes of an image."""
+
+    content: int
+    """Hash of the file's bytes."""
+    looks: int
+    """Perceptual hash."""
+    row: int
+    """The row of its sample."""
+
+
+class TextPrint(NamedTuple):
+    """The hashes of a sample's text."""
+
+    grams: NDArray[np.uint64]
+    """[G]: hashes of its runs of words."""
+    row: int
+
+
 @dataclass(slots=True)
 class ShardPrints:
-    """Hashes of a shard's samples and images, in order; rows count from 0."""
+    """The hashes of a shard's samples and images, in order; rows count from 0."""
 
-    exact: list[tuple[int, int]] = field(default_factory=list)
-    """(hash of texts and image bytes, row)."""
-    near: list[tuple[int, int]] = field(default_factory=list)
-    """(hash of words and of the images' looks, row)."""
-    images: list[tuple[int, int, int]] = field(default_factory=list)
-    """(hash of bytes, perceptual hash, row)."""
-    grams: list[tuple[NDArray[np.uint64], int]] = field(default_factory=list)
-    """(hashes of runs of words, row)."""
+    exact: list[SamplePrint] = field(default_factory=list)
+    """Hashes of texts and image bytes."""
+    near: list[SamplePrint] = field(default_factory=list)
+    """Hashes of words and of the images' looks."""
+    images: list[ImagePrint] = field(default_factory=list)
+    texts: list[TextPrint] = field(default_factory=list)
 
 
 class ShardChecker:
@@ -79,7 +104,7 @@ class ShardChecker:
         self._max_pixels = max_image_pixels
 
     def check(self, job: ShardJob) -> tuple[Findings, ShardPrints]:
-        """What is wrong inside the shard, and the hashes of what is in it."""
+        """Returns what is wrong inside the shard, and the hashes of what is in it."""
         findings, prints = Findings(num_shards=1), ShardPrints()
         try:
             reader = job.open()
@@ -100,8 +125,8 @@ class ShardChecker:
     def _sample(
         self, reader: ShardReader, row: int, findings: Findings, prints: ShardPrints
     ) -> Iterator[str]:
-        """Reasons why the sample cannot be used; hashes of one that can."""
-        looks: list[tuple[int, int]] = []
+        """Yields the reasons why the sample cannot be used; adds the hashes of one that can."""
+        found: list[ImagePrint] = []
         images = reader.index.image_rows(row)
         for number in range(len(images)):
             findings.num_images += 1
@@ -111,29 +136,30 @@ class ShardChecker:
             except ValueError as error:
                 yield str(error)
                 continue
-            looks.append((hash_parts(data), perceptual_hash(pixels_CHW)))
-        prints.images += [(*look, row) for look in looks]
+            found.append(ImagePrint(hash_parts(data), perceptual_hash(pixels_CHW), row))
+        prints.images += found
         try:
             record = reader.record(row)
-            turns = self._turns(reader, row, record)
+            messages = self._messages(reader, row, record)
         except ValueError as error:
             yield str(error)
             return
-        texts = sample_texts(record, turns)
+        texts = sample_texts(record, messages)
         words = [" ".join(split_words(text)).encode() for text in texts]
-        bytes_of = [each.to_bytes(8, "big") for each, _ in looks]
-        looks_of = [each.to_bytes(8, "big") for _, each in looks]
-        prints.exact.append((hash_parts(*(text.encode() for text in texts), *bytes_of), row))
-        prints.near.append((hash_parts(*words, *looks_of), row))
-        prints.grams.append((text_grams(texts), row))
+        contents = [image.content.to_bytes(8, "big") for image in found]
+        looks = [image.looks.to_bytes(8, "big") for image in found]
+        exact = hash_parts(*(text.encode() for text in texts), *contents)
+        prints.exact.append(SamplePrint(exact, row))
+        prints.near.append(SamplePrint(hash_parts(*words, *looks), row))
+        prints.texts.append(TextPrint(text_grams(texts), row))
 
-    def _turns(self, reader: ShardReader, row: int, record: bytes) -> tuple[Turn, ...]:
-        """The sample's turns. Raises ValueError: it cannot be trained on."""
+    def _messages(self, reader: ShardReader, row: int, record: bytes) -> tuple[Message, ...]:
+        """Returns the sample's messages. Raises ValueError: the sample cannot be trained on."""
         key, sizes = reader.key(row), reader.index.image_sizes(row)
         if self._encoder is not None:
             self._encoder.encode(key, record, sizes)
-            return self._encoder.turns(key, record, sizes)
-        turns = read_turns(record, key, len(sizes), "sft")
-        if not any(turn.role == "assistant" for turn in turns):
+            return self._encoder.messages(key, record, sizes)
+        messages = read_messages(record, key, len(sizes), "sft")
+        if not any(message.role == "assistant" for message in messages):
             raise ValueError(_NO_LABELS)
-        return turns
+        return messages

@@ -20,7 +20,7 @@ Rows = NDArray[np.void]
 
 
 class SpilledTable:
-    """Rows of `ROW`; `buckets()` brings all rows of a key together.
+    """Holds rows of `ROW`; `buckets()` brings all rows of a key together.
 
     Memory is that of the largest bucket, about a 64th of the table.
     """
@@ -37,7 +37,7 @@ class SpilledTable:
         value: NDArray[np.uint64] | int = 0,
         other: NDArray[np.uint64] | int = 0,
     ) -> None:
-        """Columns of some rows."""
+        """Adds rows, given as columns."""
         rows = np.empty(len(key), dtype=ROW)
         rows["key"], rows["value"], rows["other"], rows["place"] = key, value, other, place
         self._waiting.append(rows)
@@ -46,7 +46,7 @@ class SpilledTable:
             self._spill()
 
     def buckets(self) -> Iterator[Rows]:
-        """All rows, sorted by key and place inside a bucket; a key is in one bucket only."""
+        """Yields all rows, sorted by key and place inside a bucket; a key is in one bucket only."""
         self._spill()
         for bucket in range(_BUCKETS):
             path = self._path(bucket)
@@ -55,7 +55,7 @@ class SpilledTable:
                 yield rows[np.lexsort((rows["place"], rows["key"]))]
 
     def groups(self) -> Iterator[Rows]:
-        """Rows that share a key, two or more, by place."""
+        """Yields the rows that share a key, two or more, by place."""
         for rows in self.buckets():
             starts = np.flatnonzero(np.append(True, rows["key"][1:] != rows["key"][:-1]))
             ends = np.append(starts[1:], len(rows))

@@ -27,19 +27,19 @@ from nvlm_train.tokens import Tokenizer
 
 @dataclass(frozen=True)
 class Encoding:
-    """One stage's way of turning records into tokens; unlike an encoder it travels to a process."""
+    """One stage's way of turning records into tokens; unlike an encoder it can go to a process."""
 
     tokenizer: TokenizerConfig
     spec: EncodingSpec
 
     def open(self) -> SampleEncoder:
-        """Raises ConfigError: the tokenizer cannot be read."""
+        """Opens the encoder. Raises ConfigError: the tokenizer cannot be read."""
         return SampleEncoder(Tokenizer(self.tokenizer), self.spec)
 
 
 @dataclass(frozen=True)
 class IndexedShard:
-    """What became of one shard."""
+    """The outcome of indexing one shard."""
 
     path: str
     num_samples: int
@@ -47,9 +47,9 @@ class IndexedShard:
     seconds: float
     """CPU seconds."""
     was_known: bool
-    """Nothing had to be read: index and lengths were stored already."""
+    """Whether index and lengths were stored already, so that nothing had to be read."""
     error: str = ""
-    """Why it could not be indexed."""
+    """The reason why it could not be indexed; empty where it was."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Indexer:
         self._files = files
 
     def index(self, wanted: WantedShard, encodings: Sequence[int]) -> IndexedShard:
-        """One shard, with its lengths under the encodings of these numbers."""
+        """Indexes one shard, with its lengths under the encodings of these numbers."""
         path, fields = wanted.path, wanted.fields
         start, shard = time.process_time(), DIRECT.open(path)
         encoders = [self._encoders[number] for number in encodings]
@@ -93,7 +93,7 @@ class Indexer:
     def _known(
         self, shard: Shard, fields: FieldMapping, encoders: Sequence[SampleEncoder]
     ) -> int | None:
-        """Samples of a shard of which everything is stored; None when something is missing."""
+        """Counts the samples of a shard of which everything is stored; None when something is missing."""
         index = read_summary(shard, self._files, fields)
         if index is None:
             return None

@@ -1,24 +1,22 @@
 """How many tokens, tiles and labels each sample of a shard has under one stage's encoding.
 
-Computed once per (shard, encoding) and stored beside the index, so that plans are pure arithmetic.
+They are computed once per (shard, encoding) and stored beside the index: plans are pure arithmetic.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.index.array_file import ArrayFile, Texts
-from nvlm_train.data.index.files import IndexFiles
+from nvlm_train.data.index.files import ArrayFile, IndexFiles, Texts
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import BESIDE
-from nvlm_train.data.samples.encoder import ImageSize, Layout, SampleEncoder
-from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards.tar import Shard
 
@@ -32,7 +30,10 @@ _FINGERPRINT_CHARS = 16
 
 @dataclass(frozen=True)
 class ShardLengths:
-    """Row i belongs to row i of the shard's index; arrays are views of a mapped file."""
+    """The lengths of a shard's samples: row i belongs to row i of its index.
+
+    The arrays are views of a mapped file.
+    """
 
     num_tokens: NDArray[np.int32]
     """[N], image tokens included; 0 for an unusable sample."""
@@ -46,7 +47,7 @@ class ShardLengths:
     """Row -> why the sample is unusable; the text before ":" is its kind."""
 
     def usable_rows(self) -> NDArray[np.int64]:
-        """Rows that can be drawn, ascending: int64 [usable]."""
+        """Returns the rows that can be drawn, ascending: int64 [usable]."""
         return np.flatnonzero(self.num_trained > 0)
 
 
@@ -67,19 +68,8 @@ class LengthsSummary:
     """Kind -> (how many samples, the first few rows)."""
 
 
-@dataclass(slots=True)
-class _Draft:
-    """A sample on its way: its record, and its pieces at the full tile limit."""
-
-    row: int
-    record: bytes
-    sizes: list[ImageSize]
-    turns: tuple[Turn, ...]
-    layout: Layout
-
-
 def lengths_suffix(encoder: SampleEncoder, fields: FieldMapping) -> str:
-    """Name of a shard's lengths file after the shard's own name."""
+    """Returns what follows the shard's own name in the name of its lengths file."""
     mapped = f"-{fields.digest}" if fields.digest else ""
     return f".lengths-{encoder.fingerprint[:_FINGERPRINT_CHARS]}{mapped}"
 
@@ -87,7 +77,7 @@ def lengths_suffix(encoder: SampleEncoder, fields: FieldMapping) -> str:
 def load_lengths(
     reader: ShardReader, encoder: SampleEncoder, files: IndexFiles = BESIDE
 ) -> ShardLengths:
-    """Stored lengths of a shard, else computed and stored."""
+    """Returns the stored lengths of a shard; where there are none they are computed and stored."""
     suffix = lengths_suffix(encoder, reader.fields)
     stored = files.open(reader.shard, suffix)
     if stored is not None and _is_of(stored.facts, reader.index.digest):
@@ -101,6 +91,28 @@ def load_lengths(
     return lengths
 
 
+def lengths_summary(
+    shard: Shard,
+    index_digest: str,
+    open_reader: Callable[[], ShardReader],
+    encoder: SampleEncoder,
+    files: IndexFiles = BESIDE,
+    fields: FieldMapping = OWN_FIELDS,
+) -> LengthsSummary:
+    """Returns what the lengths say about the whole shard.
+
+    Only where they are not stored the shard is opened, measured, and its lengths are stored.
+
+    Raises:
+        ShardError: the shard changed since it was indexed.
+    """
+    stored = read_lengths_summary(shard, index_digest, encoder, files, fields)
+    if stored is not None:
+        return stored
+    lengths = load_lengths(open_reader(), encoder, files)
+    return summarise(lengths)
+
+
 def read_lengths_summary(
     shard: Shard,
     index_digest: str,
@@ -108,7 +120,7 @@ def read_lengths_summary(
     files: IndexFiles = BESIDE,
     fields: FieldMapping = OWN_FIELDS,
 ) -> LengthsSummary | None:
-    """What the stored lengths say about the whole shard; None when they have to be made anew."""
+    """Returns what the stored lengths say about the whole shard; None when they must be made again."""
     facts = files.facts(shard, lengths_suffix(encoder, fields))
     if facts is None or not _is_of(facts, index_digest):
         return None
@@ -117,7 +129,7 @@ def read_lengths_summary(
 
 
 def summarise(lengths: ShardLengths) -> LengthsSummary:
-    """The few numbers of a shard."""
+    """Returns the few numbers of a shard."""
     digest = hashlib.sha256()
     unusable: dict[str, tuple[int, list[int]]] = {}
     for row, reason in lengths.reasons.items():
@@ -138,7 +150,7 @@ def summarise(lengths: ShardLengths) -> LengthsSummary:
 
 
 def kind_of(reason: str) -> str:
-    """What a reason has in common with others: the text before its first colon."""
+    """Returns what a reason has in common with others: the text before its first colon."""
     return reason.partition(":")[0]
 
 
@@ -180,62 +192,12 @@ def compute_lengths(reader: ShardReader, encoder: SampleEncoder) -> ShardLengths
         reasons={},
     )
     for start in range(0, count, _CHUNK):
-        drafts = list(_drafts(reader, encoder, range(start, min(start + _CHUNK, count)), lengths))
-        known = _tokenise(drafts, encoder)
-        for draft in drafts:
-            _measure(reader, encoder, draft, known, lengths)
+        rows = range(start, min(start + _CHUNK, count))
+        for row, length in encoder.measure(rows, reader.sample):
+            if length.problem:
+                lengths.reasons[row] = length.problem
+            lengths.num_tokens[row] = length.num_tokens
+            lengths.num_tiles[row] = length.num_tiles
+            lengths.num_trained[row] = length.num_trained
+            lengths.is_truncated[row] = length.is_truncated
     return lengths
-
-
-def _drafts(
-    reader: ShardReader, encoder: SampleEncoder, rows: Sequence[int], lengths: ShardLengths
-) -> Iterator[_Draft]:
-    for row in rows:
-        try:
-            record, sizes = reader.record(row), reader.index.image_sizes(row)
-            turns = encoder.turns(reader.key(row), record, sizes)
-        except ValueError as error:
-            lengths.reasons[row] = str(error)
-            continue
-        layout = encoder.layout(turns, sizes, encoder.spec.tiling.max_tiles)
-        yield _Draft(row, record, sizes, turns, layout)
-
-
-def _tokenise(drafts: Sequence[_Draft], encoder: SampleEncoder) -> dict[str, list[int]]:
-    """Ids of every different text of these samples."""
-    texts = list(
-        {
-            piece.text: None
-            for draft in drafts
-            for piece in draft.layout.pieces
-            if piece.text and not piece.after
-        }
-    )
-    return dict(zip(texts, encoder.tokenizer.encode_batch(texts), strict=True))
-
-
-def _measure(
-    reader: ShardReader,
-    encoder: SampleEncoder,
-    draft: _Draft,
-    known: dict[str, list[int]],
-    lengths: ShardLengths,
-) -> None:
-    """Counts a sample's tokens; only one that does not fit is encoded in full, with fewer tiles."""
-    row = draft.row
-    counts = [(len(encoder.ids(piece, known)), piece.role) for piece in draft.layout.pieces]
-    num_tokens = sum(count for count, _ in counts)
-    num_trained = sum(count for count, role in counts if role == "trained")
-    num_tiles = sum(image.num_tiles for image in draft.layout.images)
-    if num_tokens > encoder.spec.sequence_length or num_trained == 0:
-        try:
-            encoded = encoder.encode(reader.key(row), draft.record, draft.sizes)
-        except ValueError as error:
-            lengths.reasons[row] = str(error)
-            return
-        num_tokens, num_trained = len(encoded.token_ids), len(encoded.label_ids)
-        num_tiles = encoded.num_tiles
-        lengths.is_truncated[row] = encoded.is_truncated
-    lengths.num_tokens[row] = num_tokens
-    lengths.num_tiles[row] = num_tiles
-    lengths.num_trained[row] = num_trained

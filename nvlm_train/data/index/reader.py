@@ -5,13 +5,14 @@ from __future__ import annotations
 from isal.isal_zlib import crc32  # zlib's CRC-32, three times as fast
 
 from nvlm_train.data.index.shard_index import ShardIndex
+from nvlm_train.data.samples.records import RawSample
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards.tar import Shard
 from nvlm_train.errors import ShardError
 
 
 class ShardReader:
-    """One shard with its index. Thread-safe.
+    """Reads the samples of one shard, whose index it has. Thread-safe.
 
     `name` is the shard as the data recipe writes it: the same on machines with another data_root.
     """
@@ -25,11 +26,21 @@ class ShardReader:
         self.fields = fields
 
     def key(self, row: int) -> str:
-        """The sample's key."""
+        """Returns the sample's key."""
         return str(self.index.keys[row])
 
+    def sample(self, row: int) -> RawSample:
+        """Reads the sample's record; of its images only the sizes are looked up.
+
+        Raises:
+            ValueError: see `record`; or an image whose header cannot be read.
+            ShardError: the shard changed since it was indexed.
+        """
+        record = self.record(row)
+        return RawSample(self.key(row), record, self.index.image_sizes(row))
+
     def record(self, row: int) -> bytes:
-        """Bytes of KEY.json, or the record that the field mapping makes of other members.
+        """Reads KEY.json, or the record that the field mapping makes of other members.
 
         Raises:
             ValueError: the sample has none, or its members do not hold what the mapping names.
@@ -47,7 +58,7 @@ class ShardReader:
         return self.fields.record(contents)
 
     def image(self, row: int, number: int) -> bytes:
-        """Bytes of the sample's image `number`. Raises ShardError: the shard changed."""
+        """Reads the file of the sample's image `number`. Raises ShardError: the shard changed."""
         image = self.index.image_rows(row)[number]
         offset, size, crc = self.index.images[image, :3].tolist()
         return self._read(row, offset, size, crc)

@@ -15,8 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.index.array_file import ArrayFile, Texts
-from nvlm_train.data.index.files import IndexFiles
+from nvlm_train.data.index.files import ArrayFile, IndexFiles, Texts
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards.scan import scan_tar
 from nvlm_train.data.shards.tar import Shard, Stamp
@@ -28,7 +27,7 @@ _IMAGE_FIELDS = 5
 
 
 BESIDE = IndexFiles()
-"""Files beside the shards."""
+"""The files lie beside the shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +61,11 @@ class ShardIndex:
         return len(self.keys)
 
     def image_rows(self, row: int) -> range:
-        """Rows of `images` that belong to the sample."""
+        """Returns the rows of `images` that belong to the sample."""
         return range(int(self.first_image[row]), int(self.first_image[row + 1]))
 
     def image_sizes(self, row: int) -> list[tuple[int, int]]:
-        """(width, height) of the sample's images.
+        """Returns (width, height) of each of the sample's images.
 
         Raises:
             ValueError: an image whose header cannot be read.
@@ -81,7 +80,7 @@ class ShardIndex:
 def load_index(
     shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
 ) -> ShardIndex:
-    """The shard's stored index, made anew when it is missing, damaged or out of date.
+    """Returns the shard's stored index; a missing, damaged or outdated one is made again.
 
     Each field mapping has an index of its own.
 
@@ -99,14 +98,14 @@ def load_index(
 
 
 def index_suffix(fields: FieldMapping) -> str:
-    """Name of an index file after the shard's own name."""
+    """Returns what follows the shard's own name in the name of its index file."""
     return f"{INDEX_SUFFIX}-{fields.digest}" if fields.digest else INDEX_SUFFIX
 
 
 def index_state(
     shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
 ) -> Literal["fresh", "missing", "stale"]:
-    """Whether `load_index` would find an index that belongs to the shard as it is now.
+    """Says whether `load_index` would find an index that belongs to the shard as it is now.
 
     Raises:
         FileNotFoundError: the shard is missing.
@@ -118,10 +117,26 @@ def index_state(
     return "fresh" if _is_of(facts, stamp) else "stale"
 
 
+def index_summary(
+    shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
+) -> IndexSummary:
+    """Returns what the index says about the whole shard; the index is made where it is not stored.
+
+    Raises:
+        FileNotFoundError: the shard is missing.
+        ShardError: the tar is torn or holds members that are refused.
+    """
+    stored = read_summary(shard, files, fields)
+    if stored is not None:
+        return stored
+    index = load_index(shard, files, fields)
+    return IndexSummary(len(index), index.digest)
+
+
 def read_summary(
     shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
 ) -> IndexSummary | None:
-    """What the stored index says about the whole shard; None when it has to be made anew.
+    """Returns what the stored index says about the whole shard; None when it must be made again.
 
     Raises:
         FileNotFoundError: the shard is missing.
@@ -136,7 +151,7 @@ def read_summary(
 def open_index(
     shard: Shard, files: IndexFiles = BESIDE, fields: FieldMapping = OWN_FIELDS
 ) -> ShardIndex | None:
-    """The stored index as it is, without a look at the shard; None where there is none."""
+    """Returns the stored index without a look at the shard; None where there is none."""
     stored = files.open(shard, index_suffix(fields))
     if stored is None or stored.facts.get("version") != INDEX_VERSION:
         return None
@@ -194,7 +209,7 @@ def _facts(index: ShardIndex) -> dict[str, Any]:
 
 
 def _is_of(facts: Mapping[str, Any], stamp: Stamp) -> bool:
-    """Whether this version of the code wrote it, for the shard as it is now."""
+    """Says whether this version of the code wrote the index, for the shard as it is now."""
     return facts.get("version") == INDEX_VERSION and (
         (facts["size"], facts["stamp"]) == (stamp.size, stamp.version)
     )

@@ -14,7 +14,7 @@ from nvlm_train.data.samples.encoded import EncodedSample
 def pack_samples(
     samples: Sequence[EncodedSample], infos: Sequence[SampleInfo], sequence_length: int, pad_id: int
 ) -> Microbatch:
-    """One pack of `sequence_length` tokens: the samples one after the other, then padding.
+    """Makes one pack of `sequence_length` tokens: the samples one after the other, then padding.
 
     `cu_seqlens` keeps samples from attending to each other; the padding is a segment of its own.
 
@@ -51,7 +51,7 @@ def pack_samples(
 
 
 def _cross_context(samples: Sequence[EncodedSample], offsets: Sequence[int]) -> CrossContext | None:
-    """Tags and slots of all cross-routed tiles one after the other, and who sees which of them."""
+    """Returns tags and slots of all cross-routed tiles, one after the other, and who sees which."""
     import torch
 
     is_cross_T = np.concatenate(
@@ -65,9 +65,9 @@ def _cross_context(samples: Sequence[EncodedSample], offsets: Sequence[int]) -> 
     spans: list[NDArray[np.int64]] = []
     first_tile = 0
     for sample, offset in zip(samples, offsets, strict=True):
-        views = sample.cross.views
-        seen = edges[views[:, 2:] + first_tile]
-        spans.append(np.concatenate([views[:, :2] + offset, seen], axis=1))
+        own = sample.cross.spans
+        seen = edges[own[:, 2:] + first_tile]
+        spans.append(np.concatenate([own[:, :2] + offset, seen], axis=1))
         first_tile += len(sample.cross.tags)
 
     def joined(parts: list[NDArray[np.int64]]) -> torch.Tensor:

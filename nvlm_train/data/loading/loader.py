@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -37,8 +37,17 @@ if TYPE_CHECKING:
 _PackedRound = tuple[PackPlan, ...]
 
 
+class _PlannedStep(NamedTuple):
+    """A step that waits until there is room for its pixels."""
+
+    step: int
+    rounds: list[_PackedRound]
+
+
 @dataclass(frozen=True)
 class _PendingRound:
+    """A round that the threads are making."""
+
     tile_split: tuple[int, ...]
     pixels_TCEE: Tensor
     packs: tuple[Future[LoadedPack], ...]
@@ -46,17 +55,19 @@ class _PendingRound:
 
 @dataclass(frozen=True)
 class _PendingStep:
+    """A step that the threads are making."""
+
     step: int
     rounds: tuple[_PendingRound, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its pixels."""
-        return sum(part.pixels_TCEE.nbytes for part in self.rounds)
+        """Bytes of the step's pixels."""
+        return sum(round_.pixels_TCEE.nbytes for round_ in self.rounds)
 
 
 def split_tiles(num_tiles: int, num_ranks: int) -> tuple[int, ...]:
-    """Tiles of each rank, as even as possible, the larger shares first.
+    """Returns the tiles of each rank, as even as possible, the larger shares first.
 
     >>> split_tiles(7, 4)
     (2, 2, 2, 1)
@@ -66,7 +77,7 @@ def split_tiles(num_tiles: int, num_ranks: int) -> tuple[int, ...]:
 
 
 def group_rounds(packs: Sequence[PackPlan], max_tiles: int) -> list[_PackedRound]:
-    """Packs in order, in rounds of at most `max_tiles` tiles; a pack with more is a round alone."""
+    """Groups packs in order into rounds of at most `max_tiles` tiles; a larger pack is one alone."""
     rounds: list[list[PackPlan]] = []
     tiles = 0
     for pack in packs:
@@ -75,11 +86,11 @@ def group_rounds(packs: Sequence[PackPlan], max_tiles: int) -> list[_PackedRound
             tiles = 0
         rounds[-1].append(pack)
         tiles += pack.num_tiles
-    return [tuple(packs) for packs in rounds]
+    return [tuple(round_) for round_ in rounds]
 
 
 class Loader(Iterator[StepBatch]):
-    """Batches of the given steps, and nothing made ahead of the last one. Close it when done.
+    """Yields the batches of the given steps. Close it when done.
 
     Args:
         plan: of the stage.
@@ -113,16 +124,16 @@ class Loader(Iterator[StepBatch]):
         self._max_bytes = round(loader.prefetch_gib * 2**30)
         self._threads = ThreadPoolExecutor(loader.workers, "nvlm-data") if loader.workers else None
         self._pending: deque[_PendingStep] = deque()
-        self._planned: tuple[int, list[_PackedRound]] | None = None
+        self._planned: _PlannedStep | None = None
 
     def __next__(self) -> StepBatch:
         try:
             while len(self._pending) <= self._steps_ahead:
                 if self._planned is None:
                     self._planned = self._plan_next()
-                if self._planned is None or not self._has_room(self._planned[1]):
+                if self._planned is None or not self._has_room(self._planned.rounds):
                     break
-                self._pending.append(self._start(*self._planned))
+                self._pending.append(self._start(self._planned))
                 self._planned = None
             if not self._pending:
                 raise StopIteration
@@ -131,10 +142,10 @@ class Loader(Iterator[StepBatch]):
             self.close()
             raise
 
-    def _plan_next(self) -> tuple[int, list[_PackedRound]] | None:
-        """The next step and its rounds; none behind the last."""
+    def _plan_next(self) -> _PlannedStep | None:
+        """Returns the next step and its rounds; None after the last."""
         step = next(self._steps, None)
-        return None if step is None else (step, self._plan_rounds(step))
+        return None if step is None else _PlannedStep(step, self._plan_rounds(step))
 
     def __enter__(self) -> Loader:
         return self
@@ -159,35 +170,36 @@ class Loader(Iterator[StepBatch]):
         return sum(step.num_bytes for step in self._pending)
 
     def _has_room(self, rounds: Sequence[_PackedRound]) -> bool:
-        """Whether a step's pixels fit beside those that wait; a step alone always does."""
-        tiles = sum(self._split(packs)[self._share.replica_rank] for packs in rounds)
+        """Says whether a step's pixels fit beside those that wait; a step alone always does."""
+        tiles = sum(self._split(round_)[self._share.replica_rank] for round_ in rounds)
         num_bytes = 3 * self._tile_size**2 * tiles
         return not self._pending or self.buffered_bytes + num_bytes <= self._max_bytes
 
-    def _split(self, packs: _PackedRound) -> tuple[int, ...]:
-        """Tiles of each of the replica's ranks."""
-        return split_tiles(sum(pack.num_tiles for pack in packs), self._share.replica_size)
+    def _split(self, round_: _PackedRound) -> tuple[int, ...]:
+        """Returns the round's tiles for each of the replica's ranks."""
+        return split_tiles(sum(pack.num_tiles for pack in round_), self._share.replica_size)
 
     def _plan_rounds(self, step: int) -> list[_PackedRound]:
         packs = self._plan.step(step, self._share.dp_size).packs[self._share.dp_rank]
         return group_rounds(packs, self._max_tiles)
 
-    def _start(self, step: int, rounds: Sequence[_PackedRound]) -> _PendingStep:
+    def _start(self, planned: _PlannedStep) -> _PendingStep:
         """Hands a step's packs to the threads."""
-        return _PendingStep(step, tuple(self._start_round(round_packs) for round_packs in rounds))
+        rounds = tuple(self._start_round(round_) for round_ in planned.rounds)
+        return _PendingStep(planned.step, rounds)
 
-    def _start_round(self, packs: _PackedRound) -> _PendingRound:
+    def _start_round(self, round_: _PackedRound) -> _PendingRound:
         import torch
 
         edge = self._tile_size
-        split = self._split(packs)
+        split = self._split(round_)
         own_first = sum(split[: self._share.replica_rank])
         own_last = own_first + split[self._share.replica_rank]
         # numpy asks for huge pages, and nothing is zeroed: every tile is written, or fails.
         pixels_TCEE = np.empty((own_last - own_first, 3, edge, edge), dtype=np.uint8)
         futures: list[Future[LoadedPack]] = []
         pack_first = 0
-        for pack in packs:
+        for pack in round_:
             first = min(max(own_first, pack_first), own_last)
             last = min(max(own_first, pack_first + pack.num_tiles), own_last)
             own_TCEE = pixels_TCEE[first - own_first : last - own_first]
@@ -207,10 +219,13 @@ def _collect(pending: _PendingStep) -> StepBatch:
     """Waits for a step's packs; an error of a thread is raised here."""
     rounds: list[Round] = []
     failures: list[SampleFailure] = []
-    for round_number, waiting in enumerate(pending.rounds):
-        loaded = [future.result() for future in waiting.packs]
+    for round_number, round_ in enumerate(pending.rounds):
+        loaded = [future.result() for future in round_.packs]
         for number, pack in enumerate(loaded):
-            failures += [SampleFailure(round_number, number, *failure) for failure in pack.failures]
+            failures += [
+                SampleFailure(round_number, number, failure.sample, failure.reason)
+                for failure in pack.failures
+            ]
         microbatches = tuple(pack.microbatch for pack in loaded)
-        rounds.append(Round(microbatches, waiting.tile_split, waiting.pixels_TCEE))
+        rounds.append(Round(microbatches, round_.tile_split, round_.pixels_TCEE))
     return StepBatch(pending.step, tuple(rounds), tuple(failures))

@@ -6,6 +6,7 @@ Shape legend: T tiles, E tile edge in pixels, C = 3.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nvlm_train.batch import Microbatch, PackPlan, SampleRef
 from nvlm_train.data.images import Pixels, cut_tiles, cut_tiles_into, decode_image
@@ -18,11 +19,19 @@ from nvlm_train.errors import ShardError
 
 @dataclass(frozen=True)
 class PackJob:
-    """A pack, the range of its tiles that is this rank's, and where their pixels go."""
+    """A pack to load: which of its tiles are this rank's, and where their pixels go."""
 
     pack: PackPlan
     first_tile: int
     pixels_TCEE: Pixels
+
+
+class ImageFailure(NamedTuple):
+    """An image that could not be read."""
+
+    sample: int
+    """Index of its sample in the pack."""
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -30,12 +39,12 @@ class LoadedPack:
     """A pack's text, and which of its images could not be read."""
 
     microbatch: Microbatch
-    failures: tuple[tuple[int, str], ...]
-    """(index of the sample in the pack, reason)."""
+    failures: tuple[ImageFailure, ...]
+    """The first one of each sample."""
 
 
 class PackLoader:
-    """Loads packs; many threads may at once.
+    """Loads packs. Thread-safe.
 
     Args:
         max_pixels: an image of more is a failure.
@@ -47,30 +56,30 @@ class PackLoader:
         self._max_pixels = max_pixels
 
     def load(self, job: PackJob) -> LoadedPack:
-        """Text of the whole pack; pixels of this rank's tiles go into the round's tensor."""
+        """Returns the text of the whole pack; pixels of this rank's tiles go into the round's tensor."""
         samples = job.pack.samples
         encoded = [self._encode(sample) for sample in samples]
-        failures: list[tuple[int, str]] = []
+        failures: dict[int, ImageFailure] = {}
         first = -job.first_tile  # the sample's first tile, counted from this rank's first
         for number, (sample, text) in enumerate(zip(samples, encoded, strict=True)):
             for image, num_tiles in enumerate(text.tiles_per_image):
                 if first < len(job.pixels_TCEE) and first + num_tiles > 0:
                     reason = self._decode(sample, text, image, job.pixels_TCEE, first)
                     if reason:
-                        failures.append((number, reason))
+                        failures.setdefault(number, ImageFailure(number, reason))
                 first += num_tiles
         infos = [self._plan.info(sample) for sample in samples]
         pad = self._encoder.tokenizer.pad
         microbatch = pack_samples(encoded, infos, self._plan.sequence_length, pad)
-        return LoadedPack(microbatch, tuple(dict(reversed(failures)).items()))
+        return LoadedPack(microbatch, tuple(failures.values()))
 
     def _encode(self, sample: SampleRef) -> EncodedSample:
         reader = self._plan.reader(sample)
-        key, record = reader.key(sample.row), reader.record(sample.row)
-        encoded = self._encoder.encode(key, record, reader.index.image_sizes(sample.row))
+        raw = reader.sample(sample.row)
+        encoded = self._encoder.encode(*raw)
         if (len(encoded.token_ids), encoded.num_tiles) != (sample.num_tokens, sample.num_tiles):
             raise ShardError(
-                f"sample={key} in shard={reader.name} has {len(encoded.token_ids)} tokens and "
+                f"sample={raw.key} in shard={reader.name} has {len(encoded.token_ids)} tokens and "
                 f"{encoded.num_tiles} tiles, planned were {sample.num_tokens} and "
                 f"{sample.num_tiles}; delete the shard's .lengths-* files and start again"
             )

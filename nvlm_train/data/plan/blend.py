@@ -1,7 +1,9 @@
-"""Weighted blends: which source each draw comes from, and where its k-th draw lies.
+"""Weighted blends: which source each draw comes from, and which sample a source's k-th draw is.
 
 Draws are numbered from 0 for a whole stage and nothing is remembered between them: any draw of any
 step is named by arithmetic, without those before it.
+
+Shape legend: N draws.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from nvlm_train.batch import SampleRef
 from nvlm_train.data.ordering import hashed_permutation, stable_hash
+from nvlm_train.data.plan.sources import Source
 
 BLOCK = 1000
 """Draws among which the sources are shuffled; shares are exact to a few draws at a block's end."""
@@ -26,10 +30,12 @@ _WEIGHT_UNITS = 1 << 40
 
 
 def split_draws(num_draws: int, units: Sequence[int]) -> list[int]:
-    """`num_draws` in the proportions of `units`, to a few draws; one draw more adds one to one part.
+    """Splits `num_draws` in the proportions of `units`, to a few draws.
 
-    Halves the sources and rounds the first half's share, again and again: so a part never shrinks
-    when `num_draws` grows, which rounding all shares side by side would not give.
+    One draw more adds one to one part.
+
+    The sources are halved and the first half's share is rounded, again and again: so a part never
+    shrinks when `num_draws` grows, which rounding all shares side by side would not give.
 
     >>> split_draws(10, [3, 1, 1])
     [6, 2, 2]
@@ -50,11 +56,11 @@ class _Phase:
     drawn: tuple[int, ...]
     """Draws of every source before `first`."""
     present: tuple[int, ...]
-    """Sources that still give."""
+    """Sources that still give samples."""
 
 
 class BlendOrder:
-    """Draw i of a blend -> (source, which draw of that source).
+    """Says for draw i of a blend which source it comes from, and which draw of that source it is.
 
     A source with a limit leaves after its last draw; the others keep their proportions.
     """
@@ -79,7 +85,7 @@ class BlendOrder:
         return None if last.present else last.first
 
     def draws(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sources and per-source draw numbers of draws [start, stop): two int64 [stop - start].
+        """Returns the source of draws [start, stop), and which of its draws: two int64 [stop - start].
 
         Draws after the blend's last are left out.
         """
@@ -90,12 +96,12 @@ class BlendOrder:
         return sources, numbers
 
     def drawn_before(self, draw: int) -> tuple[int, ...]:
-        """Draws of each source among the blend's first `draw`."""
+        """Returns how many of the blend's first `draw` draws come from each source."""
         phase = self._phases[bisect_right(self._phases, draw, key=lambda phase: phase.first) - 1]
         return self._drawn(phase, draw - phase.first)
 
     def _drawn(self, phase: _Phase, num_draws: int) -> tuple[int, ...]:
-        """Draws of each source up to `num_draws` after the phase's first."""
+        """Returns the draws of each source up to `num_draws` after the phase's first."""
         drawn = list(phase.drawn)
         if phase.present:
             units = [self._units[source] for source in phase.present]
@@ -104,7 +110,7 @@ class BlendOrder:
         return tuple(drawn)
 
     def _next_phase(self, phase: _Phase) -> _Phase:
-        """What follows the draw at which the next source has given all that it may."""
+        """Returns the phase after the draw at which the next source has given all that it may."""
         long_enough = 1
         while not self._full(self._drawn(phase, long_enough), phase):
             long_enough *= 2
@@ -119,7 +125,7 @@ class BlendOrder:
         return _Phase(phase.first + length, drawn, present)
 
     def _full(self, drawn: Sequence[int], phase: _Phase) -> list[int]:
-        """Sources of the phase that have reached their limits."""
+        """Returns the sources of the phase that have reached their limits."""
         found = []
         for source in phase.present:
             limit = self._limits[source]
@@ -140,7 +146,7 @@ class BlendOrder:
 
 
 class SourceOrder:
-    """Draw k of a source -> (shard, row): every usable sample once per epoch.
+    """Says for draw k of a source which sample it is: (shard, row), each once per epoch.
 
     Each epoch permutes the shards, then the samples inside each window of shards.
 
@@ -164,7 +170,7 @@ class SourceOrder:
         self._window = lru_cache(maxsize=2)(self._make_window)
 
     def locate(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shards and rows of the source's draws [start, stop): two int64 [stop - start]."""
+        """Returns shards and rows of the source's draws [start, stop): two int64 [stop - start]."""
         parts: list[NDArray[np.int64]] = [np.empty((2, 0), dtype=np.int64)]
         while start < stop:
             epoch, position = divmod(start, self.num_usable)
@@ -180,13 +186,13 @@ class SourceOrder:
         return shards, rows
 
     def _make_windows(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The epoch's order of shards, and the samples up to each window's end."""
+        """Returns the epoch's order of shards, and the samples up to each window's end."""
         order = hashed_permutation(len(self._counts), stable_hash("shards", epoch, *self._salt))
         sizes = self._counts[order]
         return order, np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), SHARD_WINDOW)))
 
     def _make_window(self, epoch: int, window: int) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-        """The window's samples in their order: (shard's place in the window, row) of each.
+        """Returns the window's samples in their order: (shard's place in the window, row) of each.
 
         Narrow types: a window of large shards is all that a source keeps per sample.
         """
@@ -196,3 +202,63 @@ class SourceOrder:
         rows = np.concatenate([self._rows_of(int(shard)).astype(np.int32) for shard in shards])
         shuffled = hashed_permutation(len(rows), stable_hash("samples", epoch, window, *self._salt))
         return places[shuffled], rows[shuffled]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Samples in the order in which they are drawn: the fields of `SampleRef`, each int64 [N]."""
+
+    source: NDArray[np.int64]
+    shard: NDArray[np.int64]
+    row: NDArray[np.int64]
+    num_tokens: NDArray[np.int64]
+    num_tiles: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def refs(self) -> list[SampleRef]:
+        """Returns the samples one by one."""
+        columns = (self.source, self.shard, self.row, self.num_tokens, self.num_tiles)
+        return [SampleRef(*fields) for fields in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+class Blender:
+    """Says for draw i of a stage which sample it is: a blend's order and those of its sources."""
+
+    def __init__(self, sources: Sequence[Source], seed: int) -> None:
+        self._sources = sources
+        self._blend = BlendOrder(
+            [source.weight for source in sources], seed, [source.max_draws for source in sources]
+        )
+        self._orders = [_order(source, seed) for source in sources]
+
+    @property
+    def num_draws(self) -> int | None:
+        """Draws until every source has left; None when one has no limit."""
+        return self._blend.num_draws
+
+    def draw(self, start: int, stop: int) -> Draws:
+        """Returns draws [start, stop); those after the blend's last are left out."""
+        sources, numbers = self._blend.draws(start, stop)
+        shards, rows, tokens, tiles = np.empty((4, len(sources)), dtype=np.int64)
+        for number, order in enumerate(self._orders):
+            places = np.flatnonzero(sources == number)
+            if len(places) == 0:
+                continue
+            # A source's draws inside a range of the blend follow each other.
+            first = int(numbers[places[0]])
+            shards[places], rows[places] = order.locate(first, first + len(places))
+            for shard in np.unique(shards[places]).tolist():
+                own = places[shards[places] == shard]
+                lengths = self._sources[number].lengths[shard]
+                tokens[own] = lengths.num_tokens[rows[own]]
+                tiles[own] = lengths.num_tiles[rows[own]]
+        return Draws(sources, shards, rows, tokens, tiles)
+
+
+def _order(source: Source, seed: int) -> SourceOrder:
+    lengths = source.lengths
+    return SourceOrder(
+        source.table.num_usable, lambda shard: lengths[shard].usable_rows(), seed, source.name
+    )

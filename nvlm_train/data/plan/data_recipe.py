@@ -1,23 +1,32 @@
-"""Data recipes: `data_recipes/NAME.yaml` as a blend of named, weighted sources."""
+"""Data recipes: `data_recipes/NAME.yaml` as a blend of named, weighted sources, and their shards.
+
+A source names shards, or the `NAME.manifest.json` that `nvlm data prepare` writes beside them. A
+recipe that names the manifest holds for any number of shards, and a shard lost on the way is an
+error, not a smaller source.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import yaml
 
-from nvlm_train.data.formats import LAYOUTS
+from nvlm_train.data.formats import RAW_FORMATS
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping, read_fields
+from nvlm_train.data.shards.manifest import check_format
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import expand_pattern
-from nvlm_train.errors import ConfigError
+from nvlm_train.errors import ConfigError, ShardError
 
 WeightBy = Literal["samples", "trained_tokens"]
 FORMAT = 1
-"""Of data recipes; a file need not state it."""
+"""The format of data recipes; a file need not state it."""
+MANIFEST_SUFFIX = ".manifest.json"
 
 
 @dataclass(frozen=True)
@@ -35,17 +44,17 @@ class SourceConfig:
     fields: FieldMapping = OWN_FIELDS
     """Where records lie in tars that somebody else made."""
     task: str = ""
-    """What is asked of the pictures: captioning, charts, ... Groups sources in reports."""
+    """What is asked about the images: captioning, charts, ...; it groups sources in reports."""
     layout: str = ""
     """The format of `nvlm data prepare` that makes the shards."""
     licence: str = ""
-    """Where the licence is to be read."""
+    """The place where the licence can be read."""
     note: str = ""
-    """What else its user should know: which files, which part, whose weight."""
+    """Anything else its user should know: which files, which part, whose weight."""
 
     @property
     def remedy(self) -> str:
-        """How somebody who lacks the shards gets them."""
+        """The words that tell somebody who lacks the shards how to get them."""
         layout = self.layout or "FORMAT"
         command = f"nvlm data prepare {layout} INPUT --out DIR --name {self.name}"
         parts = [f"write them with `{command}`"]
@@ -65,13 +74,13 @@ class Blend:
     name: str
     sources: tuple[SourceConfig, ...]
     weight_by: WeightBy = "samples"
-    """What a weight is a share of: samples drawn, or tokens trained on."""
+    """Says whether weights are shares of the samples drawn or of the tokens trained on."""
     note: str = ""
-    """What its user should know of the whole blend."""
+    """Anything its user should know of the whole blend."""
 
 
 def read_blend(name: str, recipes_dir: str) -> Blend:
-    """The data recipe `recipes_dir/name.yaml`, or the file itself when `name` is a path.
+    """Reads the data recipe `recipes_dir/name.yaml`, or the file itself when `name` is a path.
 
     Raises:
         ConfigError: missing file, unknown or missing key, bad weight, bad pattern; all at once.
@@ -94,6 +103,53 @@ def read_blend(name: str, recipes_dir: str) -> Blend:
     if problems:
         raise ConfigError(problems)
     return Blend(path.stem, sources, weight_by, _description(content, "note"))
+
+
+def list_shards(blend: Blend, store: Store) -> Blend:
+    """Returns the blend with every manifest replaced by the shards it lists, which lie beside it.
+
+    Raises:
+        ShardError: a manifest that is missing or is none.
+    """
+    sources = [
+        replace(source, shards=_shard_names(blend.name, source, store)) for source in blend.sources
+    ]
+    return replace(blend, sources=tuple(sources))
+
+
+def missing_shard(blend: str, source: SourceConfig, name: str, store: Store) -> ShardError:
+    """Returns the error for a shard or manifest that is not there: whose it is, how to get it."""
+    return ShardError(
+        f"missing shard={store.path(name)}: blend={blend} source={source.name} names "
+        f"{name}, and relative names start at loader.data_root={store.root}; correct either, or "
+        f"{source.remedy}"
+    )
+
+
+def _shard_names(blend: str, source: SourceConfig, store: Store) -> tuple[str, ...]:
+    names: list[str] = []
+    for name in source.shards:
+        is_manifest = name.endswith(MANIFEST_SUFFIX)
+        names += _listed(blend, source, name, store) if is_manifest else [name]
+    return tuple(names)
+
+
+def _listed(blend: str, source: SourceConfig, name: str, store: Store) -> list[str]:
+    """Returns the names of the shards that a manifest lists."""
+    path = store.path(name)
+    try:
+        content = json.loads(store.read(name))
+        check_format(content, path)
+        files = [str(shard["file"]) for shard in content["shards"]]
+    except FileNotFoundError as error:
+        raise missing_shard(blend, source, name, store) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(
+            f"manifest={path} cannot be read ({type(error).__name__}: {error}); blend={blend} "
+            f"source={source.name} names it; {source.remedy}"
+        ) from error
+    directory = name.rpartition("/")[0]
+    return [f"{directory}/{file}" if directory else file for file in files]
 
 
 def _check_format(content: object, path: str) -> None:
@@ -154,10 +210,10 @@ def _source(item: object, where: str, problems: list[str]) -> SourceConfig | Non
     if max_samples is not None and not _is_positive(max_samples, int):
         problems.append(f"{where}.max_samples={max_samples!r} must be a whole number above 0")
     _check_descriptions(item, _DESCRIPTIONS, where, problems)
-    if "layout" in item and item["layout"] not in LAYOUTS:
+    if "layout" in item and item["layout"] not in RAW_FORMATS:
         problems.append(
             f"{where}.layout={item['layout']!r} must be a format of `nvlm data prepare`: "
-            f"{', '.join(LAYOUTS)}"
+            f"{', '.join(RAW_FORMATS)}"
         )
     shards = _shards(item.get("shards"), where, problems)
     mapping = read_fields(item.get("fields"), f"{where}.fields", problems)
@@ -188,7 +244,7 @@ def _check_descriptions(
 
 
 def _description(item: Mapping[str, Any], key: str) -> str:
-    """The text on one line, however YAML folded it."""
+    """Returns the text on one line, however YAML folded it."""
     return " ".join(str(item.get(key, "")).split())
 
 

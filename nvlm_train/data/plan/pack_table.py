@@ -1,7 +1,7 @@
 """How many packs come before each window of draws: what finds a step when packs are the unit.
 
 Windows differ in their packs, so the sum over all earlier ones is needed. It is kept in a file that
-grows with the run and that `nvlm data index` can fill ahead; without the file it is made anew.
+grows with the run and that `nvlm data index` can fill ahead; without the file it is made again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nvlm_train.data.index.array_file import open_arrays, write_arrays
+from nvlm_train.data.index.files import open_arrays, write_arrays
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _SLOW = 2000
 
 
 class PackTable:
-    """Packs of each window from the stage's first on, as far as they were asked for.
+    """Counts the packs of each window from the stage's first on, as far as they are asked for.
 
     Args:
         count_packs: packs of window n.
@@ -48,11 +48,11 @@ class PackTable:
         return len(self._ends)
 
     def before(self, window: int) -> int:
-        """Packs of all windows before this one, which has been counted."""
+        """Returns the packs of all windows before this one, which has been counted."""
         return int(self._ends[window - 1]) if window else 0
 
     def find(self, pack: int, max_windows: int | None) -> int | None:
-        """The window that holds the pack; None when all `max_windows` windows hold fewer."""
+        """Returns the window that holds the pack; None when all `max_windows` windows hold fewer."""
         if pack >= self.before(len(self._ends)):
             self._grow(pack, max_windows)
         window = int(np.searchsorted(self._ends, pack, side="right"))
@@ -100,7 +100,7 @@ class PackTable:
         self._num_stored = len(self._ends)
 
     def _stored(self) -> NDArray[np.int32]:
-        """What the file holds for this plan; empty when it is missing, damaged or another plan's."""
+        """Returns what the file holds for this plan; nothing when it is missing, damaged or another's."""
         nothing = np.empty(0, dtype=np.int32)
         if self._path is None:
             return nothing
@@ -109,7 +109,7 @@ class PackTable:
         except FileNotFoundError:
             return nothing
         except (OSError, ValueError) as error:
-            _log.warning("table=%s cannot be read (%s); it is made anew", self._path, error)
+            _log.warning("table=%s cannot be read (%s); it is made again", self._path, error)
             return nothing
         expected = {"version": TABLE_VERSION, "fingerprint": self._fingerprint}
         if stored.facts != expected or "num_packs" not in stored.arrays:

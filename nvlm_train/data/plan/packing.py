@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from nvlm_train.batch import PackPlan
 
@@ -14,10 +15,10 @@ def best_fit_decreasing(
     tiles: Sequence[int] | None = None,
     max_tiles: int | None = None,
 ) -> list[list[int]]:
-    """Indices of `lengths` grouped so that no group is longer than `capacity`.
+    """Groups the indices of `lengths` so that no group is longer than `capacity`.
 
-    Longest first, each into the fullest group that still has room; ties by index. With `max_tiles`
-    no group has more tiles either, and what takes the larger part of its limit comes first.
+    The longest come first, each into the fullest group that still has room; ties are by index. With
+    `max_tiles` no group has more tiles either, and what takes the larger part of its limit is first.
 
     >>> best_fit_decreasing([4, 6, 3, 5], 10)
     [[1, 0], [3, 2]]
@@ -82,7 +83,7 @@ def _by_both(
 
 
 def deal(packs: Sequence[PackPlan], num_ranks: int) -> tuple[tuple[PackPlan, ...], ...]:
-    """Packs of each rank: equally many (to one), tiles balanced before tokens.
+    """Deals the packs to the ranks: equally many (to one), tiles balanced before tokens.
 
     Every pack is padded to the same length, so its language-model work is the same whatever it
     holds: the number of packs decides, then the tiles to encode. A rank left without a pack gets
@@ -105,6 +106,17 @@ def deal(packs: Sequence[PackPlan], num_ranks: int) -> tuple[tuple[PackPlan, ...
     return tuple(tuple(packs[index] for index in sorted(own)) or (PackPlan(()),) for own in dealt)
 
 
+class _Swap(NamedTuple):
+    """Two packs that change places."""
+
+    rank: int
+    """The other rank."""
+    given: int
+    """The pack's place here."""
+    taken: int
+    """The pack's place on the other rank."""
+
+
 def _even_out(
     dealt: list[list[int]], costs: Sequence[int], unchanged: Sequence[int] | None = None
 ) -> None:
@@ -119,12 +131,11 @@ def _even_out(
         swap = _best_swap(dealt, loads, high, costs, unchanged)
         if swap is None:
             return
-        rank, given, taken = swap
-        mine, others = dealt[high], dealt[rank]
-        moved = costs[mine[given]] - costs[others[taken]]
-        mine[given], others[taken] = others[taken], mine[given]
+        mine, others = dealt[high], dealt[swap.rank]
+        moved = costs[mine[swap.given]] - costs[others[swap.taken]]
+        mine[swap.given], others[swap.taken] = others[swap.taken], mine[swap.given]
         loads[high] -= moved
-        loads[rank] += moved
+        loads[swap.rank] += moved
 
 
 def _best_swap(
@@ -133,8 +144,8 @@ def _best_swap(
     high: int,
     costs: Sequence[int],
     unchanged: Sequence[int] | None,
-) -> tuple[int, int, int] | None:
-    """(other rank, place here, place there) of the swap after which the larger load is least."""
+) -> _Swap | None:
+    """Returns the swap after which the larger load is least; None when no swap lowers it."""
     best, found = loads[high], None
     for rank in sorted(range(len(dealt)), key=lambda rank: (loads[rank], rank)):
         # Less than half the difference cannot be reached by any swap.
@@ -147,5 +158,5 @@ def _best_swap(
                     continue
                 worse = max(loads[high] - moved, loads[rank] + moved)
                 if worse < best:
-                    best, found = worse, (rank, given, taken)
+                    best, found = worse, _Swap(rank, given, taken)
     return found

@@ -1,6 +1,6 @@
 """The plan: which samples make step n, packed how, on which data-parallel rank.
 
-A pure function of (blend, index, encoding, seed, step): every rank computes the same without
+It is a pure function of (blend, index, encoding, seed, step): every rank computes the same without
 talking, and no state but the step number has to be saved.
 """
 
@@ -14,24 +14,21 @@ from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from nvlm_train.batch import PackPlan, SampleInfo, SampleRef, StepPlan
 from nvlm_train.config.schema import BatchConfig
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.ordering import hashed_permutation, stable_hash
-from nvlm_train.data.plan.blend import BlendOrder, SourceOrder
+from nvlm_train.data.plan.blend import Blender, Draws
 from nvlm_train.data.plan.pack_table import PackTable
 from nvlm_train.data.plan.packing import best_fit_decreasing, deal
-from nvlm_train.data.plan.sources import Source, UnusableKind, unusable_kinds
+from nvlm_train.data.plan.sources import Source, check_skipped, check_tiles, unusable_kinds
 from nvlm_train.errors import ShardError, TrainingError
 
 _TABLE_CHARS = 16
 
 
 class DataPlan:
-    """Steps of one stage.
+    """The steps of one stage.
 
     Args:
         table_stem: path before `.packs-FINGERPRINT`, the file that finds a step when packs are the
@@ -58,25 +55,21 @@ class DataPlan:
         self.unusable = unusable_kinds(self.sources)
         check_skipped(self.sources, self.unusable, max_skipped_fraction)
         check_tiles(self.sources, batch.max_tiles_per_pack)
-        self._blend = BlendOrder(
-            [source.weight for source in self.sources],
-            seed,
-            [source.max_draws for source in self.sources],
-        )
-        self._orders = [_order(source, seed) for source in self.sources]
+        self._blender = Blender(self.sources, seed)
         self._table_stem = table_stem
         self._groups_of = lru_cache(maxsize=4)(self._make_groups)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
     @property
     def source_names(self) -> tuple[str, ...]:
+        """The sources' names, in the order of the blend."""
         return tuple(source.name for source in self.sources)
 
     @property
     def digests(self) -> dict[str, str]:
-        """Shard (as the data recipe names it) -> digest of its contents, and the plan's own.
+        """The digest of every shard (as the data recipe names it), and the plan's own.
 
-        Stored in checkpoints; `check_digests` compares.
+        They are stored in checkpoints, and `check_digests` compares them.
         """
         contents = {
             name: source.table.digest(shard)
@@ -93,7 +86,7 @@ class DataPlan:
 
     @property
     def first_fingerprint(self) -> str:
-        """As checkpoints of format 1 have it, which know an encoding by its lengths only."""
+        """The fingerprint that checkpoints of format 1 have: they know an encoding by its lengths only."""
         return self._hash_with([])
 
     def _hash_with(self, encodings: list[str]) -> str:
@@ -115,24 +108,24 @@ class DataPlan:
         check_digests(recorded, self.digests, self.first_fingerprint)
 
     def reader(self, sample: SampleRef) -> ShardReader:
-        """Where the sample is read."""
+        """Returns the reader of the sample's shard."""
         return self.sources[sample.source].readers[sample.shard]
 
     def info(self, sample: SampleRef) -> SampleInfo:
-        """Provenance of the sample."""
+        """Returns where the sample comes from."""
         reader = self.reader(sample)
         return SampleInfo(sample.source, reader.name, reader.key(sample.row))
 
     def step(self, step: int, dp_size: int) -> StepPlan:
-        """Everything of optimizer step `step` (from 0); its samples do not depend on `dp_size`.
+        """Returns the plan of optimizer step `step` (from 0); its samples do not depend on `dp_size`.
 
         Raises:
             TrainingError: the sources have left the blend before the step is full.
         """
         size = self.batch.size
         if self.batch.unit == "samples":
-            table = self._draw(step * size, (step + 1) * size)
-            packs = self._to_packs(table, self._groups(table)) if len(table) == size else []
+            draws = self._blender.draw(step * size, (step + 1) * size)
+            packs = _to_packs(draws, self._groups(draws)) if len(draws) == size else []
         else:
             packs = self._packs(step * size, (step + 1) * size)
         if not packs:
@@ -140,11 +133,11 @@ class DataPlan:
         return StepPlan(step, deal(packs, dp_size))
 
     def draws(self, start: int, stop: int) -> list[SampleRef]:
-        """Samples [start, stop) of the stage in the order in which they are drawn.
+        """Returns samples [start, stop) of the stage in the order in which they are drawn.
 
-        Fewer where the sources have limits and all of them have left the blend.
+        There are fewer where the sources have limits and all of them have left the blend.
         """
-        return self._refs(self._draw(start, stop))
+        return self._blender.draw(start, stop).refs()
 
     def check_steps(self, steps: int) -> None:
         """Refuses a stage of more steps than the sources' limits allow.
@@ -154,7 +147,7 @@ class DataPlan:
         Raises:
             TrainingError: too few samples, or too few packs.
         """
-        total, wanted = self._blend.num_draws, steps * self.batch.size
+        total, wanted = self._blender.num_draws, steps * self.batch.size
         if total is None:
             return
         if self.batch.unit == "samples":
@@ -169,7 +162,7 @@ class DataPlan:
 
     @cached_property
     def packs_before(self) -> PackTable:
-        """Where the packs of each window begin, when packs are the unit."""
+        """The table of where the packs of each window begin, when packs are the unit."""
         stem = self._table_stem
         name = f"{stem and stem.name}.packs-{self.fingerprint[:_TABLE_CHARS]}"
         path = None if stem is None else stem.with_name(name)
@@ -178,50 +171,24 @@ class DataPlan:
     @property
     def num_windows(self) -> int | None:
         """Windows of `batch.window` draws until all sources have left; None without an end."""
-        total = self._blend.num_draws
+        total = self._blender.num_draws
         return None if total is None else math.ceil(total / self.batch.window)
 
     def count_packs(self, window: int) -> int:
-        """Packs that the window's draws make."""
+        """Counts the packs that the window's draws make."""
         return len(self._groups_of(window)[1])
 
-    def _draw(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The fields of `SampleRef` as columns: int64 [stop - start, 5]."""
-        sources, numbers = self._blend.draws(start, stop)
-        table = np.empty((len(sources), 5), dtype=np.int64)
-        for number, order in enumerate(self._orders):
-            places = np.flatnonzero(sources == number)
-            if len(places) == 0:
-                continue
-            # A source's draws inside a range of the blend follow each other.
-            first = int(numbers[places[0]])
-            shards, rows = order.locate(first, first + len(places))
-            table[places, 0] = number
-            table[places, 1] = shards
-            table[places, 2] = rows
-            for shard in np.unique(shards).tolist():
-                lengths, own = self.sources[number].lengths[shard], shards == shard
-                table[places[own], 3] = lengths.num_tokens[rows[own]]
-                table[places[own], 4] = lengths.num_tiles[rows[own]]
-        return table
-
-    def _refs(self, table: NDArray[np.int64]) -> list[SampleRef]:
-        return [SampleRef(*fields) for fields in table.tolist()]
-
-    def _groups(self, table: NDArray[np.int64]) -> list[list[int]]:
-        lengths, tiles = table[:, 3].tolist(), table[:, 4].tolist()
+    def _groups(self, draws: Draws) -> list[list[int]]:
+        """Returns the draws that share a pack, by their numbers in `draws`."""
         return best_fit_decreasing(
-            lengths, self.sequence_length, tiles, self.batch.max_tiles_per_pack
+            draws.num_tokens.tolist(),
+            self.sequence_length,
+            draws.num_tiles.tolist(),
+            self.batch.max_tiles_per_pack,
         )
 
-    def _to_packs(
-        self, table: NDArray[np.int64], groups: Sequence[Sequence[int]]
-    ) -> list[PackPlan]:
-        samples = self._refs(table)
-        return [PackPlan(tuple(samples[i] for i in group)) for group in groups]
-
     def _packs(self, start: int, stop: int) -> list[PackPlan]:
-        """Packs [start, stop) of the stage when packs are the unit; none when they are too few."""
+        """Returns packs [start, stop) of the stage when packs are the unit; none when they are too few."""
         table = self.packs_before
         if table.find(stop - 1, self.num_windows) is None:
             return []
@@ -233,15 +200,15 @@ class DataPlan:
             found += self._window(window)[skip : skip + stop - start - len(found)]
         return found
 
-    def _make_groups(self, window: int) -> tuple[NDArray[np.int64], list[list[int]]]:
-        """The draws of a window, and which of them share a pack."""
+    def _make_groups(self, window: int) -> tuple[Draws, list[list[int]]]:
+        """Returns the draws of a window, and which of them share a pack."""
         size = self.batch.window
-        table = self._draw(window * size, (window + 1) * size)
-        return table, self._groups(table)
+        draws = self._blender.draw(window * size, (window + 1) * size)
+        return draws, self._groups(draws)
 
     def _make_window(self, window: int) -> list[PackPlan]:
-        """Packs of one window of draws, shuffled: packing makes them from long to short samples."""
-        packs = self._to_packs(*self._groups_of(window))
+        """Returns the packs of one window, shuffled: packing makes them from long to short samples."""
+        packs = _to_packs(*self._groups_of(window))
         order = hashed_permutation(len(packs), stable_hash("packs", self.seed, window))
         return [packs[index] for index in order.tolist()]
 
@@ -253,17 +220,15 @@ class DataPlan:
         )
         return TrainingError(
             f"{wanted} is more than the blend gives with batch.size={self.batch.size} "
-            f"{self.batch.unit}: its sources leave after {self._blend.num_draws:,} samples "
+            f"{self.batch.unit}: its sources leave after {self._blender.num_draws:,} samples "
             f"({limits}; epochs and max_samples of the data recipe); make fewer steps, or raise "
             "the limits"
         )
 
 
-def _order(source: Source, seed: int) -> SourceOrder:
-    lengths = source.lengths
-    return SourceOrder(
-        source.table.num_usable, lambda shard: lengths[shard].usable_rows(), seed, source.name
-    )
+def _to_packs(draws: Draws, groups: Sequence[Sequence[int]]) -> list[PackPlan]:
+    samples = draws.refs()
+    return [PackPlan(tuple(samples[i] for i in group)) for group in groups]
 
 
 PLAN_DIGEST = "(plan)"
@@ -303,39 +268,4 @@ def check_digests(recorded: Mapping[str, str], now: Mapping[str, str], first_pla
             "the shards are those the run began with, but seed, batch, weights, order of the "
             "sources or encoding (tokenizer, tiling, prompts, nvlm-train's own version) are not; "
             f"restore them, {remedy}"
-        )
-
-
-def check_tiles(sources: Sequence[Source], limit: int | None) -> None:
-    """Raises TrainingError: a sample of more tiles than `batch.max_tiles_per_pack`."""
-    for source in sources:
-        if limit is not None and source.table.max_tiles > limit:
-            raise TrainingError(
-                f"batch.max_tiles_per_pack={limit}: source={source.name} has a sample of "
-                f"{source.table.max_tiles} tiles, which no pack could hold; use at least that, "
-                "or fewer tiling.max_tiles"
-            )
-
-
-def check_skipped(
-    sources: Sequence[Source], unusable: Sequence[UnusableKind], max_skipped_fraction: float
-) -> None:
-    """Compares the unusable share of what would be drawn with the recipe's tolerance.
-
-    Raises:
-        TrainingError: it is larger, or a source has no usable sample.
-    """
-    examples = "\n".join(f"  {text}" for kind in unusable for text in kind.examples)
-    for source in sources:
-        if source.num_unusable == source.num_samples:
-            raise TrainingError(
-                f"source={source.name} has no usable sample, for example\n{examples}"
-            )
-    total = sum(source.weight for source in sources)
-    share = sum(s.weight / total * s.num_unusable / s.num_samples for s in sources)
-    if share > max_skipped_fraction:
-        raise TrainingError(
-            f"{share:.2%} of the samples drawn cannot be used, more than "
-            f"loader.max_skipped_fraction={max_skipped_fraction}; mend them or raise the "
-            f"limit:\n{examples}"
         )

@@ -17,7 +17,7 @@ HISTOGRAM_BINS = 16
 
 @dataclass(frozen=True)
 class Amount:
-    """So many samples, and what they come to."""
+    """A number of samples and what they come to."""
 
     samples: int
     tokens: int
@@ -28,7 +28,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class SourceStatistics:
-    """One source."""
+    """One source: what it holds, and what the steps draw from it."""
 
     name: str
     held: Amount
@@ -38,7 +38,7 @@ class SourceStatistics:
     lengths: tuple[int, ...]
     """`HISTOGRAM_BINS` counts of usable samples by tokens, from 0 to the sequence length."""
     share_asked: float
-    """Of all samples drawn: its weight."""
+    """The share of all samples drawn that its weight asks for."""
     drawn: Amount
     epochs: float
     """How often the stage's steps go through its samples at the pace of the steps looked at."""
@@ -50,12 +50,12 @@ class Balance:
 
     mean: float
     worst: float
-    """Over the steps looked at."""
+    """The worst of the steps looked at."""
 
 
 @dataclass(frozen=True)
 class BlendStatistics:
-    """All of a stage's blend, over its first `num_steps` steps."""
+    """A stage's blend in numbers, over its first `num_steps` steps."""
 
     sources: tuple[SourceStatistics, ...]
     num_steps: int
@@ -97,7 +97,7 @@ def blend_statistics(
 
 
 def imbalance(loads: Sequence[int]) -> float:
-    """The largest load over the mean; 1 where there is no load.
+    """Returns the largest load over the mean; 1 where there is no load.
 
     >>> imbalance([3, 1]), imbalance([0, 0])
     (1.5, 1.0)
@@ -107,7 +107,7 @@ def imbalance(loads: Sequence[int]) -> float:
 
 
 def rank_load(packs: Sequence[PackPlan], name: str) -> int:
-    """Sum of the packs' `num_tokens` or `num_tiles`."""
+    """Returns the sum of the packs' `num_tokens` or `num_tiles`."""
     return sum(int(getattr(pack, name)) for pack in packs)
 
 

@@ -47,15 +47,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """How far a preparation is."""
+    """The progress of a preparation."""
 
     num_entries: int
     num_done: int
     """Entries, bad ones included."""
     num_shards: int
     shards_done: int
-    shards_kept: int
-    """Of an earlier run that was interrupted."""
     num_bytes: int
     num_bad: int
 
@@ -105,7 +103,7 @@ def _results(
     num_workers: int,
     report: Callable[[PrepareProgress], None],
 ) -> list[ShardResult]:
-    """All results in order, stored ones first where they are.
+    """Returns all results in order; tasks whose result is stored are not run again.
 
     Raises:
         ShardError: too many bad entries, or no good one; which ones it names does not depend on the workers.
@@ -117,7 +115,7 @@ def _results(
     if kept:
         _log.info("%d of %d shards are there from the run before", kept, len(tasks))
     fresh = _run(pending, min(num_workers, len(pending)))
-    progress = PrepareProgress(num_entries, 0, len(tasks), 0, kept, 0, 0)
+    progress = PrepareProgress(num_entries, 0, len(tasks), 0, 0, 0)
     results: list[ShardResult] = []
     for task in tasks:
         result = stored[task.number] or next(fresh)
@@ -139,7 +137,7 @@ def _results(
 
 
 def _run(tasks: Sequence[ShardTask], num_workers: int) -> Generator[ShardResult, None, None]:
-    """Results in order of the tasks; a bounded number of tasks is under way."""
+    """Yields the results in the order of the tasks; a bounded number of tasks is under way."""
     if num_workers <= 1:
         yield from map(run_task, tasks)
         return
@@ -161,7 +159,7 @@ def _run(tasks: Sequence[ShardTask], num_workers: int) -> Generator[ShardResult,
 
 
 def _too_many(tasks: Sequence[ShardTask], results: Sequence[ShardResult]) -> ShardError:
-    """The error; shards with bad entries are forgotten, so that a repaired input is read again."""
+    """Returns the error and forgets shards with bad entries, so that a repaired input is read again."""
     staging = Path(tasks[0].staging)
     for task in tasks:
         stored = stored_result(staging, task.number)

@@ -27,11 +27,11 @@ _MAX_SHOWN = 20
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Entries [number * samples_per_shard, ...) become `staging/NUMBER.tar`."""
+    """A shard to write: entries [number * samples_per_shard, ...) become `staging/NUMBER.tar`."""
 
     spec: InputSpec
     digest: str
-    """Of the input as it is now."""
+    """The digest of the input as it is now."""
     staging: str
     number: int
     samples_per_shard: int
@@ -40,13 +40,13 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a task made; stored as `staging/NUMBER.json`, which says that the tar is complete."""
+    """The outcome of a task; stored as `staging/NUMBER.json`, which says that the tar is complete."""
 
     number: int
     num_entries: int
     num_images: int
     shard: ShardEntry | None
-    """None when every entry is bad."""
+    """The tar; there is none when every entry is bad."""
     bad: tuple[BadEntry, ...]
 
 
@@ -90,7 +90,7 @@ def run_task(task: ShardTask) -> ShardResult:
 
 
 def stored_result(staging: Path, number: int) -> ShardResult | None:
-    """The result of a task that was finished; None when it was not."""
+    """Reads the result of a task that was finished; None when it was not."""
     try:
         fields = json.loads((staging / f"{number:06d}.json").read_text())
     except FileNotFoundError:
@@ -101,9 +101,9 @@ def stored_result(staging: Path, number: int) -> ShardResult | None:
 
 
 def end_with_parent() -> None:
-    """For a new worker: a watch that ends it when the process that started it is gone.
+    """Starts a watch, in a new worker, that ends it when the process that started it is gone.
 
-    After `kill -9` a worker would otherwise wait for its next task for ever.
+    After `kill -9` a worker would otherwise wait for its next task forever.
     """
     parent = parent_process()
     assert parent is not None, "runs in workers only"
@@ -132,7 +132,7 @@ def _samples(
 
 @lru_cache(maxsize=1)
 def _entries(spec: InputSpec, digest: str, staging: str) -> Entries:
-    del digest  # a changed input is opened anew
+    del digest  # a changed input is opened again
     try:
         return open_entries(spec, Path(staging) / "input")
     except OSError as error:

@@ -24,7 +24,7 @@ PREPARE_VERSION = 1
 
 @dataclass(frozen=True)
 class Target:
-    """Where shards go, and how they are cut."""
+    """The shards to write: where they go, and how they are cut."""
 
     directory: str
     name: str
@@ -34,7 +34,7 @@ class Target:
 
 
 def input_digest(spec: InputSpec, target: Target) -> str:
-    """Of what the bytes depend on.
+    """Returns a digest of everything that the bytes depend on.
 
     Lists count by their contents, archives and tables by size and time; single images are too many
     to look at.
@@ -56,35 +56,35 @@ def _stamp(status: os.stat_result) -> list[int]:
 
 
 def check_stored(stored: Manifest, target: Target, digest: str) -> None:
-    """The shards of a complete run. Raises ShardError: they are of another, or not all there."""
+    """Checks the shards of a complete run. Raises ShardError: they are of another, or some are gone."""
     where = f"{target.directory}/{target.name}.manifest.json"
     if stored.input != digest:
         raise ShardError(
-            f"name={target.name}: {where} tells of other shards (another input, or the same one "
+            f"name={target.name}: {where} lists other shards (another input, or the same one "
             "changed, or other options); choose another --name, or remove them"
         )
     for shard in stored.shards:
         path = Path(target.directory) / shard.file
         if not path.is_file() or path.stat().st_size != shard.num_bytes:
             raise ShardError(
-                f"shard={path} is not the one that {where} tells of; "
+                f"shard={path} is not the one that {where} lists; "
                 "remove the manifest and the shards to prepare them again"
             )
 
 
 def check_names(target: Target, staging: Path) -> None:
-    """Raises ShardError: there are shards of this name that nothing tells of."""
+    """Raises ShardError: there are shards of this name that no manifest lists."""
     pattern = f"{target.name}-[0-9][0-9][0-9][0-9][0-9][0-9].tar"
     present = sorted(Path(target.directory).glob(pattern))
     if present and not (staging / "publishing").exists():
         raise ShardError(
-            f"name={target.name}: {present[0]} exists and no manifest tells of it; "
+            f"name={target.name}: {present[0]} exists and no manifest lists it; "
             "choose another --name, or remove it"
         )
 
 
 def check_job(staging: Path, digest: str) -> None:
-    """Notes what is prepared here. Raises ShardError: it was something else before."""
+    """Notes what is prepared here. Raises ShardError: something else was prepared here before."""
     stored = staging / "job"
     if not stored.exists():
         write_json(stored, digest)
@@ -97,7 +97,7 @@ def check_job(staging: Path, digest: str) -> None:
 
 @contextmanager
 def locked(staging: Path) -> Iterator[None]:
-    """A lock that goes with the process, however it ends. Raises ShardError: another has it."""
+    """Holds a lock that ends with the process. Raises ShardError: another process has it."""
     with (staging / "lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

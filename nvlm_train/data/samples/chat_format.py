@@ -1,20 +1,22 @@
-"""Turns as ChatML pieces: which text is tokenised together, where image slots go, what is trained.
+"""Messages as ChatML pieces: which text is tokenised together, where image slots go, what is trained.
 
 The format is Megatron-LM's ChatML, which trained the released model:
 `<|im_start|>role\\ncontent<|im_end|>\\n` (see `tokens.TEMPLATES` for what differs between language
-models; the `chat()` of the released Hugging Face code writes no newline after `<|im_end|>`). Trained
-are an assistant's content, its `<|im_end|>` and the newline after it. An image is `<Image>`, for each
-tile its tag and its slots, `</Image>`; tags are ordinary text, tokenised with what stands around
+models; the `chat()` of the released Hugging Face code writes no newline after `<|im_end|>`). An
+assistant's content, its `<|im_end|>` and the newline after it are trained. An image is `<Image>`, for
+each tile its tag and its slots, `</Image>`; tags are ordinary text, tokenised with what stands around
 them, so `<Image><tile_1>` is one string, as in the released Hugging Face code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from nvlm_train.config.schema import TileTags
-from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.messages import Message
 from nvlm_train.routes import Route, Routes
 from nvlm_train.tiling import ImageLayout
 from nvlm_train.tokens import IMAGE_END, IMAGE_MARKER, IMAGE_START, Tokenizer, tile_tags
@@ -26,10 +28,31 @@ class Piece(NamedTuple):
     text: str
     ids: tuple[int, ...]
     role: Literal["context", "trained", "image"]
-    view: tuple[int, int] = (0, 0)
+    span: tuple[int, int] = (0, 0)
     """Which of the sample's cross-routed tiles its tokens may see: [first, last)."""
     after: str = ""
     """Text that stands before `text` in the same run of characters: it decides how that is cut."""
+
+
+class TaggedTile(NamedTuple):
+    """One tile of an image as the text shows it."""
+
+    tag: str
+    """The text before the tile, in the decoder's text or in the context; empty without tags."""
+    route: Route
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLayout:
+    """A sample under one tile limit: its text in pieces and its images in tiles."""
+
+    pieces: list[Piece]
+    images: tuple[ImageLayout, ...]
+    is_cross: list[bool]
+    """For each tile of all images: whether it goes through cross-attention."""
+    context_tags: list[str]
+    """For each cross-routed tile: the text before its features in the cross-attention's context,
+    which is empty where tags stand in the decoder's text."""
 
 
 class ChatFormat:
@@ -52,68 +75,70 @@ class ChatFormat:
         self._end = (tokenizer.turn_end,)
         self._slots = (tokenizer.pad,) * tokens_per_tile
         """Slots hold the pad id until tile features replace their embeddings."""
+        # Few different layouts of an image occur, and every sample asks for the tiles of some.
+        self._known_tiles = lru_cache(maxsize=1024)(self._tagged_tiles)
 
-    def conversation(self, turns: Sequence[Turn], images: Sequence[ImageLayout]) -> list[Piece]:
-        """All pieces of a sample; the images follow the markers."""
-        view = (0, 0)
-        pieces = [Piece("", self._opening, "context", view)] if self._opening else []
+    def lay_out(self, messages: Sequence[Message], images: Sequence[ImageLayout]) -> SampleLayout:
+        """Returns all pieces of a sample; the images stand where the messages have markers."""
+        span = (0, 0)
+        pieces = [Piece("", self._opening, "context", span)] if self._opening else []
         waiting = iter(images)
-        for turn in turns:
-            pieces.append(Piece("", self._start, "context", view))
-            if turn.role == "assistant":
+        for message in messages:
+            pieces.append(Piece("", self._start, "context", span))
+            if message.role == "assistant":
                 # The header is tokenised apart: generation begins right after it.
-                pieces.append(Piece("assistant\n", (), "context", view))
-                if turn.text:
+                pieces.append(Piece("assistant\n", (), "context", span))
+                if message.text:
                     after = self._answer_follows
-                    pieces.append(Piece(turn.text, (), "trained", view, after))
+                    pieces.append(Piece(message.text, (), "trained", span, after))
                 pieces += (
-                    Piece("", self._end, "trained", view),
-                    Piece("\n", (), "trained", view),
+                    Piece("", self._end, "trained", span),
+                    Piece("\n", (), "trained", span),
                 )
             else:
-                shown = [next(waiting) for _ in range(turn.text.count(IMAGE_MARKER))]
-                pieces += self._with_images(f"{turn.role}\n{turn.text}", shown, view[1])
-                view = pieces[-1].view
+                shown = [next(waiting) for _ in range(message.text.count(IMAGE_MARKER))]
+                pieces += self._with_images(f"{message.role}\n{message.text}", shown, span[1])
+                span = pieces[-1].span
                 pieces += (
-                    Piece("", self._end, "context", view),
-                    Piece("\n", (), "context", view),
+                    Piece("", self._end, "context", span),
+                    Piece("\n", (), "context", span),
                 )
-        return pieces
+        tiles = [tile for image in images for tile in self.tiles(image)]
+        return SampleLayout(
+            pieces=pieces,
+            images=tuple(images),
+            is_cross=[tile.route == "cross" for tile in tiles],
+            context_tags=[
+                tile.tag if self._routes.tag == "cross" else ""
+                for tile in tiles
+                if tile.route == "cross"
+            ],
+        )
 
-    def tags(self, image: ImageLayout) -> list[str]:
-        """Text before each tile of an image, in the decoder's text or in the context."""
-        return tile_tags(self._tags, *image, self._thumbnail_tag)
-
-    def routes(self, image: ImageLayout) -> list[Route]:
-        """Which way each tile of an image takes."""
-        return self._routes.of_image(image.num_regular, image.num_thumbnails)
-
-    def context_tags(self, images: Sequence[ImageLayout]) -> list[str]:
-        """Text before each cross-routed tile's features in the cross-attention's context."""
-        tags: list[str] = []
-        for image in images:
-            tags += [
-                tag if self._routes.tag == "cross" else ""
-                for tag, route in zip(self.tags(image), self.routes(image), strict=True)
-                if route == "cross"
-            ]
-        return tags
-
-    def prompt(self, turns: Sequence[Turn], images: Sequence[ImageLayout]) -> list[Piece]:
-        """The same, nothing trained, ending where the assistant is to speak."""
-        pieces = self.conversation(turns, images)
-        view = pieces[-1].view
+    def as_prompt(self, layout: SampleLayout) -> SampleLayout:
+        """Returns the sample with nothing trained, ending where the assistant is to speak."""
+        span = layout.pieces[-1].span
         header = [
-            Piece("", self._start, "context", view),
-            Piece("assistant\n", (), "context", view),
+            Piece("", self._start, "context", span),
+            Piece("assistant\n", (), "context", span),
         ]
         untrained = [
-            piece._replace(role="context") if piece.role == "trained" else piece for piece in pieces
+            piece._replace(role="context") if piece.role == "trained" else piece
+            for piece in layout.pieces
         ]
-        return untrained + header
+        return replace(layout, pieces=untrained + header)
+
+    def tiles(self, image: ImageLayout) -> tuple[TaggedTile, ...]:
+        """Returns the tag and the route of each tile of an image, thumbnail last."""
+        return self._known_tiles(image)
+
+    def _tagged_tiles(self, image: ImageLayout) -> tuple[TaggedTile, ...]:
+        tags = tile_tags(self._tags, *image, self._thumbnail_tag)
+        routes = self._routes.of_image(image.num_regular, image.num_thumbnails)
+        return tuple(TaggedTile(tag, route) for tag, route in zip(tags, routes, strict=True))
 
     def _with_images(self, text: str, images: Sequence[ImageLayout], seen: int) -> list[Piece]:
-        """Text whose markers became images; `seen` cross-routed tiles came before.
+        """Returns a text whose markers became images; `seen` cross-routed tiles came before.
 
         Only slots, and tags of cross-routed tiles, divide the text. The last piece is text.
         """
@@ -123,15 +148,15 @@ class ChatFormat:
         for image, following in zip(images, rest, strict=True):
             pending += IMAGE_START
             before, num_cross = (0, seen), 0
-            for tag, route in zip(self.tags(image), self.routes(image), strict=True):
-                if route == "decoder":
-                    pieces += _text(pending + tag, before)
+            for tile in self.tiles(image):
+                if tile.route == "decoder":
+                    pieces += _text(pending + tile.tag, before)
                     pieces.append(Piece("", self._slots, "image", before))
                     pending = ""
                     continue
                 if self._routes.tag == "decoder":
                     pieces += _text(pending, before)
-                    pieces += _text(tag, (seen + num_cross, seen + num_cross + 1))
+                    pieces += _text(tile.tag, (seen + num_cross, seen + num_cross + 1))
                     pending = ""
                 num_cross += 1
             if num_cross:
@@ -142,5 +167,6 @@ class ChatFormat:
         return pieces + _text(pending, (0, seen))
 
 
-def _text(text: str, view: tuple[int, int]) -> list[Piece]:
-    return [Piece(text, (), "context", view)] if text else []
+def _text(text: str, span: tuple[int, int]) -> list[Piece]:
+    """Returns the text as a piece, and nothing for an empty text."""
+    return [Piece(text, (), "context", span)] if text else []

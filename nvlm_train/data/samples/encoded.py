@@ -1,4 +1,5 @@
-"""A sample as the model reads it: token ids, image slots, labels, and what goes through cross-attention.
+"""A sample as the model reads it: token ids, image slots, labels, and what goes through
+cross-attention.
 
 Shape legend: N tokens of the sample, L trained positions, T tiles of all its images.
 """
@@ -15,9 +16,9 @@ from nvlm_train.tiling import Grid, ImageLayout
 
 @dataclass(frozen=True, slots=True)
 class CrossTiles:
-    """What of a sample goes through cross-attention; empty in NVLM-D.
+    """The part of a sample that goes through cross-attention; it is empty in NVLM-D.
 
-    Shape legend: C cross-routed tiles, numbered through all images; V views.
+    Shape legend: C cross-routed tiles, numbered through all images; P spans.
     """
 
     tokens_per_tile: int
@@ -25,8 +26,8 @@ class CrossTiles:
     """[T]: which of the sample's tiles."""
     tags: tuple[NDArray[np.int64], ...]
     """C times the ids of the tag before a tile's features in the context; none in NVLM-X."""
-    views: NDArray[np.int64]
-    """[V, 4]: tokens [start, stop) see the tiles [first, last); ascending. Other tokens see none."""
+    spans: NDArray[np.int64]
+    """[P, 4]: tokens [start, stop) see the tiles [first, last); ascending. Other tokens see none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +61,21 @@ class EncodedSample:
         return sum(self.tiles_per_image)
 
     def with_room(self, num_tokens: int) -> EncodedSample:
-        """The same with empty tokens behind, which see what its last token sees."""
+        """Returns the sample with empty tokens behind it, which see what its last token sees."""
         length = len(self.token_ids)
-        views = self.cross.views.copy()
-        if len(views) and views[-1, 1] == length:
-            views[-1, 1] += num_tokens
+        spans = self.cross.spans.copy()
+        if len(spans) and spans[-1, 1] == length:
+            spans[-1, 1] += num_tokens
         return replace(
             self,
             token_ids=np.append(self.token_ids, np.zeros(num_tokens, dtype=np.int64)),
-            cross=replace(self.cross, views=views),
+            cross=replace(self.cross, spans=spans),
         )
 
     def truncated(self, length: int) -> EncodedSample:
-        """Cut at the end to `length` tokens, never inside image slots: a tile's features come whole.
+        """Cuts the sample's end off after `length` tokens.
+
+        Image slots are never cut: the features of a tile come whole.
 
         Raises:
             ValueError: images reach behind `length`.
@@ -85,13 +88,13 @@ class EncodedSample:
                 f"position {self.image_positions[-1]}, behind sequence_length={length}"
             )
         kept = int(np.searchsorted(self.label_positions, length - 1))
-        views = self.cross.views[self.cross.views[:, 0] < length].copy()
-        views[:, 1] = np.minimum(views[:, 1], length)
+        spans = self.cross.spans[self.cross.spans[:, 0] < length].copy()
+        spans[:, 1] = np.minimum(spans[:, 1], length)
         return replace(
             self,
             token_ids=self.token_ids[:length],
             label_positions=self.label_positions[:kept],
             label_ids=self.label_ids[:kept],
-            cross=replace(self.cross, views=views),
+            cross=replace(self.cross, spans=spans),
             is_truncated=True,
         )

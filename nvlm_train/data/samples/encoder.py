@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
@@ -12,23 +12,20 @@ import numpy as np
 
 from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.images import check_pixels
-from nvlm_train.data.samples.chat_format import ChatFormat, Piece
+from nvlm_train.data.samples.chat_format import ChatFormat, Piece, SampleLayout
 from nvlm_train.data.samples.encoded import CrossTiles, EncodedSample
-from nvlm_train.data.samples.messages import Turn, place_images
+from nvlm_train.data.samples.messages import Message, place_images
 from nvlm_train.data.samples.prompts import PromptFamily, load_prompts
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.records import ImageSize, RawSample, read_messages
 from nvlm_train.routes import Routes
-from nvlm_train.tiling import ImageLayout, choose_grid, lay_out, tile_limits
+from nvlm_train.tiling import choose_grid, lay_out, tile_limits
 from nvlm_train.tokens import Tokenizer
 
 ENCODING_VERSION = 4
-"""Raised whenever the same record would become other tokens; stored lengths are then made anew."""
+"""Raised whenever the same record would become other tokens; stored lengths are then made again."""
 
 _SHORT_TEXT = 48
 """Characters of the texts worth remembering: headers, tags, newlines, common prompts."""
-
-ImageSize = tuple[int, int]
-"""(width, height), upright."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +45,35 @@ class EncodingSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """A sample's pieces under one tile limit."""
+class SampleLength:
+    """How much of a pack a sample takes."""
 
-    pieces: list[Piece]
-    images: tuple[ImageLayout, ...]
+    num_tokens: int = 0
+    """Image tokens are included."""
+    num_tiles: int = 0
+    """Thumbnails are included."""
+    num_trained: int = 0
+    """Labels; 0 exactly for a sample that cannot be used."""
+    is_truncated: bool = False
+    """Whether the sample is cut at `sequence_length`."""
+    problem: str = ""
+    """The reason why the sample cannot be used; the text before ":" is its kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A sample whose tokens are still to be counted."""
+
+    row: int
+    messages: tuple[Message, ...]
+    sizes: Sequence[ImageSize]
+    layout: SampleLayout
+    """The sample at the full tile limit."""
 
 
 class SampleEncoder:
-    """Records into token ids, the same for the same record, key and image sizes. Thread-safe."""
+    """Turns records into token ids, the same for the same record, key and image sizes.
+    Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, spec: EncodingSpec) -> None:
         self.tokenizer = tokenizer
@@ -72,29 +89,37 @@ class SampleEncoder:
 
     @property
     def tokens_fingerprint(self) -> str:
-        """Equal ones make the same tokens of a sample that can be used: hash of tokenizer, settings,
-        prompts and `ENCODING_VERSION`."""
+        """Equal ones make the same tokens of a sample that can be used.
+
+        This is a hash of tokenizer, settings, prompts and `ENCODING_VERSION`.
+        """
         config, spec = asdict(self.tokenizer.config), asdict(self.spec)
         del config["path"], spec["max_image_pixels"]
         return _hash([ENCODING_VERSION, self.tokenizer.digest, config, spec, load_prompts()])
 
-    def turns(self, key: str, record: bytes, sizes: Sequence[ImageSize]) -> tuple[Turn, ...]:
-        """The record's turns, with the stage's system message unless it brings its own.
+    def messages(self, key: str, record: bytes, sizes: Sequence[ImageSize]) -> tuple[Message, ...]:
+        """Returns the record's messages, with the stage's system message unless it brings its own.
 
         Raises:
             ValueError: the record or its images cannot be used; the text before ":" names the kind.
         """
         for width, height in sizes:
             check_pixels(width, height, self.spec.max_image_pixels)
-        return self._with_system(read_turns(record, key, len(sizes), self.spec.prompts))
+        messages = read_messages(record, key, len(sizes), self.spec.prompts)
+        return self._with_system(messages)
 
-    def layout(self, turns: Sequence[Turn], sizes: Sequence[ImageSize], max_tiles: int) -> Layout:
-        """Pieces and tiles when no image may have more than `max_tiles` regular tiles."""
-        images = self._images(sizes, max_tiles)
-        return Layout(self.format.conversation(turns, images), images)
+    def layouts(
+        self, messages: Sequence[Message], sizes: Sequence[ImageSize]
+    ) -> Iterator[SampleLayout]:
+        """Yields the sample at `tiling.max_tiles` tiles an image, then at ever fewer of them."""
+        tiling, tile_size = self.spec.tiling, self.spec.tile_size
+        for max_tiles in tile_limits(tiling.max_tiles if sizes else 1):
+            grids = [choose_grid(*size, tile_size, max_tiles) for size in sizes]
+            images = [lay_out(grid, int(tiling.thumbnail)) for grid in grids]
+            yield self.format.lay_out(messages, images)
 
     def ids(self, piece: Piece, known: Mapping[str, Sequence[int]] | None = None) -> Sequence[int]:
-        """Token ids of a piece; `known` holds texts that were tokenised before."""
+        """Returns the token ids of a piece; `known` holds texts that were tokenised before."""
         if not piece.text:
             return piece.ids
         if piece.after:
@@ -108,35 +133,33 @@ class SampleEncoder:
         return self.tokenizer.encode(piece.text)
 
     def encode(self, key: str, record: bytes, sizes: Sequence[ImageSize]) -> EncodedSample:
-        """The sample with as many tiles as fit, cut at `sequence_length` when one each is too many.
+        """Returns the sample with as many tiles as fit.
+
+        Where one tile an image is still too much, the sample is cut at `sequence_length`.
 
         Raises:
-            ValueError: unusable; see `turns`, and "every label is masked", "images do not fit".
+            ValueError: the sample cannot be used; see `messages`, and "every label is masked",
+                "images do not fit".
         """
-        turns = self.turns(key, record, sizes)
-        encoded = None
-        for limit in tile_limits(self.spec.tiling.max_tiles if sizes else 1):
-            encoded = self._assemble(self.layout(turns, sizes, limit))
-            if len(encoded.token_ids) <= self.spec.sequence_length:
-                break
-        assert encoded is not None, "tile_limits is never empty"
-        return self.check_labels(encoded.truncated(self.spec.sequence_length))
+        return self._encode(self.messages(key, record, sizes), sizes)
 
     def encode_prompt(
-        self, turns: Sequence[Turn], sizes: Sequence[ImageSize], room: int = 0
+        self, messages: Sequence[Message], sizes: Sequence[ImageSize], room: int = 0
     ) -> EncodedSample:
-        """A question to answer: like `encode`, ending with the assistant's header, without labels.
+        """Returns a question to answer: it ends with the assistant's header and has no labels.
 
-        `room` tokens of the sequence length are kept free for the answer.
+        Args:
+            messages: the question, with what was said before.
+            sizes: (width, height) of the images.
+            room: tokens of the sequence length that are kept free for the answer.
 
         Raises:
             ValueError: markers that do not match the images, or a prompt that does not fit.
         """
-        shown = self._with_system(place_images(tuple(turns), len(sizes)))
+        shown = self._with_system(place_images(tuple(messages), len(sizes)))
         length = 0
-        for limit in tile_limits(self.spec.tiling.max_tiles if sizes else 1):
-            images = self._images(sizes, limit)
-            encoded = self._assemble(Layout(self.format.prompt(shown, images), images))
+        for layout in self.layouts(shown, sizes):
+            encoded = self._assemble(self.format.as_prompt(layout))
             length = len(encoded.token_ids)
             if length + room <= self.spec.sequence_length:
                 return encoded
@@ -145,12 +168,74 @@ class SampleEncoder:
             f"sequence_length={self.spec.sequence_length}"
         )
 
-    def check_labels(self, encoded: EncodedSample) -> EncodedSample:
-        """The sample itself.
+    def measure(
+        self, rows: Iterable[int], read: Callable[[int], RawSample]
+    ) -> Iterator[tuple[int, SampleLength]]:
+        """Yields the row and the length of every sample, those that cannot be read first.
 
-        Raises:
-            ValueError: nothing in it is trained.
+        The lengths are those of `encode`, which costs several times as much: here the samples are
+        tokenised together and no arrays are made.
+
+        Args:
+            rows: numbers of the samples.
+            read: reads the sample of a row; its ValueError is the sample's problem.
         """
+        drafts: list[_Draft] = []
+        for row in rows:
+            try:
+                sample = read(row)
+                messages = self.messages(sample.key, sample.record, sample.sizes)
+            except ValueError as error:
+                yield row, SampleLength(problem=str(error))
+                continue
+            layout = next(self.layouts(messages, sample.sizes))
+            drafts.append(_Draft(row, messages, sample.sizes, layout))
+        known = self._tokenise(drafts)
+        for draft in drafts:
+            yield draft.row, self._length(draft, known)
+
+    def _tokenise(self, drafts: Sequence[_Draft]) -> dict[str, list[int]]:
+        """Returns the ids of every different text of these samples."""
+        texts = list(
+            {
+                piece.text: None
+                for draft in drafts
+                for piece in draft.layout.pieces
+                if piece.text and not piece.after
+            }
+        )
+        return dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
+
+    def _length(self, draft: _Draft, known: Mapping[str, Sequence[int]]) -> SampleLength:
+        """Counts a sample's tokens; only one that does not fit is encoded, with fewer tiles."""
+        counts = [(len(self.ids(piece, known)), piece.role) for piece in draft.layout.pieces]
+        num_tokens = sum(count for count, _ in counts)
+        num_trained = sum(count for count, role in counts if role == "trained")
+        if num_tokens <= self.spec.sequence_length and num_trained > 0:
+            num_tiles = sum(image.num_tiles for image in draft.layout.images)
+            return SampleLength(num_tokens, num_tiles, num_trained)
+        try:
+            encoded = self._encode(draft.messages, draft.sizes)
+        except ValueError as error:
+            return SampleLength(problem=str(error))
+        return SampleLength(
+            num_tokens=len(encoded.token_ids),
+            num_tiles=encoded.num_tiles,
+            num_trained=len(encoded.label_ids),
+            is_truncated=encoded.is_truncated,
+        )
+
+    def _encode(self, messages: Sequence[Message], sizes: Sequence[ImageSize]) -> EncodedSample:
+        encoded = None
+        for layout in self.layouts(messages, sizes):
+            encoded = self._assemble(layout)
+            if len(encoded.token_ids) <= self.spec.sequence_length:
+                break
+        assert encoded is not None, "tile_limits is never empty"
+        return self._check_labels(encoded.truncated(self.spec.sequence_length))
+
+    def _check_labels(self, encoded: EncodedSample) -> EncodedSample:
+        """Returns the sample itself. Raises ValueError: nothing in it is trained."""
         if len(encoded.label_ids) == 0:
             why = (
                 f"the answer lies behind sequence_length={self.spec.sequence_length}; "
@@ -161,26 +246,21 @@ class SampleEncoder:
             raise ValueError(f"every label is masked: {why}")
         return encoded
 
-    def _with_system(self, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        if self.spec.system_message is None or turns[0].role == "system":
-            return turns
-        return (Turn("system", self.spec.system_message), *turns)
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if self.spec.system_message is None or messages[0].role == "system":
+            return messages
+        return (Message("system", self.spec.system_message), *messages)
 
-    def _images(self, sizes: Sequence[ImageSize], max_tiles: int) -> tuple[ImageLayout, ...]:
-        thumbnails = int(self.spec.tiling.thumbnail)
-        grids = [choose_grid(*size, self.spec.tile_size, max_tiles) for size in sizes]
-        return tuple(lay_out(grid, thumbnails) for grid in grids)
-
-    def _assemble(self, layout: Layout) -> EncodedSample:
+    def _assemble(self, layout: SampleLayout) -> EncodedSample:
         ids: list[int] = []
         images: list[int] = []
         labels: list[int] = []
-        views: list[tuple[int, int, int, int]] = []
+        spans: list[tuple[int, int, int, int]] = []
         for piece in layout.pieces:
             start = len(ids)
             ids.extend(self.ids(piece))
-            if piece.view[0] < piece.view[1]:
-                views.append((start, len(ids), *piece.view))
+            if piece.span[0] < piece.span[1]:
+                spans.append((start, len(ids), *piece.span))
             if piece.role == "image":
                 images.extend(range(start, len(ids)))
             elif piece.role == "trained":
@@ -193,23 +273,22 @@ class SampleEncoder:
             label_positions=label_positions,
             label_ids=token_ids[label_positions + 1],
             images=layout.images,
-            cross=self._cross(layout.images, views),
+            cross=self._cross(layout, spans),
             is_truncated=False,
         )
 
     def _cross(
-        self, images: Sequence[ImageLayout], views: Sequence[tuple[int, int, int, int]]
+        self, layout: SampleLayout, spans: Sequence[tuple[int, int, int, int]]
     ) -> CrossTiles:
-        routes = [route for image in images for route in self.format.routes(image)]
         tags = [
             np.array(self._remembered(tag) if tag else [], dtype=np.int64)
-            for tag in self.format.context_tags(images)
+            for tag in layout.context_tags
         ]
         return CrossTiles(
             self.spec.context_tokens_per_tile,
-            np.array([route == "cross" for route in routes], dtype=np.bool_),
+            np.array(layout.is_cross, dtype=np.bool_),
             tuple(tags),
-            np.array(_merged(views), dtype=np.int64).reshape(-1, 4),
+            np.array(_merged(spans), dtype=np.int64).reshape(-1, 4),
         )
 
 
@@ -217,10 +296,10 @@ def _hash(parts: list[object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _merged(views: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """Neighbouring tokens that see the same tiles make one view."""
+def _merged(spans: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """Returns the spans with neighbouring tokens that see the same tiles made one."""
     merged: list[tuple[int, int, int, int]] = []
-    for start, stop, first, last in views:
+    for start, stop, first, last in spans:
         if merged and merged[-1][1:] == (start, first, last):
             merged[-1] = (merged[-1][0], stop, first, last)
         else:

@@ -1,4 +1,4 @@
-"""What is said about a sample's images, turn by turn, and which turn shows them."""
+"""The messages of a sample, and which of them shows its images."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """What one side says. `<image>` in a user's text stands for one image."""
+class Message:
+    """The words of one side. `<image>` in a user's text stands for one image."""
 
     role: Role
     text: str
 
 
-def place_images(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
-    """Checks that markers and images match; without any marker the first user turn gets them all.
+def place_images(messages: tuple[Message, ...], num_images: int) -> tuple[Message, ...]:
+    """Checks that markers and images match; without any marker the first user message gets them all.
 
     Raises:
-        ValueError: numbers that differ, or a marker outside a user's turn.
+        ValueError: numbers that differ, or a marker outside a user's message.
     """
-    for turn in turns:
-        if turn.role != "user" and IMAGE_MARKER in turn.text:
+    for message in messages:
+        if message.role != "user" and IMAGE_MARKER in message.text:
             raise ValueError(
-                f"image marker in {turn.role} turn: {IMAGE_MARKER} belongs into user turns; "
+                f"image marker in {message.role} turn: {IMAGE_MARKER} belongs into user turns; "
                 "remove it"
             )
-    markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
+    markers = sum(message.text.count(IMAGE_MARKER) for message in messages)
     if markers == num_images:
-        return turns
+        return messages
     if markers > num_images:
         raise ValueError(
             f"image marker without image: the text has {markers} {IMAGE_MARKER} and the sample has "
@@ -43,8 +43,10 @@ def place_images(turns: tuple[Turn, ...], num_images: int) -> tuple[Turn, ...]:
             f"image without image marker: the text has {markers} {IMAGE_MARKER} and the sample has "
             f"{num_images} images; write one marker for each image, or none at all"
         )
-    first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+    first = next(
+        (number for number, message in enumerate(messages) if message.role == "user"), None
+    )
     if first is None:
         raise ValueError("image without image marker: there is no user turn to show the image in")
-    opened = Turn("user", f"{IMAGE_MARKER}\n" * num_images + turns[first].text)
-    return (*turns[:first], opened, *turns[first + 1 :])
+    opened = Message("user", f"{IMAGE_MARKER}\n" * num_images + messages[first].text)
+    return (*messages[:first], opened, *messages[first + 1 :])

@@ -1,4 +1,4 @@
-"""Which words ask for a caption, an answer or a page of text: `prompts.yaml`, chosen by sample.
+"""The words that ask for a caption, an answer or a page of text: `prompts.yaml`, chosen by sample.
 
 Which prompt a sample gets is a function of its key: it reads the same in every epoch and run.
 """
@@ -32,7 +32,7 @@ _FILE = Path(__file__).with_name("prompts.yaml")
 
 @cache
 def load_prompts() -> Mapping[Task, Prompts]:
-    """Every task's prompts of either family."""
+    """Returns every task's prompts of either family."""
     import yaml
 
     content: Mapping[Task, Prompts] = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
@@ -41,13 +41,13 @@ def load_prompts() -> Mapping[Task, Prompts]:
 
 
 def choose_prompt(family: PromptFamily, task: Task, key: str) -> str:
-    """The prompt of this sample, with `{question}` and `{choices}` in it where the task has them."""
+    """Returns the sample's prompt, with `{question}` and `{choices}` in it where the task has them."""
     prompts = load_prompts()[task][family]
     return prompts[stable_hash("prompt", key) % len(prompts)]
 
 
 def fill_prompt(prompt: str, question: str, choices: Sequence[str]) -> str:
-    """The prompt with the record's words; braces inside those stay as they are.
+    """Returns the prompt with the record's words; braces inside those stay as they are.
 
     >>> fill_prompt("{question}\\n{choices}", "Which?", ["cat", "dog"])
     'Which?\\nA. cat\\nB. dog'
@@ -58,7 +58,7 @@ def fill_prompt(prompt: str, question: str, choices: Sequence[str]) -> str:
 
 
 def letter(number: int) -> str:
-    """The letter of a choice.
+    """Returns the letter of a choice.
 
     >>> letter(0), letter(25)
     ('A', 'Z')
@@ -67,7 +67,7 @@ def letter(number: int) -> str:
 
 
 def choose_weighted(weights: Sequence[float], key: str) -> int:
-    """Index drawn in proportion to the weights, always the same one for a key.
+    """Draws an index in proportion to the weights, always the same one for a key.
 
     Raises:
         ValueError: a negative weight, or no positive one.

@@ -1,4 +1,4 @@
-"""A sample's JSON record as chat turns.
+"""A sample's JSON record as chat messages.
 
 Accepted: `{"conversations": [{"from", "value"}]}` (LLaVA), `{"messages": [{"role", "content"}]}`
 (OpenAI), `{"caption"}` (a text, or several to choose from), `{"question", "answer"}` or
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from nvlm_train.data.samples.messages import Role, Turn, place_images
+from nvlm_train.data.samples.messages import Message, Role, place_images
 from nvlm_train.data.samples.prompts import (
     CAPTION_TASKS,
     PAGE_TASKS,
@@ -26,6 +26,20 @@ from nvlm_train.data.samples.prompts import (
     letter,
 )
 from nvlm_train.tokens import IMAGE_MARKER
+
+ImageSize = tuple[int, int]
+"""(width, height), upright."""
+
+
+class RawSample(NamedTuple):
+    """A sample as a shard holds it."""
+
+    key: str
+    record: bytes
+    """JSON."""
+    sizes: list[ImageSize]
+    """(width, height) of its images, in their order."""
+
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -43,8 +57,10 @@ _TASKS: tuple[tuple[str, tuple[Task, ...], Task], ...] = (
 """(field, tasks of records that have it, the usual one)."""
 
 
-def read_turns(record: bytes, key: str, num_images: int, family: PromptFamily) -> tuple[Turn, ...]:
-    """Turns of a record, one `<image>` marker per image.
+def read_messages(
+    record: bytes, key: str, num_images: int, family: PromptFamily
+) -> tuple[Message, ...]:
+    """Returns the messages of a record, with one `<image>` marker per image.
 
     Raises:
         ValueError: "record cannot be read: ...", or a marker that has no image, or the reverse.
@@ -63,10 +79,11 @@ def read_turns(record: bytes, key: str, num_images: int, family: PromptFamily) -
         raise ValueError(
             "image is missing: a caption or text record describes an image; add KEY.jpg or KEY.png"
         )
-    return place_images(_turns_of(fields, key, family), num_images)
+    messages = _messages_of(fields, key, family)
+    return place_images(messages, num_images)
 
 
-def _turns_of(fields: Mapping[str, Any], key: str, family: PromptFamily) -> tuple[Turn, ...]:
+def _messages_of(fields: Mapping[str, Any], key: str, family: PromptFamily) -> tuple[Message, ...]:
     if "conversations" in fields:
         return _chat(fields["conversations"], "conversations", "from", "value")
     if "messages" in fields:
@@ -81,7 +98,7 @@ def _turns_of(fields: Mapping[str, Any], key: str, family: PromptFamily) -> tupl
 
 
 def _task(fields: Mapping[str, Any], name: str, tasks: Sequence[Task], usual: Task) -> Task:
-    """The record's own `task`, or the usual one of records with this field."""
+    """Returns the record's own `task`, or the usual one of records with this field."""
     if "task" not in fields:
         return "multiple_choice" if name == "question" and "choices" in fields else usual
     for task in tasks:
@@ -95,15 +112,17 @@ def _task(fields: Mapping[str, Any], name: str, tasks: Sequence[Task], usual: Ta
 
 def _asked(
     fields: Mapping[str, Any], key: str, family: PromptFamily, name: str, task: Task
-) -> tuple[Turn, ...]:
-    """A prompt of the task's family, and the answer."""
+) -> tuple[Message, ...]:
+    """Returns a prompt of the task's family, and the answer."""
     prompt = choose_prompt(family, task, key)
     if name != "question":
-        return Turn("user", prompt), Turn("assistant", _text(_one_of(fields, name, key), name))
+        return Message("user", prompt), Message(
+            "assistant", _text(_one_of(fields, name, key), name)
+        )
     choices = _choices(fields) if task == "multiple_choice" else []
     question = fill_prompt(prompt, _text(fields, "question"), choices)
     answer = _letter(fields, choices) if choices else _answer(fields, key)
-    return Turn("user", question), Turn("assistant", answer)
+    return Message("user", question), Message("assistant", answer)
 
 
 def _choices(fields: Mapping[str, Any]) -> list[str]:
@@ -114,7 +133,7 @@ def _choices(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _letter(fields: Mapping[str, Any], choices: Sequence[str]) -> str:
-    """The right choice's letter; `answer` is the letter, the choice's text, or its number from 0."""
+    """Returns the right choice's letter; `answer` is the letter, the choice's text, or its number."""
     answer = fields.get("answer")
     letters = [letter(number) for number in range(len(choices))]
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
@@ -129,10 +148,10 @@ def _letter(fields: Mapping[str, Any], choices: Sequence[str]) -> str:
     )
 
 
-def _chat(value: object, name: str, role_field: str, text_field: str) -> tuple[Turn, ...]:
+def _chat(value: object, name: str, role_field: str, text_field: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"record cannot be read: {name} must be a list of turns that is not empty")
-    turns: list[Turn] = []
+    messages: list[Message] = []
     for number, item in enumerate(value):
         where = f"{name}[{number}]"
         if not isinstance(item, dict):
@@ -147,12 +166,12 @@ def _chat(value: object, name: str, role_field: str, text_field: str) -> tuple[T
             raise ValueError(
                 f"record cannot be read: {where} is a system turn, which can only be first"
             )
-        turns.append(Turn(role, _content(item.get(text_field), f"{where}.{text_field}")))
-    return tuple(turns)
+        messages.append(Message(role, _content(item.get(text_field), f"{where}.{text_field}")))
+    return tuple(messages)
 
 
 def _content(value: object, where: str) -> str:
-    """Text, or OpenAI's list of parts in which an image part becomes a marker on its own line."""
+    """Returns text, or OpenAI's list of parts as text: an image becomes a marker on its own line."""
     if isinstance(value, str):
         return _valid(value, where)
     if not isinstance(value, list):
@@ -170,7 +189,7 @@ def _content(value: object, where: str) -> str:
 
 
 def _answer(fields: Mapping[str, Any], key: str) -> str:
-    """`answer`, or one of `answers` (texts or `{"answer", "weight"}`) drawn by weight."""
+    """Returns `answer`, or one of `answers` (texts or `{"answer", "weight"}`) drawn by weight."""
     if "answer" in fields:
         return _text(fields, "answer")
     answers = fields.get("answers")
@@ -191,7 +210,7 @@ def _answer(fields: Mapping[str, Any], key: str) -> str:
 
 
 def _one_of(fields: Mapping[str, Any], name: str, key: str) -> Mapping[str, Any]:
-    """The fields; of several texts one stays, always the same for a key."""
+    """Returns the fields; of several texts one stays, always the same for a key."""
     value = fields[name]
     if not isinstance(value, list) or not value:
         return fields
@@ -206,7 +225,7 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
 
 
 def _valid(text: str, where: str) -> str:
-    """Half a surrogate pair (JSON's `\\ud800`) is no character and cannot be tokenised."""
+    """Refuses half a surrogate pair (JSON's `\\ud800`) is no character and cannot be tokenised."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

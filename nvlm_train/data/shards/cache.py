@@ -35,7 +35,7 @@ class ShardCopy:
 
     @classmethod
     def open(cls, path: Path) -> ShardCopy | None:
-        """The copy, or None where there is none (any more)."""
+        """Opens the copy; None where there is none (any more)."""
         try:
             stream = path.open("rb")
         except FileNotFoundError:
@@ -52,20 +52,20 @@ class ShardCopy:
         self._stream.close()
 
     def touch(self) -> None:
-        """Marks the copy as used now: the order in which copies are deleted."""
+        """Marks the copy as used now, which decides the order in which copies are deleted."""
         os.utime(self._stream.fileno())
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset`, fewer at the end."""
+        """Reads `size` bytes at `offset`, fewer at the end."""
         return os.pread(self._stream.fileno(), size, offset)
 
     def stream(self) -> IO[bytes]:
-        """A stream of its own over the whole copy; it shares no position with others."""
+        """Opens a stream over the whole copy; it shares no position with others."""
         return self._path.open("rb")
 
 
 def try_lock(stream: IO[bytes]) -> bool:
-    """Whether nobody else had a lock on the file, and this process now has it alone."""
+    """Takes a lock on the file; False when somebody else has one."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -110,12 +110,12 @@ class ShardCache:
             ) from error
 
     def beside(self, url: str, suffix: str) -> str:
-        """Local path of a file that belongs beside the shard."""
+        """Returns the local path of a file that belongs beside the shard."""
         name = url.rstrip("/").rpartition("/")[2]
         return str(self._root / "beside" / f"{_digest(url)}-{name}{suffix}")
 
     def copy(self, shard: RemoteShard, stamp: Stamp) -> ShardCopy | None:
-        """The node's copy, downloaded if need be; None when no room can be made for it.
+        """Returns the node's copy, downloaded if need be; None when no room can be made for it.
 
         Raises:
             FileNotFoundError: the shard is gone.
@@ -133,7 +133,7 @@ class ShardCache:
         return copy
 
     def _hold(self, name: str) -> ShardCopy | None:
-        """The copy with a shared lock on it, or None where there is none."""
+        """Returns the copy with a shared lock on it, or None where there is none."""
         with self._guard:
             copy = self._held.get(name)
             if copy is None:
@@ -146,13 +146,13 @@ class ShardCache:
             return copy
 
     def _let_go_of_idle(self) -> None:
-        """Copies close when their last reader is done; the table's own hold ends here."""
+        """Lets go of copies that were not read for long; each closes when its last reader is done."""
         limit = time.monotonic() - self._idle_s
         for name in [name for name, copy in self._held.items() if copy.last_read < limit]:
             self._held.pop(name).touch()
 
     def _reserve(self, url: str, name: str, size: int) -> bool:
-        """Makes room and takes it with a file of full size, so that other downloads count it."""
+        """Makes room and takes it with a file of full size, so that other downloads count it too."""
         partial = self._root / "copies" / f"{name}.partial"
         with self._locked("room.lock"):
             partial.unlink(missing_ok=True)  # of a rank that was killed: this shard's lock is ours
@@ -179,7 +179,7 @@ class ShardCache:
         return used + size <= self._max_bytes
 
     def _delete(self, path: Path) -> bool:
-        """Whether the copy was deleted: not when a rank reads it, or still downloads it."""
+        """Deletes the copy; False when a rank reads it, or still downloads it."""
         guard = self._root / "locks" / f"{path.stem}.lock" if path.suffix == ".partial" else path
         with guard.open("ab" if guard != path else "rb") as stream:
             if not try_lock(stream):
@@ -209,7 +209,7 @@ class ShardCache:
         _log.info("copied %s (%d bytes) in %.1f s", shard.path, stamp.size, seconds)
 
     def _write(self, stream: IO[bytes], data: bytes) -> None:
-        """Writes through to the disk: what has its name must survive a power cut whole."""
+        """Writes through to the disk: a copy that has its name must survive a power cut whole."""
         try:
             stream.write(data)
             stream.flush()

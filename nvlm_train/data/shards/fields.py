@@ -38,31 +38,31 @@ _FORMS = ", ".join("+".join(kind) for kind in KINDS)
 
 @dataclass(frozen=True)
 class FieldMapping:
-    """Where the fields of a record come from. The empty mapping reads our own tars."""
+    """Says where the fields of a record come from. The empty mapping reads our own tars."""
 
     sources: tuple[tuple[str, str], ...] = ()
-    """(field, place): `txt` is the text of KEY.txt, `json.a.b` a field of KEY.json, `=x` the text x.
-    None at all: KEY.json is the record."""
+    """(field, place): `txt` is the text of KEY.txt, `json.a.b` a field of KEY.json, `=x` the
+    text x. Without any, KEY.json is the record."""
     images: tuple[str, ...] = ()
     """Suffixes of the image members, in order; `jpg` also stands for `0.jpg`, `1.jpg`, ....
-    None at all: every picture beside the record."""
+    Without any, every image beside the record is one of the sample's."""
 
     @cached_property
     def members(self) -> tuple[str, ...]:
-        """Suffixes of the members that are read for a record."""
+        """The suffixes of the members that are read for a record."""
         named = (_split(place)[0] for _, place in self.sources if not place.startswith("="))
         return tuple(dict.fromkeys(named)) or ("json",)
 
     @cached_property
     def digest(self) -> str:
-        """Tells mappings apart: 16 hex digits, or nothing for the empty one."""
+        """A digest that tells mappings apart: 16 hex digits, or nothing for the empty one."""
         if not self.sources and not self.images:
             return ""
         content = json.dumps([self.sources, self.images]).encode()
         return hashlib.sha256(content).hexdigest()[:16]
 
     def image_number(self, suffix: str) -> int | None:
-        """Place of an image member among its sample's images; None for other members.
+        """Returns the place of an image member among its sample's images; None for other members.
 
         >>> FieldMapping().image_number("2.jpg"), FieldMapping(images=("png",)).image_number("jpg")
         (2, None)
@@ -75,11 +75,11 @@ class FieldMapping:
         named = rest if numbered else suffix
         if named not in self.images:
             return None
-        # Ten million pictures of one suffix come before the next suffix's first.
+        # Ten million images of one suffix come before the next suffix's first.
         return self.images.index(named) * 10_000_000 + (int(first) if numbered else 0)
 
     def record(self, contents: Sequence[bytes]) -> bytes:
-        """A record's JSON from the contents of `members`, in their order.
+        """Makes a record's JSON from the contents of `members`, in their order.
 
         Raises:
             ValueError: "record cannot be read: ...".
@@ -93,7 +93,7 @@ class FieldMapping:
         return json.dumps(self.select(values), ensure_ascii=True).encode()
 
     def select(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The record, out of parsed members (or columns of a table) by name.
+        """Makes the record out of parsed members (or columns of a table), given by name.
 
         Raises:
             ValueError: a place that does not exist there.
@@ -112,7 +112,7 @@ OWN_FIELDS = FieldMapping()
 
 
 def read_fields(value: object, where: str, problems: list[str]) -> FieldMapping:
-    """The mapping that a data recipe or command line writes; adds what is wrong to `problems`."""
+    """Reads the mapping of a data recipe or command line; adds what is wrong to `problems`."""
     if value is None:
         return FieldMapping()
     if not isinstance(value, dict) or not value:
@@ -139,7 +139,7 @@ def read_fields(value: object, where: str, problems: list[str]) -> FieldMapping:
 
 
 def _split(place: str) -> tuple[str, tuple[str, ...]]:
-    """Member and path inside its JSON: `meta.json.a.b` is field a.b of KEY.meta.json."""
+    """Returns member and path inside its JSON: `meta.json.a.b` is field a.b of KEY.meta.json."""
     parts = place.split(".")
     if "json" not in parts:
         return place.lower(), ()

@@ -13,7 +13,7 @@ from typing import Any
 from nvlm_train.errors import ShardError
 
 MANIFEST_FORMAT = 1
-"""Of the file; one without a format is of the first."""
+"""The format of the file; one that states none is of the first."""
 _CHUNK_BYTES = 1 << 20
 
 
@@ -40,7 +40,7 @@ class BadEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was written; stored as `NAME.manifest.json` beside the shards."""
+    """The list of what was written; stored as `NAME.manifest.json` beside the shards."""
 
     name: str
     num_samples: int
@@ -55,17 +55,17 @@ class Manifest:
 
     @property
     def pattern(self) -> str:
-        """What a data recipe writes to read all shards."""
+        """The pattern that a data recipe writes to read all shards."""
         last = len(self.shards) - 1
         return f"{self.name}-{{000000..{last:06d}}}.tar" if last else f"{self.name}-000000.tar"
 
     def write(self, directory: str) -> None:
-        """Stores it, whole or not at all."""
+        """Stores the manifest, whole or not at all."""
         write_json(Path(directory) / f"{self.name}.manifest.json", asdict(self))
 
 
 def read_manifest(directory: str, name: str) -> Manifest | None:
-    """The stored manifest; None when there is none. Raises ShardError: it is something else."""
+    """Reads the stored manifest; None when there is none. Raises ShardError: it is something else."""
     path = Path(directory) / f"{name}.manifest.json"
     try:
         fields: dict[str, Any] = json.loads(path.read_text())
@@ -90,12 +90,12 @@ def check_format(fields: Mapping[str, Any], path: str) -> None:
 
 
 def describe_shard(path: str, num_samples: int) -> ShardEntry:
-    """The entry of a finished tar."""
+    """Returns the entry of a finished tar."""
     return ShardEntry(Path(path).name, num_samples, os.path.getsize(path), sha256_of(path))
 
 
 def sha256_of(path: str) -> str:
-    """SHA-256 of a file's contents, in hex."""
+    """Returns the SHA-256 of a file's contents, in hex."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -104,7 +104,7 @@ def sha256_of(path: str) -> str:
 
 
 def write_json(path: Path, content: object) -> None:
-    """A JSON file that is there whole, also after a power cut, or not at all."""
+    """Writes a JSON file that is there whole, also after a power cut, or not at all."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as stream:
         stream.write(json.dumps(content, indent=2) + "\n")

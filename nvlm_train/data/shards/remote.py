@@ -76,7 +76,7 @@ class RemoteShard:
 
 
 class _RangeStream(io.RawIOBase):
-    """The whole tar as a stream of range requests, so that each of them can be tried again."""
+    """Reads the whole tar as a stream of range requests, so that each can be tried again."""
 
     def __init__(self, shard: RemoteShard, stamp: Stamp) -> None:
         self._shard = shard

@@ -29,8 +29,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a read is tried. The wait doubles each time; a part of it is drawn by lot, so that
-    many ranks do not come back to a struggling server at the same moment."""
+    """Says how often a read is tried, and how long it waits between two tries.
+
+    The wait doubles each time. Part of it is drawn by lot, so that many ranks do not come back to a
+    struggling server at the same moment.
+    """
 
     attempts: int = 5
     """Tries altogether; 1 gives up at once."""
@@ -38,7 +41,7 @@ class RetryPolicy:
     longest_wait_s: float = 30.0
 
     def waits(self) -> Iterator[float]:
-        """Seconds before the second try, the third, ..."""
+        """Yields the seconds before the second try, the third, ..."""
         for number in range(self.attempts - 1):
             wait = min(self.first_wait_s * 2**number, self.longest_wait_s)
             yield wait * random.uniform(0.5, 1.0)
@@ -48,7 +51,7 @@ DEFAULT_RETRY = RetryPolicy()
 
 
 def try_again(url: str, policy: RetryPolicy, read: Callable[[], T]) -> T:
-    """What `read` returns, tried again after errors that may pass; each is logged with the URL.
+    """Returns what `read` returns; errors that may pass are logged and the read is tried again.
 
     Raises:
         FileNotFoundError: there is nothing at the URL.
@@ -82,7 +85,7 @@ def try_again(url: str, policy: RetryPolicy, read: Callable[[], T]) -> T:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether the same read can succeed later.
+    """Says whether the same read can succeed later.
 
     Timeouts, broken connections, answers cut short, the HTTP answers of a server in trouble, and
     I/O errors of a mounted file system may pass. Missing files, access rights and every other
@@ -100,13 +103,13 @@ def may_pass(error: BaseException) -> bool:
 
 
 def _read_errors() -> tuple[type[Exception], ...]:
-    """What file systems raise. Timeouts are OSErrors; aiohttp has errors of its own, if it is used."""
+    """Returns what file systems raise. Timeouts are OSErrors; aiohttp has errors of its own."""
     aiohttp = sys.modules.get("aiohttp")
     return (OSError, EOFError, *([aiohttp.ClientError] if aiohttp else []))
 
 
 def _words(error: BaseException) -> str:
-    """One line, with the cause where the error itself is only the URL."""
+    """Returns one line about the error, or about its cause where the error itself is only the URL."""
     known = error.__cause__ if isinstance(error, FileNotFoundError) else None
     shown = known or error
     return f"{type(shown).__name__}: {shown}".split("\n")[0]

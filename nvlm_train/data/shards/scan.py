@@ -25,7 +25,7 @@ _REFUSED = {
 }
 
 _TORN = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
-"""What tarfile raises on damaged headers, extended ones included."""
+"""The errors that tarfile raises on damaged headers, extended ones included."""
 
 _META = re.compile(r"(^|/)__[^/]*__($|/)")
 """Names that WebDataset keeps for itself, and what some archivers add."""
@@ -59,7 +59,7 @@ class TarSample:
 
 
 def scan_tar(shard: Shard, fields: FieldMapping = OWN_FIELDS) -> list[TarSample]:
-    """Samples in the order of their first members, images by their number (`KEY.jpg` counts as 0).
+    """Returns samples in the order of their first members, images by number (`KEY.jpg` is 0).
 
     The members of a sample need not stand together (`tar` packs a folder in any order). What
     WebDataset passes over is passed over: names without a suffix, hidden files, `__meta__`.
@@ -95,7 +95,9 @@ def scan_tar(shard: Shard, fields: FieldMapping = OWN_FIELDS) -> list[TarSample]
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, suffix): WebDataset splits a file name at its first dot; ("", "") for no sample's.
+    """Returns (key, suffix): WebDataset splits a file name at its first dot.
+
+    A name that belongs to no sample gives ("", "").
 
     >>> split_name("./a/b.0.JPG"), split_name("a/._b.jpg")
     (('a/b', '0.jpg'), ('', ''))
@@ -112,7 +114,7 @@ def _padded(size: int) -> int:
 
 
 def _check_member(path: str, member: tarfile.TarInfo) -> bool:
-    """True for a directory entry, which is passed over; raises for what has no place in a shard."""
+    """Says whether the member is a directory, which is passed over; refuses what has no place."""
     if not member.name.isprintable():  # undecodable bytes are surrogates here
         raise ShardError(
             f"shard={path}: member={member.name!r} has a name that is no printable text; "
@@ -171,7 +173,7 @@ def _check_new(path: str, member: tarfile.TarInfo, is_new: bool) -> None:
 
 
 def _check_end(stream: IO[bytes], end: int) -> None:
-    """tarfile takes a damaged header, or a cut between two members, for the end of the archive."""
+    """Raises EOFError: tarfile took a damaged header, or a cut, for the end of the archive."""
     stream.seek(end)
     block = stream.read(_BLOCK)
     if len(block) < _BLOCK or any(block):

@@ -26,7 +26,7 @@ IMAGE_SUFFIX = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(IMAGE_SUFFIXES)})")
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What tells a cheap look whether a shard is still the one that was indexed."""
+    """Size and version of a shard: they tell cheaply whether it is still the one that was indexed."""
 
     size: int
     """Bytes."""
@@ -40,16 +40,16 @@ class Shard(Protocol):
     path: str
 
     def stamp(self) -> Stamp:
-        """Size and version now. Raises FileNotFoundError."""
+        """Returns size and version now. Raises FileNotFoundError."""
 
     def read(self, offset: int, size: int, stamp: Stamp) -> bytes:
-        """`size` bytes at `offset`, fewer at the end of the file. `stamp` is the indexed one."""
+        """Reads `size` bytes at `offset`, fewer at the end of the file. `stamp` is the indexed one."""
 
     def open(self) -> IO[bytes]:
-        """The whole tar as a seekable stream."""
+        """Opens the whole tar as a seekable stream."""
 
     def sibling(self, suffix: str) -> str:
-        """Path of a file beside the tar."""
+        """Returns the path of a file beside the tar."""
 
 
 class LocalShard:
@@ -70,7 +70,7 @@ class LocalShard:
         try:
             return os.pread(_descriptor(self.path, stamp).number, size, offset)
         except OSError:
-            # A network file system's stale handle stays stale: the next try opens the file anew.
+            # A network file system's stale handle stays stale: the next try opens the file again.
             _descriptor.cache_clear()
             raise
 
@@ -96,18 +96,18 @@ class _Descriptor:
 
 @lru_cache(maxsize=128)
 def _descriptor(path: str, stamp: Stamp) -> _Descriptor:
-    """An open file per shard, bounded; a rewritten shard has another stamp and is opened anew."""
+    """Returns the shard's open file; a rewritten shard has another stamp and is opened again."""
     del stamp
     return _Descriptor(path)
 
 
 def is_remote(path: str) -> bool:
-    """Whether fsspec has to read this path."""
+    """Says whether fsspec has to read this path."""
     return "://" in path
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """Shard names of a brace pattern, in order.
+    """Returns the shard names of a brace pattern, in order.
 
     >>> expand_pattern("x-{000..002}.tar")
     ['x-000.tar', 'x-001.tar', 'x-002.tar']
@@ -118,13 +118,6 @@ def expand_pattern(pattern: str) -> list[str]:
     import braceexpand
 
     return list(braceexpand.braceexpand(pattern))
-
-
-def join_root(root: str, path: str) -> str:
-    """`path` as it is when absolute or remote, else below `root` (which may be remote)."""
-    if is_remote(path) or os.path.isabs(path):
-        return path
-    return f"{root.rstrip('/')}/{path}" if is_remote(root) else os.path.join(root, path)
 
 
 Sample = tuple[str, Mapping[str, Any], list[tuple[str, bytes]]]
@@ -181,7 +174,7 @@ def write_shards(
 
 
 class _PartialFiles:
-    """Shards under names that no pattern matches, until all of them are complete."""
+    """Keeps shards under names that no pattern matches until all of them are complete."""
 
     def __init__(self) -> None:
         self._streams: dict[str, IO[bytes]] = {}
@@ -210,7 +203,7 @@ class _PartialFiles:
 
 
 def _check_suffixes(key: str, images: list[tuple[str, bytes]]) -> None:
-    """Members that the index would pass over would be lost without a word."""
+    """Refuses members that the index would pass over: they would be lost without a word."""
     suffixes = [suffix for suffix, _ in images]
     unknown = [suffix for suffix in suffixes if not IMAGE_SUFFIX.fullmatch(suffix)]
     if unknown or len(set(suffixes)) < len(suffixes):
@@ -221,7 +214,7 @@ def _check_suffixes(key: str, images: list[tuple[str, bytes]]) -> None:
 
 
 def _check_key(key: str, seen: set[str]) -> None:
-    """WebDataset takes a member's name up to the first dot as its key."""
+    """Refuses keys that WebDataset, which cuts names at their first dot, could not read back."""
     parts = key.split("/")
     if "." in parts[-1] or any(part in ("", ".", "..") for part in parts):
         raise ShardError(

@@ -22,7 +22,7 @@ _ZERO_WIDTH = {"\n": '<span class="end">↵</span>\n', "\t": '<span class="end">
 
 
 def card(view: SampleView, anchor: str, colour: str, place: str) -> str:
-    """The sample's article. `place` says where it stands in a step; empty outside one."""
+    """Returns the sample's article; `place` says where it stands in a step, empty outside one."""
     where = f"{view.shard}{' · ' + place if place else ''}"
     head = (
         f'<header><b><i class="dot" style="--c:{colour}"></i>{html.escape(view.source)} '
@@ -128,7 +128,7 @@ def _token(token: Token, role: str) -> str:
 
 
 def _sight(view: SampleView, minis: list[str]) -> str:
-    """For cross-routed tiles: what stands before their features, and which tokens see which."""
+    """Shows what stands before the features of cross-routed tiles, and which tokens see which."""
     assert view.encoded is not None
     cross = view.encoded.cross
     numbers = np.flatnonzero(cross.is_cross_T).tolist()
@@ -139,7 +139,7 @@ def _sight(view: SampleView, minis: list[str]) -> str:
         f'<th class="cell" title="{html.escape(labels[tile])}">{index + 1}</th>'
         for index, tile in enumerate(numbers)
     )
-    rows = [_sight_row(same, numbers, minis) for same in _same_view(view.runs)]
+    rows = [_sight_row(same, numbers, minis) for same in _same_span(view.runs)]
     keys = sum(len(tag) + cross.tokens_per_tile for tag in cross.tags)
     chips = "".join(
         f'<span class="slots cross"><img src="{minis[tile]}" alt="">'
@@ -153,11 +153,11 @@ def _sight(view: SampleView, minis: list[str]) -> str:
     )
 
 
-def _same_view(runs: tuple[TokenRun, ...]) -> list[list[TokenRun]]:
-    """Neighbouring runs that see the same tiles, whatever their role."""
+def _same_span(runs: tuple[TokenRun, ...]) -> list[list[TokenRun]]:
+    """Groups neighbouring runs that see the same tiles, whatever their role."""
     groups: list[list[TokenRun]] = []
     for run in runs:
-        if groups and groups[-1][-1].view == run.view:
+        if groups and groups[-1][-1].span == run.span:
             groups[-1].append(run)
         else:
             groups.append([run])
@@ -165,7 +165,7 @@ def _same_view(runs: tuple[TokenRun, ...]) -> list[list[TokenRun]]:
 
 
 def _sight_row(same: list[TokenRun], numbers: list[int], minis: list[str]) -> str:
-    first, last = same[0].view
+    first, last = same[0].span
     shown = " ".join(
         f"[{len(run.tokens)} slots]" if run.tile is not None else run.text for run in same
     )
@@ -183,20 +183,20 @@ def _sight_row(same: list[TokenRun], numbers: list[int], minis: list[str]) -> st
 
 
 def _mini(pixels_CEE: NDArray[np.uint8]) -> str:
-    return _data_url(_picture(pixels_CEE).resize((_MINI, _MINI)), "PNG")
+    return _data_url(_as_image(pixels_CEE).resize((_MINI, _MINI)), "PNG")
 
 
 def _embed(pixels_CEE: NDArray[np.uint8]) -> str:
-    picture = _picture(pixels_CEE)
-    return _data_url(picture, "PNG" if picture.width <= _SMALL_TILE else "JPEG")
+    image = _as_image(pixels_CEE)
+    return _data_url(image, "PNG" if image.width <= _SMALL_TILE else "JPEG")
 
 
-def _picture(pixels_CEE: NDArray[np.uint8]) -> Image.Image:
+def _as_image(pixels_CEE: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels_CEE.transpose(1, 2, 0)))
 
 
-def _data_url(picture: Image.Image, image_format: str) -> str:
+def _data_url(image: Image.Image, image_format: str) -> str:
     stream = BytesIO()
-    picture.save(stream, image_format, quality=88, optimize=True)
+    image.save(stream, image_format, quality=88, optimize=True)
     kind = image_format.lower()
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"

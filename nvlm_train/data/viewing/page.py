@@ -23,7 +23,7 @@ _CROSS_LEGEND = (
 
 @dataclass(frozen=True)
 class PageContext:
-    """What the page says about where its samples come from."""
+    """The facts of a page about where its samples come from."""
 
     recipe: str
     stage: str
@@ -33,7 +33,7 @@ class PageContext:
     sources: tuple[str, ...]
     """All names of the blend: their order gives the colours."""
     command: str
-    """How to make the page again."""
+    """The command that makes the page again."""
 
     @property
     def about(self) -> str:
@@ -44,12 +44,12 @@ class PageContext:
         )
 
     def colour(self, source: str) -> str:
-        """A CSS colour that stays the source's on every page of the blend."""
+        """Returns a CSS colour that stays the source's on every page of the blend."""
         return f"var(--s{self.sources.index(source) % _COLOURS})"
 
 
 def source_page(context: PageContext, source: str, views: Sequence[SampleView]) -> str:
-    """Some samples of one source."""
+    """Returns a page of some samples of one source."""
     cards = [card(view, f"s{n}", context.colour(source), "") for n, view in enumerate(views)]
     encoded = [view.encoded for view in views if view.encoded is not None]
     tokens = sum(len(each.token_ids) for each in encoded)
@@ -64,7 +64,7 @@ def source_page(context: PageContext, source: str, views: Sequence[SampleView]) 
 
 
 def step_page(context: PageContext, step: StepView) -> str:
-    """A step with its ranks and packs, and some of its samples."""
+    """Returns a page of a step with its ranks and packs, and of some of its samples."""
     shown = [(n, each) for n, each in enumerate(step.samples) if each.view is not None]
     cards = [
         card(each.view, f"s{n}", context.colour(each.source), _place(each))

@@ -1,4 +1,4 @@
-"""What of a sample the model sees: its tiles' pixels, their tags and routes, and its tokens.
+"""A sample as the model sees it: its tiles' pixels, their tags and routes, and its tokens.
 
 Shape legend: T tiles of an image, thumbnail last; E tile edge in pixels; C = 3.
 """
@@ -37,7 +37,7 @@ class ImageView:
     routes: tuple[Route, ...]
     """T."""
     problem: str
-    """Why the pixels could not be decoded; the tiles are then black and nobody trains the sample."""
+    """The reason why the pixels could not be decoded: then the tiles are black and it is not trained."""
 
 
 @dataclass(frozen=True)
@@ -48,31 +48,31 @@ class SampleView:
     shard: str
     key: str
     encoded: EncodedSample | None
-    """None when it is unusable."""
+    """The encoded sample; None when it cannot be used."""
     reason: str
-    """Why it is."""
+    """The reason why it cannot be used; empty where it can."""
     images: tuple[ImageView, ...]
     runs: tuple[TokenRun, ...]
 
 
 def view_sample(source: str, reader: ShardReader, row: int, encoder: SampleEncoder) -> SampleView:
-    """The sample with its pixels. Raises ShardError: the shard changed since it was indexed."""
+    """Returns the sample with its pixels. Raises ShardError: the shard changed since it was indexed."""
     key = reader.key(row)
     try:
-        sizes = reader.index.image_sizes(row)
-        encoded = encoder.encode(key, reader.record(row), sizes)
+        raw = reader.sample(row)
+        encoded = encoder.encode(*raw)
     except ValueError as error:
         return SampleView(source, reader.name, key, None, str(error), (), ())
     images = tuple(
         _view_image(reader.image(row, number), size, encoded, number, encoder)
-        for number, size in enumerate(sizes)
+        for number, size in enumerate(raw.sizes)
     )
     runs = tuple(token_runs(encoded, encoder.tokenizer))
     return SampleView(source, reader.name, key, encoded, "", images, runs)
 
 
 def view_ref(plan: DataPlan, sample: SampleRef, encoder: SampleEncoder) -> SampleView:
-    """A planned sample."""
+    """Returns a planned sample with its pixels."""
     name = plan.source_names[sample.source]
     return view_sample(name, plan.reader(sample), sample.row, encoder)
 
@@ -80,7 +80,7 @@ def view_ref(plan: DataPlan, sample: SampleRef, encoder: SampleEncoder) -> Sampl
 def view_source(
     source: Source, keys: Sequence[str], count: int, encoder: SampleEncoder
 ) -> list[SampleView]:
-    """The samples with these keys, or the first `count` of the source.
+    """Returns the samples with these keys, or the first `count` of the source.
 
     Raises:
         SampleError: a key that the source does not have.
@@ -117,5 +117,6 @@ def _view_image(
     except ValueError as error:
         problem = str(error)
         tiles_TCEE = np.zeros((count, 3, edge, edge), dtype=np.uint8)
-    tags, routes = encoder.format.tags(image), encoder.format.routes(image)
-    return ImageView(size, grid, tiles_TCEE, tuple(tags), tuple(routes), problem)
+    tiles = encoder.format.tiles(image)
+    tags, routes = tuple(tile.tag for tile in tiles), tuple(tile.route for tile in tiles)
+    return ImageView(size, grid, tiles_TCEE, tags, routes, problem)

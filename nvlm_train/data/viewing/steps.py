@@ -22,11 +22,11 @@ class PlacedSample:
     source: str
     dp_rank: int
     pack: int
-    """Of its rank."""
+    """The number of the pack on its rank."""
     offset: int
-    """Of its first token in the pack."""
+    """The position of its first token in the pack."""
     view: SampleView | None
-    """None for a sample that the page only counts."""
+    """The sample in full; None where the page only counts it."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class StepView:
     plan: StepPlan
     sequence_length: int
     samples: tuple[PlacedSample, ...]
-    """In rank, pack, offset order."""
+    """All samples, in the order of rank, pack and offset."""
 
     def pack(self, dp_rank: int, pack: int) -> list[PlacedSample]:
-        """What stands in one pack."""
+        """Returns what stands in one pack."""
         return [each for each in self.samples if (each.dp_rank, each.pack) == (dp_rank, pack)]
 
 
@@ -51,7 +51,7 @@ def view_step(
     keys: Collection[str],
     count: int,
 ) -> StepView:
-    """Step `step`; shown in full are the samples with these keys, or the first `count`.
+    """Returns step `step`; the samples with these keys, or the first `count`, are shown in full.
 
     The first ones are taken from all sources in turn, so that a small source is seen, too.
 
@@ -86,7 +86,7 @@ def _check_keys(keys: Collection[str], placed: Sequence[PlacedSample], step: int
 
 
 def _sources_in_turn(placed: Sequence[PlacedSample]) -> list[int]:
-    """Each source's first sample, then each one's second, and so on."""
+    """Returns each source's first sample, then each one's second, and so on, by their places."""
     seen: Counter[str] = Counter()
     turns: list[tuple[int, int]] = []
     for n, each in enumerate(placed):

@@ -1,4 +1,4 @@
-"""A sample's tokens as text, in runs that share a role and a view. Shape legend: N tokens, T tiles."""
+"""A sample's tokens as text, in runs that share a role and a span. Shape legend: N tokens, T tiles."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Token:
     """One token as a reader sees it."""
 
     position: int
-    """In the sample."""
+    """The token's position in the sample."""
     number: int
-    """Its id."""
+    """The token's id."""
     text: str
     """Empty where the character goes on in the next token."""
     is_special: bool
@@ -38,8 +38,8 @@ class TokenRun:
     role: Role
     tokens: tuple[Token, ...]
     tile: int | None
-    """Of image slots: which of the sample's tiles stands in them."""
-    view: tuple[int, int]
+    """For image slots: which of the sample's tiles stands in them."""
+    span: tuple[int, int]
     """[first, last) of the sample's cross-routed tiles; (0, 0) sees none."""
 
     @property
@@ -56,7 +56,7 @@ class TokenRun:
 
 
 def token_runs(encoded: EncodedSample, tokenizer: Tokenizer) -> list[TokenRun]:
-    """All N tokens of a sample, in order. A token counts as trained when some label asks for it."""
+    """Returns all N tokens of a sample, in order; one is trained when some label asks for it."""
     count = len(encoded.token_ids)
     roles: list[Role] = ["context"] * count
     for position in encoded.label_positions.tolist():
@@ -64,23 +64,23 @@ def token_runs(encoded: EncodedSample, tokenizer: Tokenizer) -> list[TokenRun]:
     for position in encoded.image_positions.tolist():
         roles[position] = "image"
     tiles = _tiles_in_slots(encoded)
-    views = np.zeros((count, 2), dtype=np.int64)
-    for start, stop, first, last in encoded.cross.views.tolist():
-        views[start:stop] = first, last
+    spans = np.zeros((count, 2), dtype=np.int64)
+    for start, stop, first, last in encoded.cross.spans.tolist():
+        spans[start:stop] = first, last
     tokens = read_tokens(encoded.token_ids.tolist(), tokenizer)
 
     def kind(token: Token) -> tuple[Role, int | None, tuple[int, int]]:
-        first, last = views[token.position].tolist()
+        first, last = spans[token.position].tolist()
         return roles[token.position], tiles.get(token.position), (first, last)
 
     return [
-        TokenRun(role, tuple(members), tile, view)
-        for (role, tile, view), members in groupby(tokens, kind)
+        TokenRun(role, tuple(members), tile, span)
+        for (role, tile, span), members in groupby(tokens, kind)
     ]
 
 
 def read_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[Token]:
-    """Each id's own text. The bytes of a character that several tokens share come with the last."""
+    """Returns each id's own text; a character that several tokens share comes with the last."""
     config = tokenizer.config
     special = {
         tokenizer.pad: config.pad,
@@ -106,13 +106,13 @@ def read_tokens(ids: Sequence[int], tokenizer: Tokenizer) -> list[Token]:
 
 
 def _text_after(before: list[int], pending: list[int], tokenizer: Tokenizer) -> str:
-    """Some decoders drop a space at the very beginning: the token before keeps it."""
+    """Returns the text of the pending ids; the id before keeps decoders from dropping a space."""
     head, whole = tokenizer.decode(before), tokenizer.decode(before + pending)
     return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(pending)
 
 
 def _tiles_in_slots(encoded: EncodedSample) -> dict[int, int]:
-    """Slot position -> which of the sample's T tiles stands there."""
+    """Returns for every slot's position which of the sample's T tiles stands there."""
     decoder_tiles = np.flatnonzero(~encoded.cross.is_cross_T)
     if len(decoder_tiles) == 0:
         return {}

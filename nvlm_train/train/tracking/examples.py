@@ -15,7 +15,7 @@ from nvlm_train.config.schema import Recipe
 from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.evaluation.generate import Prompt, generate
-from nvlm_train.evaluation.prompts import encode_turns
+from nvlm_train.evaluation.prompts import encode_messages
 from nvlm_train.tiling import Grid
 from nvlm_train.tokens import IMAGE_MARKER
 from nvlm_train.train.engine import Engine
@@ -96,14 +96,13 @@ def _questions(plan: DataPlan, encoder: SampleEncoder, room: int) -> Iterator[_Q
     draws = dict.fromkeys(plan.draws(0, _LOOKED_AT))
     for sample in sorted(draws, key=lambda draw: draw.num_tiles == 0):
         reader = plan.reader(sample)
-        sizes = reader.index.image_sizes(sample.row)
-        turns = encoder.turns(reader.key(sample.row), reader.record(sample.row), sizes)
-        first = [turn.role for turn in turns].index("assistant")
-        asked = turns[:first]
-        num_images = sum(turn.text.count(IMAGE_MARKER) for turn in asked)
+        messages = encoder.messages(*reader.sample(sample.row))
+        first = [message.role for message in messages].index("assistant")
+        asked = messages[:first]
+        num_images = sum(message.text.count(IMAGE_MARKER) for message in asked)
         images = [reader.image(sample.row, number) for number in range(num_images)]
         try:
-            prompt = encode_turns(encoder, asked, images, room)
+            prompt = encode_messages(encoder, asked, images, room)
         except ValueError as error:
             logger.info("sample=%s is no example: %s", reader.key(sample.row), error)
             continue
@@ -111,10 +110,12 @@ def _questions(plan: DataPlan, encoder: SampleEncoder, room: int) -> Iterator[_Q
         row = Example(
             source=plan.sources[sample.source].name,
             key=reader.key(sample.row),
-            question="\n".join(turn.text for turn in asked),
-            reference=turns[first].text,
+            question="\n".join(message.text for message in asked),
+            reference=messages[first].text,
             answer="",
-            tags=" ".join(tag for image in encoded.images for tag in encoder.format.tags(image)),
+            tags=" ".join(
+                tile.tag for image in encoded.images for tile in encoder.format.tiles(image)
+            ),
             tiles_HWC=lay_out(prompt.tiles_TCEE, encoded.grids, encoded.tiles_per_image),
         )
         yield _Question(prompt, row)

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import load_index
 from nvlm_train.data.shards.store import Store
-from nvlm_train.data.shards.tar import LocalShard, expand_pattern, join_root, write_shards
+from nvlm_train.data.shards.tar import LocalShard, expand_pattern, write_shards
 from nvlm_train.errors import ShardError
-from tests.data.conftest import chat, encoded, mixed_samples, picture
+from tests.data.conftest import chat, draw_image, encoded, mixed_samples
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_bytes_that_changed_under_the_index(shard: LocalShard) -> None:
 
 
 def test_unreadable_header_is_kept_as_a_reason(tmp_path: Path) -> None:
-    bad = [("k", chat("q", "a"), [("jpg", b"not a picture")])]
+    bad = [("k", chat("q", "a"), [("jpg", b"not an image")])]
     write_shards(bad, str(tmp_path / "s-%06d.tar"))
     for _ in range(2):  # computed, then read back
         index = load_index(LocalShard(str(tmp_path / "s-000000.tar")))
@@ -205,7 +205,7 @@ def test_unreadable_header_is_kept_as_a_reason(tmp_path: Path) -> None:
 
 
 def test_images_are_ordered_by_number(tmp_path: Path) -> None:
-    images = [(f"{n}.png", encoded(picture(8 + n, 8), "PNG")) for n in (10, 2, 0)]
+    images = [(f"{n}.png", encoded(draw_image(8 + n, 8), "PNG")) for n in (10, 2, 0)]
     write_shards([("k", chat("q", "a"), images)], str(tmp_path / "s-%06d.tar"))
     index = load_index(LocalShard(str(tmp_path / "s-000000.tar")))
     assert [width for width, _ in index.image_sizes(0)] == [8, 10, 18]
@@ -223,9 +223,9 @@ def test_remote_shard(shard: LocalShard, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_names() -> None:
     assert expand_pattern("x-{000008..000010}.tar") == [f"x-{n:06d}.tar" for n in (8, 9, 10)]
-    assert join_root("root", "a.tar") == "root/a.tar"
-    assert join_root("s3://bucket/shards/", "a.tar") == "s3://bucket/shards/a.tar"
-    assert join_root("root", "/abs/a.tar") == "/abs/a.tar"
+    assert Store("root").path("a.tar") == "root/a.tar"
+    assert Store("s3://bucket/shards/").path("a.tar") == "s3://bucket/shards/a.tar"
+    assert Store("root").path("/abs/a.tar") == "/abs/a.tar"
 
 
 @pytest.mark.parametrize("key", ["a.b", "", "../a", "/a", "a//b"])

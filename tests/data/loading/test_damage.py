@@ -14,17 +14,18 @@ import pytest
 
 from nvlm_train.batch import RankShare
 from nvlm_train.config.schema import BatchConfig, LoaderConfig
-from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
 from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.errors import ShardError, TrainingError
 from nvlm_train.train.step import SkipBudget
-from tests.data.conftest import LENGTH, chat, encoded, mixed_samples, picture
+from tests.data.conftest import LENGTH, chat, draw_image, encoded, mixed_samples
 
-NUM_PICTURES, NUM_RECORDS, NUM_TARS = 600, 200, 200
+NUM_IMAGES, NUM_RECORDS, NUM_TARS = 600, 200, 200
 NUM_GOOD = 40
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 MakeEncoder = Callable[..., SampleEncoder]
@@ -54,11 +55,11 @@ def damage(data: bytes, draw: random.Random) -> bytes:
 
 
 def damaged_shards(root: Path, draw: random.Random) -> list[str]:
-    """Shards of good samples among damaged pictures and records. Returns the damaged keys."""
+    """Shards of good samples among damaged images and records. Returns the damaged keys."""
     samples: list[tuple[str, Any, list[Member]]] = mixed_samples(NUM_GOOD, "good")
-    for number in range(NUM_PICTURES):
+    for number in range(NUM_IMAGES):
         suffix = draw.choice(sorted(FORMATS))
-        intact = encoded(picture(60 + number % 50, 40, number), FORMATS[suffix])
+        intact = encoded(draw_image(60 + number % 50, 40, number), FORMATS[suffix])
         samples.append(
             (f"picture{number:04d}", chat("<image>", "a"), [(suffix, damage(intact, draw))])
         )
@@ -86,7 +87,7 @@ def _damage_records(path: Path, draw: random.Random) -> None:
 def make_plan(root: Path, encoder: SampleEncoder, tolerance: float) -> DataPlan:
     shards = tuple(sorted(path.name for path in root.glob("d-*.tar")))
     blend = Blend("b", (SourceConfig("s", shards),))
-    sources = open_sources(blend, str(root), encoder)
+    sources = open_sources(blend, Store(str(root)), encoder)
     return DataPlan(sources, BatchConfig(size=32), LENGTH, 3, tolerance)
 
 

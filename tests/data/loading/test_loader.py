@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 
 from nvlm_train.batch import Microbatch, PackPlan, RankShare, SampleRef, StepBatch
 from nvlm_train.config.schema import BatchConfig, LoaderConfig
-from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.images import cut_tiles, decode_image
 from nvlm_train.data.loading.loader import Loader, group_rounds, split_tiles
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
 from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.errors import ShardError
-from tests.data.conftest import LENGTH, SLOTS, TILE, chat, encoded, mixed_samples, picture
+from tests.data.conftest import LENGTH, SLOTS, TILE, chat, draw_image, encoded, mixed_samples
 
 BATCH = BatchConfig(size=12)
 MakePlan = Callable[..., DataPlan]
@@ -157,12 +158,12 @@ def test_split_tiles(num_tiles: int, num_ranks: int) -> None:
 
 def small_plan(root: Path, encoder: SampleEncoder) -> DataPlan:
     blend = Blend("b", (SourceConfig("s", ("s-000000.tar",)),))
-    sources = open_sources(blend, str(root), encoder)
+    sources = open_sources(blend, Store(str(root)), encoder)
     return DataPlan(sources, BatchConfig(size=4), LENGTH, 1, 0.0)
 
 
 def test_a_truncated_image_is_a_counted_failure(tmp_path: Path, make_encoder: MakeEncoder) -> None:
-    good = encoded(picture(96, 40), "JPEG", quality=95)
+    good = encoded(draw_image(96, 40), "JPEG", quality=95)
     samples = [(f"k{n}", chat("<image>", "a"), [("jpg", good)]) for n in range(3)]
     samples.append(("cut", chat("<image>", "a"), [("jpg", good[:-60])]))
     write_shards(samples, str(tmp_path / "s-%06d.tar"))
@@ -182,7 +183,7 @@ def test_a_truncated_image_is_a_counted_failure(tmp_path: Path, make_encoder: Ma
 
 
 def test_split_image_fails_on_both_ranks(tmp_path: Path, make_encoder: MakeEncoder) -> None:
-    data = encoded(picture(96, 40), "JPEG", quality=95)[:-60]
+    data = encoded(draw_image(96, 40), "JPEG", quality=95)[:-60]
     write_shards([("cut", chat("<image>", "a"), [("jpg", data)])], str(tmp_path / "s-%06d.tar"))
     encoder = make_encoder()
     plan = small_plan(tmp_path, encoder)

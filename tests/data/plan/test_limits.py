@@ -16,9 +16,10 @@ from nvlm_train.config.schema import BatchConfig, LoaderConfig
 from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.plan.blend import BlendOrder, split_draws
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig, read_blend
-from nvlm_train.data.plan.open_sources import open_sources
 from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.errors import ConfigError, TrainingError
 from tests.data.conftest import LENGTH, chat
@@ -84,7 +85,7 @@ def plan_of(
     root: Path, encoder: SampleEncoder, sources: tuple[SourceConfig, ...], batch: BatchConfig
 ) -> DataPlan:
     blend = Blend("b", sources, "samples")
-    return DataPlan(open_sources(blend, str(root), encoder), batch, LENGTH, 3, 0.0)
+    return DataPlan(open_sources(blend, Store(str(root)), encoder), batch, LENGTH, 3, 0.0)
 
 
 def test_epochs_and_max_samples(data_root: Path, make_encoder: MakeEncoder) -> None:
@@ -160,7 +161,7 @@ def test_weights_by_trained_tokens(tmp_path: Path, make_encoder: MakeEncoder) ->
         SourceConfig(n, (f"{n}-000000.tar",), w) for n, w in (("short", 1), ("long", 3))
     )
     encoder = make_encoder()
-    opened = open_sources(Blend("b", sources, "trained_tokens"), str(tmp_path), encoder)
+    opened = open_sources(Blend("b", sources, "trained_tokens"), Store(str(tmp_path)), encoder)
     plan = DataPlan(opened, BatchConfig(8), LENGTH, 3, 0.0)
     tokens = [0, 0]
     for sample in plan.draws(0, 10_000):

@@ -18,11 +18,12 @@ from benchmarks.made_sources import NoEncoder
 from benchmarks.plan import make_blend
 from nvlm_train.batch import StepPlan
 from nvlm_train.config.schema import BatchConfig
-from nvlm_train.data.index.array_file import open_arrays
-from nvlm_train.data.plan.open_sources import open_sources
+from nvlm_train.data.index.files import open_arrays
 from nvlm_train.data.plan.packing import best_fit_decreasing
 from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.data.shards.store import Store
 from nvlm_train.errors import TrainingError
 from tests.data.conftest import LENGTH
 
@@ -61,7 +62,7 @@ def ratios(plan: StepPlan, what: str) -> tuple[float, float]:
 @pytest.mark.parametrize("sequence_length", [2048, 4096])
 def test_full_and_even_on_a_realistic_mix(tmp_path: Path, sequence_length: int) -> None:
     blend = make_blend(tmp_path, sequence_length, num_shards=4, rows=1000)
-    sources = open_sources(blend, str(tmp_path), cast(SampleEncoder, NoEncoder()))
+    sources = open_sources(blend, Store(str(tmp_path)), cast(SampleEncoder, NoEncoder()))
     for size in (64, 128):
         plan = DataPlan(sources, BatchConfig(size, "packs"), sequence_length, 1, 0.0)
         used = []

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from nvlm_train.batch import PackPlan, SampleRef, StepPlan
 from nvlm_train.config.schema import BatchConfig
-from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
 from nvlm_train.data.plan.packing import best_fit_decreasing, deal
 from nvlm_train.data.plan.plan import PLAN_DIGEST, DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import write_shards
 from nvlm_train.errors import ShardError, TrainingError
 from tests.data.conftest import LENGTH, chat, mixed_samples
@@ -191,7 +192,7 @@ def broken_plan(tmp_path: Path, encoder: SampleEncoder, limit: float) -> DataPla
     samples.append(("e", {"messages": [{"role": "user", "content": "hello"}]}, []))
     write_shards(samples, str(tmp_path / "s-%06d.tar"))
     blend = Blend("b", (SourceConfig("s", ("s-000000.tar",)),))
-    return DataPlan(open_sources(blend, str(tmp_path), encoder), SAMPLES, LENGTH, 1, limit)
+    return DataPlan(open_sources(blend, Store(str(tmp_path)), encoder), SAMPLES, LENGTH, 1, limit)
 
 
 def test_unusable_samples_are_counted_and_never_drawn(
@@ -222,7 +223,7 @@ def test_too_many_unusable_samples(tmp_path: Path, make_encoder: MakeEncoder) ->
 def test_source_without_usable_samples(tmp_path: Path, make_encoder: MakeEncoder) -> None:
     write_shards([("m", chat("<image>", "a"), [])], str(tmp_path / "s-%06d.tar"))
     blend = Blend("b", (SourceConfig("s", ("s-000000.tar",)),))
-    sources = open_sources(blend, str(tmp_path), make_encoder())
+    sources = open_sources(blend, Store(str(tmp_path)), make_encoder())
     with pytest.raises(
         TrainingError, match="source=s has no usable sample, for example\n  sample=m"
     ):

@@ -9,11 +9,11 @@ import pytest
 
 from nvlm_train.config.paths import data_recipes_dir
 from nvlm_train.data.dataset import build_data
-from nvlm_train.data.plan.data_recipe import read_blend
-from nvlm_train.data.plan.shard_lists import list_shards
+from nvlm_train.data.plan.data_recipe import list_shards, read_blend
 from nvlm_train.data.prepare.write import prepare_shards
+from nvlm_train.data.shards.store import Store
 from nvlm_train.errors import ConfigError, ShardError
-from tests.data.conftest import chat, encoded, mixed_samples, picture
+from tests.data.conftest import chat, draw_image, encoded, mixed_samples
 from tests.train.smoke import make_smoke_data, smoke_recipe
 
 SHIPPED = sorted(path.stem for path in data_recipes_dir().glob("*.yaml"))
@@ -44,7 +44,7 @@ def test_a_paper_blend_trains_on_prepared_shards(tmp_path: Path) -> None:
     """Every source of stage 1 under its own name, several shards each, all from manifests."""
     make_smoke_data(tmp_path)
     for number, source in enumerate(read_blend("nvlm_pretrain", str(data_recipes_dir())).sources):
-        image = [("jpg", encoded(picture(40, 40, number), "JPEG"))]
+        image = [("jpg", encoded(draw_image(40, 40, number), "JPEG"))]
         samples = [(f"k{n}", chat("what?", source.name), image) for n in range(3)]
         prepare_shards(samples, str(tmp_path / "paper"), source.name, 2)
     recipe = smoke_recipe(
@@ -76,12 +76,12 @@ def test_manifests_name_shards_beside_them(tmp_path: Path) -> None:
     prepare_shards(mixed_samples(5, "k"), str(tmp_path / "root/sub"), "a", 2)
     (tmp_path / "mix.yaml").write_text("sources: [{name: a, shards: [sub/a.manifest.json, b.tar]}]")
     blend = read_blend(str(tmp_path / "mix.yaml"), "")
-    (source,) = list_shards(blend, str(tmp_path / "root")).sources
+    (source,) = list_shards(blend, Store(str(tmp_path / "root"))).sources
     names = tuple(f"sub/a-{number:06d}.tar" for number in range(3))
     assert source.shards == (*names, "b.tar")
     (tmp_path / "root/sub/a.manifest.json").write_text('{"shards": 1}')
     with pytest.raises(ShardError, match=r"manifest=.*a.manifest.json cannot be read .*source=a"):
-        list_shards(blend, str(tmp_path / "root"))
+        list_shards(blend, Store(str(tmp_path / "root")))
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import webdataset
 
-from nvlm_train.data.formats import LAYOUTS
+from nvlm_train.data.formats import RAW_FORMATS
 from nvlm_train.data.prepare.inputs.entries import Entries, InputSpec, as_sample
 from nvlm_train.data.prepare.inputs.formats import FORMATS, open_entries
 from nvlm_train.data.prepare.inputs.ocr import grounded
 from nvlm_train.data.prepare.preparation import prepare_input
 from nvlm_train.data.prepare.staging import Target
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.records import read_messages
 from nvlm_train.data.shards.fields import FieldMapping
 from nvlm_train.data.shards.tar import Sample
 from nvlm_train.errors import ShardError
-from tests.data.conftest import chat, encoded, picture
+from tests.data.conftest import chat, draw_image, encoded
 
 
 @pytest.fixture
@@ -30,9 +30,9 @@ def photos(tmp_path: Path) -> Path:
     """a.png, b.jpg, and c.jpg, which has no suffix."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    (folder / "a.png").write_bytes(encoded(picture(40, 30), "PNG"))
-    (folder / "b.jpg").write_bytes(encoded(picture(60, 20), "JPEG"))
-    (folder / "c").write_bytes(encoded(picture(20, 60), "JPEG"))
+    (folder / "a.png").write_bytes(encoded(draw_image(40, 30), "PNG"))
+    (folder / "b.jpg").write_bytes(encoded(draw_image(60, 20), "JPEG"))
+    (folder / "c").write_bytes(encoded(draw_image(20, 60), "JPEG"))
     return folder
 
 
@@ -47,8 +47,8 @@ def samples(tmp_path: Path, spec: InputSpec) -> list[Sample]:
 
 def answers(sample: Sample) -> list[str]:
     key, record, images = sample
-    turns = read_turns(json.dumps(record).encode(), key, len(images), "sft")
-    return [turn.text for turn in turns if turn.role == "assistant"]
+    messages = read_messages(json.dumps(record).encode(), key, len(images), "sft")
+    return [message.text for message in messages if message.role == "assistant"]
 
 
 def write(path: Path, content: object) -> str:
@@ -64,7 +64,7 @@ LLAVA = [
 
 
 def test_the_command_line_names_every_format() -> None:
-    assert set(LAYOUTS) == set(FORMATS)
+    assert set(RAW_FORMATS) == set(FORMATS)
 
 
 def test_llava_and_jsonl_make_the_same_samples(tmp_path: Path, photos: Path) -> None:
@@ -79,7 +79,7 @@ def test_llava_and_jsonl_make_the_same_samples(tmp_path: Path, photos: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_pictures_in_an_archive(tmp_path: Path, photos: Path, kind: str) -> None:
+def test_images_in_an_archive(tmp_path: Path, photos: Path, kind: str) -> None:
     archive = str(tmp_path / f"images.{kind}")
     if kind == "zip":
         with zipfile.ZipFile(archive, "w") as opened:
@@ -114,7 +114,7 @@ def test_pictures_in_an_archive(tmp_path: Path, photos: Path, kind: str) -> None
     ],
 )
 def test_bad_entries(tmp_path: Path, photos: Path, item: object, message: str) -> None:
-    (photos / "bad.jpg").write_bytes(b"\xff\xd8\xffno picture")
+    (photos / "bad.jpg").write_bytes(b"\xff\xd8\xffno image")
     spec = InputSpec("llava", (write(tmp_path / "x.json", [item]),), str(photos))
     with pytest.raises(ValueError, match=message):
         samples(tmp_path, spec)
@@ -201,9 +201,9 @@ def test_parquet_columns_by_other_names(tmp_path: Path, photos: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    picture_ = (photos / "b.jpg").read_bytes()
+    data = (photos / "b.jpg").read_bytes()
     day = datetime.date(2024, 1, 1)
-    rows_ = [{"TEXT": "a cat", "pixels": [picture_, picture_], "other": picture_, "day": day}]
+    rows_ = [{"TEXT": "a cat", "pixels": [data, data], "other": data, "day": day}]
     path = str(tmp_path / "x.parquet")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows_), path)
     fields = FieldMapping((("caption", "TEXT"),), ("pixels",))

@@ -16,22 +16,22 @@ import psutil
 import pytest
 
 from nvlm_train.cli import main
-from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
-from nvlm_train.data.plan.shard_lists import list_shards
+from nvlm_train.data.plan.data_recipe import Blend, SourceConfig, list_shards
 from nvlm_train.data.prepare.inputs.entries import InputSpec
 from nvlm_train.data.prepare.preparation import PrepareProgress, prepare_input
 from nvlm_train.data.prepare.staging import Target
 from nvlm_train.data.shards.manifest import read_manifest
+from nvlm_train.data.shards.store import Store
 from nvlm_train.errors import ShardError
-from tests.data.conftest import chat, encoded, picture
+from tests.data.conftest import chat, draw_image, encoded
 
 
 def make_input(path: Path, count: int) -> InputSpec:
-    """Chats, every third with a picture."""
+    """Chats, every third with an image."""
     photos = path / "photos"
     photos.mkdir(parents=True)
     for number in range(4):
-        (photos / f"{number}.jpg").write_bytes(encoded(picture(30, 20, number), "JPEG"))
+        (photos / f"{number}.jpg").write_bytes(encoded(draw_image(30, 20, number), "JPEG"))
     with (path / "x.jsonl").open("w") as lines:
         for number in range(count):
             image = {"image": f"{number % 4}.jpg"} if number % 3 == 0 else {}
@@ -147,7 +147,7 @@ def test_bad_entries_stop_or_are_listed(tmp_path: Path, workers: int) -> None:
     assert "not JSON" in stored["bad"][2]["reason"]
 
 
-def test_a_repaired_picture_is_read_again(tmp_path: Path) -> None:
+def test_a_repaired_image_is_read_again(tmp_path: Path) -> None:
     spec = make_input(tmp_path, 12)
     data = (tmp_path / "photos" / "1.jpg").read_bytes()
     (tmp_path / "photos" / "1.jpg").unlink()
@@ -205,13 +205,13 @@ def test_what_is_there_already(tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert prepare_input(spec, target) == first
     assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    with pytest.raises(ShardError, match=r"x.manifest.json tells of other shards"):
+    with pytest.raises(ShardError, match=r"x.manifest.json lists other shards"):
         prepare_input(spec, Target(str(out), "x", 2))
     (out / "x-000001.tar").unlink()
-    with pytest.raises(ShardError, match=r"x-000001.tar is not the one that .* tells of"):
+    with pytest.raises(ShardError, match=r"x-000001.tar is not the one that .* lists"):
         prepare_input(spec, target)
     (out / "x.manifest.json").unlink()
-    with pytest.raises(ShardError, match=r"x-000000.tar exists and no manifest tells of it"):
+    with pytest.raises(ShardError, match=r"x-000000.tar exists and no manifest lists it"):
         prepare_input(spec, target)
 
 
@@ -271,12 +271,12 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(stored))
     assert read_manifest(str(out), "x") is not None
     blend = Blend("b", (SourceConfig("x", ("x.manifest.json",)),))
-    assert len(list_shards(blend, str(out)).sources[0].shards) == 2
+    assert len(list_shards(blend, Store(str(out))).sources[0].shards) == 2
     path.write_text("[]")
-    for read in (lambda: read_manifest(str(out), "x"), lambda: list_shards(blend, str(out))):
+    for read in (lambda: read_manifest(str(out), "x"), lambda: list_shards(blend, Store(str(out)))):
         with pytest.raises(ShardError, match="cannot be read"):
             read()
     path.write_text(json.dumps(stored | {"format": 2, "shards": "elsewhere"}))
-    for read in (lambda: read_manifest(str(out), "x"), lambda: list_shards(blend, str(out))):
+    for read in (lambda: read_manifest(str(out), "x"), lambda: list_shards(blend, Store(str(out)))):
         with pytest.raises(ShardError, match="format=2, this version reads 1; use the nvlm-train"):
             read()

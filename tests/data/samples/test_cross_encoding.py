@@ -1,4 +1,4 @@
-"""What crosses: tags, views and contexts of X and H, by hand."""
+"""What crosses: tags, spans and contexts of X and H, by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_x_tags_see_their_tile_and_text_what_ended_before(make_encoder: Make) ->
     assert [len(tag) for tag in sample.cross.tags] == [0] * 4
     seen = [
         (text_of(encoder, sample, start, stop), (first, last))
-        for start, stop, first, last in sample.cross.views.tolist()
+        for start, stop, first, last in sample.cross.spans.tolist()
     ]
     assert seen[:5] == [
         ("<tile_1>", (0, 1)),
@@ -50,12 +50,12 @@ def test_x_tags_see_their_tile_and_text_what_ended_before(make_encoder: Make) ->
         ("</Image> b <Image>", (0, 3)),
         ("<tile_global_thumbnail>", (3, 4)),
     ]
-    rest, view = seen[5]
-    assert rest.startswith("</Image> c") and rest.endswith("answer\n") and view == (0, 4)
+    rest, span = seen[5]
+    assert rest.startswith("</Image> c") and rest.endswith("answer\n") and span == (0, 4)
     assert (
         len(seen) == 6
-        and sample.cross.views[0, 0] > 0
-        and sample.cross.views[-1, 1] == len(sample.token_ids)
+        and sample.cross.spans[0, 0] > 0
+        and sample.cross.spans[-1, 1] == len(sample.token_ids)
     )
 
 
@@ -64,7 +64,7 @@ def test_x_without_tags(make_encoder: Make) -> None:
         routes=ROUTES["x"], tiling=TilingConfig(tags="none"), sequence_length=400
     )
     sample = encoder.encode("k", RECORD, [TWO_TILES, ONE_TILE])
-    assert sample.cross.views[:, 2:].tolist() == [[0, 3], [0, 4]]
+    assert sample.cross.spans[:, 2:].tolist() == [[0, 3], [0, 4]]
 
 
 def test_h_keeps_thumbnails_and_moves_tags(make_encoder: Make) -> None:
@@ -74,8 +74,8 @@ def test_h_keeps_thumbnails_and_moves_tags(make_encoder: Make) -> None:
     assert len(sample.image_positions) == 2 * SLOTS
     tags = [encoder.tokenizer.decode(tag.tolist()) for tag in sample.cross.tags]
     assert tags == ["<tile_1>", "<tile_2>"]
-    assert sample.cross.views[:, 2:].tolist() == [[0, 2]]
-    assert text_of(encoder, sample, *sample.cross.views[0, :2]).startswith("</Image> b <Image>")
+    assert sample.cross.spans[:, 2:].tolist() == [[0, 2]]
+    assert text_of(encoder, sample, *sample.cross.spans[0, :2]).startswith("</Image> b <Image>")
 
 
 def test_h_of_one_tile_is_d_of_one_tile(make_encoder: Make) -> None:
@@ -85,7 +85,7 @@ def test_h_of_one_tile_is_d_of_one_tile(make_encoder: Make) -> None:
     )
     assert np.array_equal(d.token_ids, h.token_ids)
     assert np.array_equal(d.image_positions, h.image_positions)
-    assert not h.cross.is_cross_T.any() and len(h.cross.views) == 0
+    assert not h.cross.is_cross_T.any() and len(h.cross.spans) == 0
 
 
 def test_contexts_of_a_pack(make_encoder: Make) -> None:
@@ -108,8 +108,8 @@ def test_contexts_of_a_pack(make_encoder: Make) -> None:
     ]
     offset = len(samples[0].token_ids)
     assert context.spans.tolist() == [
-        [*samples[0].cross.views[0, :2].tolist(), 0, 2 * tile],
-        [*(samples[1].cross.views[0, :2] + offset).tolist(), 2 * tile, 4 * tile],
+        [*samples[0].cross.spans[0, :2].tolist(), 0, 2 * tile],
+        [*(samples[1].cross.spans[0, :2] + offset).tolist(), 2 * tile, 4 * tile],
     ]
 
 
@@ -127,7 +127,7 @@ def test_truncation_cuts_views(make_encoder: Make) -> None:
     cut = make_encoder(routes=ROUTES["x"], sequence_length=one_each - 2)
     sample = cut.encode("k", RECORD, [TWO_TILES, ONE_TILE])
     assert sample.is_truncated and sample.tiles_per_image == (1, 1)
-    assert sample.cross.views[-1, 1] == one_each - 2
+    assert sample.cross.spans[-1, 1] == one_each - 2
 
 
 def test_room_sees_what_the_last_token_sees(make_encoder: Make) -> None:
@@ -136,8 +136,8 @@ def test_room_sees_what_the_last_token_sees(make_encoder: Make) -> None:
     )
     longer = sample.with_room(7)
     assert len(longer.token_ids) == len(sample.token_ids) + 7
-    assert longer.cross.views[-1, 1] == len(longer.token_ids)
-    assert sample.cross.views[-1, 1] == len(sample.token_ids)
+    assert longer.cross.spans[-1, 1] == len(longer.token_ids)
+    assert sample.cross.spans[-1, 1] == len(sample.token_ids)
 
 
 @pytest.mark.parametrize("architecture", ["d", "x", "h"])

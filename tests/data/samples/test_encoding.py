@@ -17,10 +17,10 @@ from nvlm_train.data.index.shard_index import load_index
 from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.data.samples.encoder import SampleEncoder
-from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.messages import Message
 from nvlm_train.data.shards.tar import LocalShard, write_shards
 from nvlm_train.tokens import Tokenizer
-from tests.data.conftest import LENGTH, SLOTS, chat, encoded, mixed_samples, picture
+from tests.data.conftest import LENGTH, SLOTS, chat, draw_image, encoded, mixed_samples
 
 Make = Callable[..., SampleEncoder]
 
@@ -146,7 +146,7 @@ def test_bomb_is_refused_by_its_header(make_encoder: Make) -> None:
 def test_prompt_is_the_sample_up_to_its_answer(make_encoder: Make) -> None:
     encoder = make_encoder(system_message="Be kind.")
     sample = encode(encoder, "<image>\nwhat?", "cat", (96, 40))
-    prompt = encoder.encode_prompt([Turn("user", "what?")], [(96, 40)])
+    prompt = encoder.encode_prompt([Message("user", "what?")], [(96, 40)])
     assert prompt.token_ids.tolist() == sample.token_ids[: sample.label_positions[0] + 1].tolist()
     assert len(prompt.label_ids) == 0 and prompt.grids == sample.grids
 
@@ -178,7 +178,7 @@ def test_lengths_agree_with_the_encoding(tmp_path: Path, make_encoder: Make) -> 
     samples = mixed_samples(40, "k")
     samples.append(("long", chat("what?", "word " * 200), []))
     samples.append(
-        ("wide", chat("<image>", "word " * 10), [("png", encoded(picture(192, 128), "PNG"))])
+        ("wide", chat("<image>", "word " * 10), [("png", encoded(draw_image(192, 128), "PNG"))])
     )
     samples.append(("marker", chat("<image>", "cat"), []))
     write_shards(samples, str(tmp_path / "s-%06d.tar"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.messages import Message
 from nvlm_train.data.samples.prompts import (
     PAGE_TASKS,
     QUESTION_TASKS,
@@ -16,18 +16,18 @@ from nvlm_train.data.samples.prompts import (
     choose_weighted,
     load_prompts,
 )
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.records import read_messages
 
 
-def turns(record: Any, num_images: int = 0, family: PromptFamily = "sft") -> tuple[Turn, ...]:
-    return read_turns(json.dumps(record).encode(), "key", num_images, family)
+def messages(record: Any, num_images: int = 0, family: PromptFamily = "sft") -> tuple[Message, ...]:
+    return read_messages(json.dumps(record).encode(), "key", num_images, family)
 
 
-def said(question: str, answer: str) -> tuple[Turn, ...]:
-    return Turn("user", question), Turn("assistant", answer)
+def said(question: str, answer: str) -> tuple[Message, ...]:
+    return Message("user", question), Message("assistant", answer)
 
 
-def test_llava_conversation_with_system_turn() -> None:
+def test_llava_conversation_with_system_message() -> None:
     record = {
         "conversations": [
             {"from": "system", "value": "Be brief."},
@@ -35,7 +35,10 @@ def test_llava_conversation_with_system_turn() -> None:
             {"from": "gpt", "value": "A cat."},
         ]
     }
-    assert turns(record, 1) == (Turn("system", "Be brief."), *said("<image>\nWhat?", "A cat."))
+    assert messages(record, 1) == (
+        Message("system", "Be brief."),
+        *said("<image>\nWhat?", "A cat."),
+    )
 
 
 def test_openai_messages_with_parts() -> None:
@@ -43,19 +46,19 @@ def test_openai_messages_with_parts() -> None:
     record = {
         "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Hm."}]
     }
-    assert turns(record, 1) == said("<image>\nWhat?", "Hm.")
+    assert messages(record, 1) == said("<image>\nWhat?", "Hm.")
 
 
 def test_caption_and_page() -> None:
-    caption = turns({"caption": "A red circle."}, 1)
+    caption = messages({"caption": "A red circle."}, 1)
     assert caption[0].text.removeprefix("<image>\n") in load_prompts()["caption"]["sft"]
-    assert caption[1] == Turn("assistant", "A red circle.")
-    page = turns({"text": "lorem"}, 1, "pretrain")
+    assert caption[1] == Message("assistant", "A red circle.")
+    page = messages({"text": "lorem"}, 1, "pretrain")
     assert page[0].text.removeprefix("<image>\n") in load_prompts()["ocr"]["pretrain"]
 
 
 def test_question_keeps_braces() -> None:
-    assert "a {b}?" in turns({"question": "a {b}?", "answer": "c"})[0].text
+    assert "a {b}?" in messages({"question": "a {b}?", "answer": "c"})[0].text
 
 
 def test_answer_weights_are_followed_and_fixed_per_key() -> None:
@@ -65,7 +68,7 @@ def test_answer_weights_are_followed_and_fixed_per_key() -> None:
         "question": "q",
         "answers": [{"answer": "x", "weight": 0}, {"answer": "y", "weight": 2}],
     }
-    assert turns(record)[1].text == "y"
+    assert messages(record)[1].text == "y"
     assert choose_weighted([1, 1], "same") == choose_weighted([1, 1], "same")
     assert {choose_prompt("sft", "caption", f"k{n}") for n in range(200)} == set(
         load_prompts()["caption"]["sft"]
@@ -79,7 +82,7 @@ def test_without_markers_the_first_user_turn_gets_them_all() -> None:
             {"role": "assistant", "content": "Same."},
         ]
     }
-    assert turns(record, 2)[0].text == "<image>\n<image>\nCompare."
+    assert messages(record, 2)[0].text == "<image>\n<image>\nCompare."
 
 
 def chat(question: str, answer: str = "a") -> dict[str, Any]:
@@ -151,14 +154,14 @@ def chat(question: str, answer: str = "a") -> dict[str, Any]:
 )
 def test_messages(record: Any, num_images: int, message: str) -> None:
     with pytest.raises(ValueError, match="^") as caught:
-        turns(record, num_images)
+        messages(record, num_images)
     assert str(caught.value) == message
 
 
 def test_half_a_surrogate_pair_is_no_text() -> None:
     for record in (b'{"question": "\\ud800", "answer": "a"}', json.dumps(chat("\ud800")).encode()):
         with pytest.raises(ValueError, match="^record cannot be read: .* is not Unicode text"):
-            read_turns(record, "key", 0, "sft")
+            read_messages(record, "key", 0, "sft")
 
 
 def test_weights_without_a_finite_sum() -> None:
@@ -169,7 +172,7 @@ def test_weights_without_a_finite_sum() -> None:
 
 def test_not_json() -> None:
     with pytest.raises(ValueError, match="^record cannot be read: it is not JSON"):
-        read_turns(b'{"a": \xff', "key", 0, "sft")
+        read_messages(b'{"a": \xff', "key", 0, "sft")
 
 
 @pytest.mark.parametrize("family", ["pretrain", "sft"])
@@ -184,17 +187,17 @@ def test_every_task_has_prompts_with_its_fields(family: PromptFamily) -> None:
 
 @pytest.mark.parametrize("task", PAGE_TASKS)
 def test_a_page_names_its_task(task: str) -> None:
-    asked = turns({"text": "lorem", "task": task}, 1, "pretrain")
+    asked = messages({"text": "lorem", "task": task}, 1, "pretrain")
     prompts: dict[str, Any] = dict(load_prompts())
     assert asked[0].text.removeprefix("<image>\n") in prompts[task]["pretrain"]
-    assert asked[1] == Turn("assistant", "lorem")
+    assert asked[1] == Message("assistant", "lorem")
 
 
 def test_a_question_names_its_task() -> None:
     record = {"question": "Who signed {choices}?", "answer": "Ada"}
-    assert turns(record | {"task": "vqa_raw"}) == said("Who signed {choices}?", "Ada")
+    assert messages(record | {"task": "vqa_raw"}) == said("Who signed {choices}?", "Ada")
     asked = {
-        read_turns(json.dumps(record | {"task": "docvqa"}).encode(), f"k{n}", 0, "sft")[0].text
+        read_messages(json.dumps(record | {"task": "docvqa"}).encode(), f"k{n}", 0, "sft")[0].text
         for n in range(99)
     }
     prompts = load_prompts()["docvqa"]["sft"]
@@ -204,9 +207,9 @@ def test_a_question_names_its_task() -> None:
 @pytest.mark.parametrize("answer", ["B", "dog", 1])
 def test_multiple_choice_is_answered_with_the_letter(answer: object) -> None:
     record = {"question": "Which {question}?", "choices": ["cat", "dog", "{question}"]}
-    user, assistant = turns(record | {"answer": answer})
+    user, assistant = messages(record | {"answer": answer})
     assert user.text.startswith("Which {question}?\nA. cat\nB. dog\nC. {question}\n")
-    assert assistant == Turn("assistant", "B")
+    assert assistant == Message("assistant", "B")
 
 
 @pytest.mark.parametrize(
@@ -223,4 +226,4 @@ def test_multiple_choice_is_answered_with_the_letter(answer: object) -> None:
 )  # fmt: skip
 def test_tasks_that_do_not_fit_say_why(record: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"record cannot be read: .*{message}"):
-        turns(record, 1)
+        messages(record, 1)

@@ -15,7 +15,7 @@ from nvlm_train.data.index.lengths import compute_lengths
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import load_index
 from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder
-from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.messages import Message
 from nvlm_train.data.shards.tar import LocalShard, write_shards
 from nvlm_train.errors import ConfigError
 from nvlm_train.routes import ROUTES
@@ -100,7 +100,7 @@ def test_thumbnail_tag_and_slots(tokenizer: Tokenizer, encoder: SampleEncoder) -
 
 
 def test_a_prompt_ends_where_the_answer_begins(encoder: SampleEncoder) -> None:
-    asked = encoder.encode_prompt([Turn("user", "a dog?")], [])
+    asked = encoder.encode_prompt([Message("user", "a dog?")], [])
     taught = encoder.encode("k", json.dumps(chat("a dog?", "cat")).encode(), [])
     length = len(asked.token_ids)
     assert np.array_equal(asked.token_ids, taught.token_ids[:length])

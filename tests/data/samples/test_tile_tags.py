@@ -18,15 +18,15 @@ from nvlm_train.data.index.shard_index import load_index
 from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.data.samples.encoder import SampleEncoder
-from nvlm_train.data.samples.messages import Turn
+from nvlm_train.data.samples.messages import Message
 from nvlm_train.data.shards.tar import LocalShard, write_shards
 from nvlm_train.data.viewing.samples import view_sample
 from nvlm_train.data.viewing.token_runs import token_runs
-from nvlm_train.evaluation.prompts import encode_turns
+from nvlm_train.evaluation.prompts import encode_messages
 from nvlm_train.routes import ROUTES
 from nvlm_train.tiling import candidate_grids, lay_out, tile_limits
 from nvlm_train.tokens import tile_tags
-from tests.data.conftest import SLOTS, TILE, chat, encoded, picture
+from tests.data.conftest import SLOTS, TILE, chat, draw_image, encoded
 
 Make = Callable[..., SampleEncoder]
 THUMBNAIL = "<tile_global_thumbnail>"
@@ -109,7 +109,7 @@ def test_a_regular_tag_sees_its_own_tile(make_encoder: Make) -> None:
         routes=ROUTES["x"], tiling=TilingConfig(thumbnail=False), sequence_length=400
     )
     sample = encoder.encode("k", record("<image> q <image>"), [TWO_TILES, ONE_TILE])
-    seen = [(run.text, run.view) for run in token_runs(sample, encoder.tokenizer)]
+    seen = [(run.text, run.span) for run in token_runs(sample, encoder.tokenizer)]
     assert [each for each in seen if each[0].startswith("<tile")] == [
         ("<tile_1>", (0, 1)), ("<tile_2>", (1, 2)), ("<tile_1>", (2, 3)),
     ]  # fmt: skip
@@ -146,15 +146,15 @@ def test_a_question_is_asked_as_it_was_trained(make_encoder: Make, style: TileTa
     encoder = make_encoder(tiling=TilingConfig(tags=style, thumbnail=False), sequence_length=400)
     sizes = [TWO_TILES, ONE_TILE]
     trained = encoder.encode("k", record("<image><image>?"), sizes)
-    images = [encoded(picture(*size), "PNG") for size in sizes]
-    asked = encode_turns(encoder, [Turn("user", "<image><image>?")], images, 4)
+    images = [encoded(draw_image(*size), "PNG") for size in sizes]
+    asked = encode_messages(encoder, [Message("user", "<image><image>?")], images, 4)
     before = trained.label_positions[0] + 1
     assert asked.encoded.token_ids.tolist() == trained.token_ids[:before].tolist()
     assert len(asked.tiles_TCEE) == 3
 
 
 def test_a_page_names_tiles_as_the_model_does(tmp_path: Path, make_encoder: Make) -> None:
-    image = ("png", encoded(picture(*TWO_TILES), "PNG"))
+    image = ("png", encoded(draw_image(*TWO_TILES), "PNG"))
     write_shards([("k", chat("<image>", "a"), [image])], str(tmp_path / "s-%06d.tar"))
     shard = LocalShard(str(tmp_path / "s-000000.tar"))
     reader = ShardReader("s", shard, load_index(shard))
@@ -170,18 +170,19 @@ def test_lengths_of_before_are_made_anew(
     tmp_path: Path, make_encoder: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Version 3 called the last regular tile a thumbnail, which is more tokens here."""
-    image = ("png", encoded(picture(*TWO_TILES), "PNG"))
+    image = ("png", encoded(draw_image(*TWO_TILES), "PNG"))
     write_shards([("k", chat("<image>", "a"), [image])], str(tmp_path / "s-%06d.tar"))
     shard = LocalShard(str(tmp_path / "s-000000.tar"))
     reader = ShardReader("s", shard, load_index(shard))
-    encoder = make_encoder(tiling=TilingConfig(thumbnail=False))
+    tiling = TilingConfig(thumbnail=False)
     with monkeypatch.context() as old:
         old.setattr("nvlm_train.data.samples.encoder.ENCODING_VERSION", 3)
         old.setattr(
             "nvlm_train.data.samples.chat_format.tile_tags",
             lambda style, grid, regular, thumbnails, tag: ["<tile_1>", tag],
         )
-        wrong = load_lengths(reader, encoder).num_tokens[0]
+        wrong = load_lengths(reader, make_encoder(tiling=tiling)).num_tokens[0]
+    encoder = make_encoder(tiling=tiling)
     right = load_lengths(reader, encoder).num_tokens[0]
     sample = encoder.encode("k", reader.record(0), [TWO_TILES])
     assert right == len(sample.token_ids) != wrong

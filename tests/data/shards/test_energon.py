@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvlm_train.data.shards.tar import write_shards
-from tests.data.conftest import chat, encoded, picture
+from tests.data.conftest import chat, draw_image, encoded
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_energon_prepares_and_reads_our_shards(energon: Path, tmp_path: Path) ->
         (
             f"k{n:03d}",
             chat("<image>what?", f"a{n}"),
-            [("jpg", encoded(picture(30 + n, 20), "JPEG"))],
+            [("jpg", encoded(draw_image(30 + n, 20), "JPEG"))],
         )
         for n in range(10)
     ]

@@ -12,22 +12,23 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import load_index
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig, read_blend
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.records import read_messages
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping, read_fields
+from nvlm_train.data.shards.store import Store
 from nvlm_train.data.shards.tar import LocalShard, write_shards
 from nvlm_train.errors import ConfigError, ShardError
-from tests.data.conftest import chat, encoded, mixed_samples, picture
+from tests.data.conftest import chat, draw_image, encoded, mixed_samples
 
 CAPTION = FieldMapping((("caption", "txt"),))
 
 
 def jpeg(seed: int = 0) -> bytes:
-    return encoded(picture(40, 30, seed), "JPEG")
+    return encoded(draw_image(40, 30, seed), "JPEG")
 
 
 def open_tar(path: Path, fields: FieldMapping = OWN_FIELDS) -> ShardReader:
@@ -62,13 +63,13 @@ def test_img2dataset_tars_need_no_mapping(tmp_path: Path) -> None:
     reader = open_tar(tmp_path / "00000.tar")
     assert reader.index.keys.tolist() == [f"{n:09d}" for n in range(3)]
     assert reader.index.image_sizes(1) == [(40, 30)] and reader.image(1, 0) == jpeg(1)
-    assert read_turns(reader.record(2), "k", 1, "sft")[1].text == "caption 2"
+    assert read_messages(reader.record(2), "k", 1, "sft")[1].text == "caption 2"
     mapped = open_tar(tmp_path / "00000.tar", CAPTION)
-    assert read_turns(mapped.record(2), "k", 1, "sft")[1].text == "text 2"
+    assert read_messages(mapped.record(2), "k", 1, "sft")[1].text == "text 2"
 
 
 @pytest.mark.parametrize("image", ["jpg", "jpeg", "JPG", "png", "webp"])
-def test_suffixes_of_pictures(tmp_path: Path, image: str) -> None:
+def test_suffixes_of_images(tmp_path: Path, image: str) -> None:
     with webdataset.TarWriter(str(tmp_path / "a.tar"), encoder=False) as tar:
         tar.write({"__key__": "x/1", image: jpeg(), "caption": b" a cat\n"})
     reader = open_tar(tmp_path / "a.tar", FieldMapping((("caption", "caption"),)))
@@ -80,7 +81,7 @@ def test_class_labels_with_a_question_for_all(tmp_path: Path) -> None:
     pattern = str(tmp_path / "digits-%06d.tar")
     with webdataset.ShardWriter(pattern, maxcount=2, verbose=0) as shards:
         for number in range(3):
-            shards.write({"__key__": f"{number}", "png": picture(9, 9), "cls": number + 5})
+            shards.write({"__key__": f"{number}", "png": draw_image(9, 9), "cls": number + 5})
     mapping = FieldMapping((("question", "=Which digit is this?"), ("answer", "cls")))
     reader = open_tar(tmp_path / "digits-000000.tar", mapping)
     assert json.loads(reader.record(1)) == {"question": "Which digit is this?", "answer": "6"}
@@ -96,12 +97,12 @@ def test_numbers_become_text_except_the_number_of_a_choice() -> None:
     assert read_fields(dict(chosen.sources), "x", problems) == chosen and not problems
 
 
-def test_other_json_fields_and_one_of_two_pictures(tmp_path: Path) -> None:
+def test_other_json_fields_and_one_of_two_images(tmp_path: Path) -> None:
     dialog = chat("<image>\nq", "a")["conversations"]
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as tar:
         fields = {"meta": {"dialogs": [dialog]}, "short": 7}
-        tar.write({"__key__": "k", "jpg": jpeg(), "mask.png": picture(8, 8), "json": fields})
-        tar.write({"__key__": "l", "jpg": jpeg(), "png": picture(8, 8), "json": fields})
+        tar.write({"__key__": "k", "jpg": jpeg(), "mask.png": draw_image(8, 8), "json": fields})
+        tar.write({"__key__": "l", "jpg": jpeg(), "png": draw_image(8, 8), "json": fields})
     path = tmp_path / "a.tar"
     mapping = FieldMapping((("conversations", "json.meta.dialogs.0"),), ("jpg",))
     reader = open_tar(path, mapping)
@@ -167,7 +168,7 @@ def test_mappings_do_not_share_caches(
         for name in ("long", "short", "long"):
             mapping = FieldMapping((("caption", f"json.{name}"),))
             blend = Blend("b", (SourceConfig("s", ("a.tar",), fields=mapping),))
-            source = open_sources(blend, str(tmp_path), make_encoder())[0]
+            source = open_sources(blend, Store(str(tmp_path)), make_encoder())[0]
             lengths.append(int(source.lengths[0].num_trained[0]))
             digests.append(source.readers[0].index.digest)
     assert lengths[0] > lengths[1] and lengths == [*lengths[:2], lengths[0]] * 2
@@ -175,7 +176,7 @@ def test_mappings_do_not_share_caches(
     assert len(list(tmp_path.glob("a.tar.index-*"))) == 2
     assert len(list(tmp_path.glob("a.tar.lengths-*"))) == 2
     own = Blend("b", (SourceConfig("s", ("a.tar",)),))
-    source = open_sources(own, str(tmp_path), make_encoder())[0]
+    source = open_sources(own, Store(str(tmp_path)), make_encoder())[0]
     assert source.num_unusable == 1 and "hold none of conversations" in source.lengths[0].reasons[0]
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -17,10 +18,10 @@ import pytest
 
 from nvlm_train.batch import RankShare, StepBatch
 from nvlm_train.config.schema import BatchConfig, LoaderConfig
-from nvlm_train.data.dataset import open_sources
 from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
 from nvlm_train.data.plan.plan import DataPlan
+from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.shards.cache import CachedShard, ShardCache
 from nvlm_train.data.shards.remote import RemoteShard
@@ -57,7 +58,9 @@ def steps(
     root: str, encoder: SampleEncoder, store: Store, blend: Blend = BLEND, workers: int = 2
 ) -> list[StepBatch]:
     """Three steps through index, lengths, plan and loader."""
-    plan = DataPlan(open_sources(blend, root, encoder, store=store), BatchConfig(8), LENGTH, 7, 0.0)
+    plan = DataPlan(
+        open_sources(blend, replace(store, root=root), encoder), BatchConfig(8), LENGTH, 7, 0.0
+    )
     with Loader(plan, encoder, RankShare(), LoaderConfig(workers=workers), 20, count()) as loader:
         return [next(loader) for _ in range(3)]
 
@@ -139,7 +142,7 @@ def test_lasting_errors_end_at_once(server: RangeServer, make_encoder: MakeEncod
     server.failures = []
     missing = Blend("one", (SourceConfig("s", ("none.tar",)),))
     with pytest.raises(ShardError, match=r"missing shard=http://.*/none.tar: blend=one source=s"):
-        open_sources(missing, server.url, make_encoder(), store=Store(QUICK))
+        open_sources(missing, Store(server.url, QUICK), make_encoder())
     with pytest.raises(ShardError, match="shard=nosuch://x.tar cannot be opened"):
         Store().open("nosuch://x.tar")
 
@@ -289,7 +292,9 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_buffered_pixels_are_bounded(make_encoder: MakeEncoder, remote_root: Path) -> None:
     encoder = make_encoder()
-    plan = DataPlan(open_sources(BLEND, str(remote_root), encoder), BatchConfig(8), LENGTH, 7, 0.0)
+    plan = DataPlan(
+        open_sources(BLEND, Store(str(remote_root)), encoder), BatchConfig(8), LENGTH, 7, 0.0
+    )
 
     def run(gib: float) -> tuple[list[StepBatch], int]:
         config = LoaderConfig(workers=2, prefetch_steps=30, prefetch_gib=gib)

@@ -23,7 +23,7 @@ from nvlm_train.errors import ShardError
 
 
 def open_coco(spec: InputSpec, spool: Path) -> Entries:
-    """COCO's annotations JSON and its image folder: a sample per image, with all its captions.
+    """Opens COCO's annotations JSON and its image folder: a sample per image, with all its captions.
 
     Format: https://cocodataset.org/#format-data, section 5 (image captioning).
     """
@@ -31,7 +31,7 @@ def open_coco(spec: InputSpec, spool: Path) -> Entries:
 
 
 def open_vqa(spec: InputSpec, spool: Path) -> Entries:
-    """VQAv2's pair of JSON files and its image folder: a sample per question.
+    """Opens VQAv2's pair of JSON files and its image folder: a sample per question.
 
     An answer's weight is the share of annotators who gave it. Format:
     https://visualqa.org/vqa_v2_teaser.html.
@@ -107,7 +107,7 @@ def _questions(spec: InputSpec) -> Iterator[dict[str, Any]]:
 
 
 def _weighted(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Different answers, most frequent first, then in the annotators' order."""
+    """Returns the different answers, most frequent first, then in the annotators' order."""
     counts = Counter(str(answer.get("answer", "")) for answer in answers)
     return [
         {"answer": text, "weight": count / len(answers)}
@@ -117,7 +117,7 @@ def _weighted(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _list(content: Any, name: str, path: str, required: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The objects of `content[name]`. Raises ShardError: there is no such list of such objects."""
+    """Returns the objects of `content[name]`. Raises ShardError: there is no such list of objects."""
     items = content.get(name) if isinstance(content, dict) else None
     if not isinstance(items, list):
         raise ShardError(f"input={path} has no list {name!r}; it is another kind of file")

@@ -25,7 +25,7 @@ IMAGE_NAMES = ("image", "images")
 
 
 def open_llava(spec: InputSpec, spool: Path) -> Entries:
-    """A JSON list of `{"id", "image": name or names, "conversations"}`, and its images.
+    """Opens a JSON list of `{"id", "image": name or names, "conversations"}`, and its images.
 
     Raises:
         ShardError: the file is no JSON list.
@@ -46,13 +46,13 @@ def open_llava(spec: InputSpec, spool: Path) -> Entries:
 
 
 def open_jsonl(spec: InputSpec, spool: Path) -> Entries:
-    """One record a line, in any form that `records` reads, with `image` or `images` beside it."""
+    """Opens files of one record a line, as `records` reads it, with `image` or `images` beside it."""
     parse = partial(listed_parts, spec, open_files(spec.images))
     return Lines(spec.paths, find_lines(spec.paths, spool), parse, line_of)
 
 
 def open_text(spec: InputSpec, spool: Path) -> Entries:
-    """Plain text to continue: a document per line of a file, or per `.txt` of a folder."""
+    """Opens plain text to continue: a document per line of a file, or per `.txt` of a folder."""
     if not Path(spec.paths[0]).is_dir():
         return Lines(spec.paths, find_lines(spec.paths, spool), _document, line_of)
     folder = open_files(spec.paths[0])
@@ -65,7 +65,7 @@ def open_text(spec: InputSpec, spool: Path) -> Entries:
 
 
 def listed_parts(spec: InputSpec, files: Files, line: bytes) -> Parts:
-    """A listed record, and the images that it names.
+    """Returns a listed record, and the images that it names.
 
     Raises:
         ValueError: not an object, an image that is missing, a field that the mapping misses.
@@ -79,7 +79,7 @@ def listed_parts(spec: InputSpec, files: Files, line: bytes) -> Parts:
 
 
 def image_names(item: Mapping[str, Any], column: str) -> list[str]:
-    """The file names in one field. Raises ValueError: it holds something else."""
+    """Returns the file names in one field. Raises ValueError: it holds something else."""
     named = item.get(column)
     names = [named] if isinstance(named, str) else (named or [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -88,12 +88,12 @@ def image_names(item: Mapping[str, Any], column: str) -> list[str]:
 
 
 def with_id(record: dict[str, Any], identity: object) -> dict[str, Any]:
-    """The record, which says where it came from."""
+    """Returns the record with its identity in the source as `id`, where there is one."""
     return record if identity is None or "id" in record else {"id": identity, **record}
 
 
 def line_of(file: str, number: int, line: int) -> str:
-    """Where an entry of the input's own lines stands."""
+    """Says where an entry of the input's own lines stands."""
     return f"{file}: line {line} (entry {number})"
 
 

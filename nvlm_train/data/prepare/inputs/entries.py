@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvlm_train.data.images import read_size
-from nvlm_train.data.samples.records import read_turns
+from nvlm_train.data.samples.records import read_messages
 from nvlm_train.data.shards.fields import OWN_FIELDS, FieldMapping
 from nvlm_train.data.shards.tar import IMAGE_SUFFIXES, Sample
 from nvlm_train.errors import ShardError
@@ -34,7 +34,7 @@ _RIFF, _WEBP = b"RIFF", b"WEBP"
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input as the command line names it."""
+    """An input as the command line describes it."""
 
     format: str
     paths: tuple[str, ...]
@@ -45,7 +45,7 @@ class InputSpec:
     image_name: str = ""
     """VQAv2: how an image id becomes a file name; nothing for COCO's way."""
     split: str = ""
-    """Of a `datasets.DatasetDict`."""
+    """The split of a `datasets.DatasetDict`."""
 
 
 class Entries(Protocol):
@@ -54,10 +54,10 @@ class Entries(Protocol):
     def __len__(self) -> int: ...
 
     def place(self, number: int) -> str:
-        """Where somebody finds the entry: file and line, row or key."""
+        """Says where somebody finds the entry: file and line, row or key."""
 
     def read(self, number: int) -> Parts:
-        """The entry. Raises ValueError or OSError: this one cannot be used."""
+        """Reads the entry. Raises ValueError or OSError: this one cannot be used."""
 
 
 class Lines:
@@ -91,7 +91,7 @@ class Lines:
 
 
 def find_lines(files: tuple[str, ...], spool: Path) -> NDArray[np.int64]:
-    """Where the lines that are not blank begin: int64 [N, 3], kept as `spool/lines.npy`."""
+    """Finds where the lines that are not blank begin: int64 [N, 3], kept as `spool/lines.npy`."""
     stored = spool / "lines.npy"
     if not stored.is_file():
         found: list[tuple[int, int, int]] = []
@@ -110,7 +110,7 @@ def find_lines(files: tuple[str, ...], spool: Path) -> NDArray[np.int64]:
 
 
 def write_list(items: Callable[[], Iterable[object]], spool: Path) -> str:
-    """Items as JSON, one a line, in `spool/entries.jsonl`; what is there already is kept."""
+    """Writes items as JSON, one a line, to `spool/entries.jsonl`; a file that is there is kept."""
     stored = spool / "entries.jsonl"
     if not stored.is_file():
         partial = spool / "entries.jsonl.partial"
@@ -122,7 +122,7 @@ def write_list(items: Callable[[], Iterable[object]], spool: Path) -> str:
 
 
 def open_input(path: str) -> Any:
-    """The file as a binary stream. Raises ShardError: it is not there."""
+    """Opens the file as a binary stream. Raises ShardError: it is not there."""
     try:
         return Path(path).open("rb")
     except OSError as error:
@@ -130,7 +130,7 @@ def open_input(path: str) -> Any:
 
 
 def load_json(path: str) -> Any:
-    """A whole JSON file. Raises ShardError: missing, or not JSON."""
+    """Reads a whole JSON file. Raises ShardError: it is missing, or not JSON."""
     with open_input(path) as stream:
         try:
             return json.load(stream)
@@ -139,7 +139,7 @@ def load_json(path: str) -> Any:
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
-    """A JSON object. Raises ValueError."""
+    """Returns the JSON object of a line. Raises ValueError: it is none."""
     try:
         item = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -150,7 +150,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def as_sample(key: str, parts: Parts) -> Sample:
-    """The entry as it is written, checked as the loader will read it.
+    """Returns the entry as it is written, checked as the loader will read it.
 
     Raises:
         ValueError: no chat can be made of the record, or an image cannot be opened.
@@ -170,12 +170,12 @@ def as_sample(key: str, parts: Parts) -> Sample:
         raise ValueError(f"{error}; name the fields to keep with --field") from error
     except UnicodeEncodeError as error:
         raise ValueError(f"the record is not Unicode text ({error}); repair it") from error
-    read_turns(encoded, key, len(images), "sft")
+    read_messages(encoded, key, len(images), "sft")
     return key, record, members
 
 
 def _suffix(name: str, data: bytes) -> str:
-    """What the bytes are, else what the file's name says."""
+    """Returns the suffix that the bytes ask for, else that of the file's name."""
     for magic, suffix in _MAGIC:
         if data.startswith(magic):
             return suffix

@@ -13,17 +13,17 @@ from typing import Protocol
 from nvlm_train.errors import ShardError
 
 MAX_FILE_BYTES = 1 << 29
-"""More than any picture has: a member of an archive that claims more is refused."""
+"""More than any image has: a member of an archive that claims more is refused."""
 
 
 class Files(Protocol):
-    """Files by their relative names."""
+    """A collection of files with relative names."""
 
     def names(self) -> Iterator[str]:
-        """All of them, sorted."""
+        """Yields the names of all files, sorted."""
 
     def read(self, name: str) -> bytes:
-        """Contents. Raises ValueError: there is none of this name, or it lies outside."""
+        """Reads a file. Raises ValueError: there is none of this name, or it lies outside."""
 
 
 class Folder:
@@ -118,7 +118,7 @@ class Tar:
 
 
 def modified(path: str) -> int:
-    """When a file was last written, for caches; 0 when it is no local file."""
+    """Returns when a file was last written, for caches; 0 when it is no local file."""
     try:
         return os.stat(path).st_mtime_ns
     except OSError:
@@ -126,7 +126,7 @@ def modified(path: str) -> int:
 
 
 def open_files(path: str) -> Files:
-    """The folder, `.zip` or `.tar` at this path. Raises ShardError: there is none."""
+    """Opens the folder, `.zip` or `.tar` at this path. Raises ShardError: there is none."""
     if os.path.isdir(path):
         return Folder(path)
     if not os.path.exists(path):
@@ -136,5 +136,5 @@ def open_files(path: str) -> Files:
 
 @lru_cache(maxsize=8)
 def _archive(path: str, version: int) -> Files:
-    del version  # another one is opened anew
+    del version  # another one is opened again
     return Zip(path) if path.endswith(".zip") else Tar(path)

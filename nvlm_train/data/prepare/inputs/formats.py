@@ -1,4 +1,4 @@
-"""The table of input formats: one line, one layout."""
+"""The table of input formats: one line, one format."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ FORMATS: dict[str, Open] = {
 }
 
 LISTED = ("llava", "jsonl", "coco", "vqa", "ocr", "text")
-"""Their files list entries; the pictures lie elsewhere."""
+"""The formats whose files list entries; the images lie elsewhere."""
 
 _SINGLE = ("llava", "datasets", "coco")
 _MAPPED = ("llava", "jsonl", "parquet", "datasets", "members")
 
 
 def open_entries(spec: InputSpec, spool: Path) -> Entries:
-    """The entries of an input. `spool` is a directory for lists made on the way, kept for the next.
+    """Opens the entries of an input; `spool` is a directory for lists, kept for the next process.
 
     Raises:
         ShardError: the input as a whole cannot be read, or is empty.

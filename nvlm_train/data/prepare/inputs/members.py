@@ -30,7 +30,7 @@ from nvlm_train.errors import ShardError
 
 
 class TarSamples:
-    """Samples of WebDataset tars, one tar after the other."""
+    """The samples of WebDataset tars, one tar after the other."""
 
     def __init__(self, spec: InputSpec, paths: Sequence[str]) -> None:
         self._spec, self._paths = spec, tuple(paths)
@@ -60,7 +60,7 @@ class TarSamples:
 
 @lru_cache(maxsize=16)
 def _reader(path: str, version: int, fields: FieldMapping) -> ShardReader:
-    del version  # another one is opened anew
+    del version  # another one is opened again
     shard = DIRECT.open(path)
     try:
         return ShardReader(path, shard, load_index(shard, fields=fields), fields)
@@ -69,7 +69,7 @@ def _reader(path: str, version: int, fields: FieldMapping) -> ShardReader:
 
 
 def open_members(spec: InputSpec, spool: Path) -> Entries:
-    """Tars (also `x-{000..009}.tar`), or one zip or folder of files that share a key.
+    """Opens tars (also `x-{000..009}.tar`), or one zip or folder of files that share a key.
 
     Raises:
         ShardError: missing, torn, or nothing in it.

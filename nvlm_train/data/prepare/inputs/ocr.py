@@ -30,7 +30,7 @@ _MARKUP = re.compile(r"</?(?:ref|box|quad)>")
 
 
 def open_ocr(spec: InputSpec, spool: Path) -> Entries:
-    """JSON Lines of `{"image", "regions": [{"text", "box": [x1, y1, x2, y2]}]}`.
+    """Opens JSON Lines of `{"image", "regions": [{"text", "box": [x1, y1, x2, y2]}]}`.
 
     A region may have `quad` instead: x and y of four corners. Coordinates are pixels of the upright
     image, or of a canvas that the entry's `width` and `height` give.
@@ -40,7 +40,7 @@ def open_ocr(spec: InputSpec, spool: Path) -> Entries:
 
 
 def grounded(text: str, corners: list[tuple[float, float]], width: float, height: float) -> str:
-    """One region as text. Parts outside the canvas are cut off.
+    """Returns one region as text. Parts outside the canvas are cut off.
 
     >>> grounded("Hi", [(10, 20), (60, 40)], 100, 200)
     '<ref>Hi</ref><box>(100,100),(600,200)</box>'

@@ -18,7 +18,7 @@ _MISSING = "pip install 'nvlm-train[prepare]'"
 
 
 class ParquetRows:
-    """Rows of Parquet files, in the order of the files; a row group is read at a time."""
+    """The rows of Parquet files, in the order of the files; a row group is read at a time."""
 
     def __init__(self, spec: InputSpec, files: Sequence[str]) -> None:
         self._spec, self._files = spec, tuple(files)
@@ -50,7 +50,7 @@ class ParquetRows:
 
 
 class DatasetRows:
-    """Rows of a `datasets.Dataset`, mapped from disk; images are left as they were stored."""
+    """The rows of a `datasets.Dataset`, mapped from disk; images are left as they were stored."""
 
     def __init__(self, spec: InputSpec, dataset: Any) -> None:
         self._spec = spec
@@ -67,14 +67,14 @@ class DatasetRows:
 
 
 def open_parquet(spec: InputSpec, spool: Path) -> Entries:
-    """Parquet files, or folders of them. Raises ShardError: missing, or not Parquet."""
+    """Opens Parquet files, or folders of them. Raises ShardError: one is missing, or not Parquet."""
     del spool
     files = [file for path in spec.paths for file in _parquet_files(path)]
     return ParquetRows(spec, files)
 
 
 def open_dataset(spec: InputSpec, spool: Path) -> Entries:
-    """What `datasets.save_to_disk` wrote. Raises ShardError: it is something else."""
+    """Opens what `datasets.save_to_disk` wrote. Raises ShardError: it is something else."""
     del spool
     try:
         import datasets
@@ -95,7 +95,7 @@ def open_dataset(spec: InputSpec, spool: Path) -> Entries:
 
 
 def row_parts(spec: InputSpec, row: Mapping[str, Any]) -> Parts:
-    """A row's record and images. Null columns are left out.
+    """Returns a row's record and images. Null columns are left out.
 
     Images are bytes, `{"bytes", "path"}` as `datasets.Image` stores them, file names, or lists of
     such.
@@ -151,7 +151,7 @@ def _parquet_files(path: str) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _parquet(file: str, version: int) -> Any:
-    del version  # another one is opened anew
+    del version  # another one is opened again
     try:
         import pyarrow
         import pyarrow.parquet
