@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.conftest import encoded, picture
+from tests.data.conftest import draw_image, encoded
 from tests.train.smoke import make_smoke_data, overrides
 
 ROOT = Path(__file__).parent.parent
@@ -164,7 +164,7 @@ print(*language_problems(language, {}), sep="\\n")
 def test_an_input_format(copy: Path) -> None:
     follow("An input format", copy)
     (copy / "photos").mkdir()
-    (copy / "photos" / "a.png").write_bytes(encoded(picture(40, 30), "PNG"))
+    (copy / "photos" / "a.png").write_bytes(encoded(draw_image(40, 30), "PNG"))
     (copy / "pairs.tsv").write_text("a.png\tA red cat.\na.png\tA cat, again.\nno tab\n")
     (command,) = code_lines("An input format")
     output = run(copy, "-m", "nvlm_train", *command.split()[1:], "--max-bad", "1", "--workers", "1")

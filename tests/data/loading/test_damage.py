@@ -61,7 +61,7 @@ def damaged_shards(root: Path, draw: random.Random) -> list[str]:
         suffix = draw.choice(sorted(FORMATS))
         intact = encoded(draw_image(60 + number % 50, 40, number), FORMATS[suffix])
         samples.append(
-            (f"picture{number:04d}", chat("<image>", "a"), [(suffix, damage(intact, draw))])
+            (f"image{number:04d}", chat("<image>", "a"), [(suffix, damage(intact, draw))])
         )
     for number in range(NUM_RECORDS):
         samples.append((f"record{number:04d}", chat("what?", f"answer {number}"), []))
