@@ -14,7 +14,7 @@ from nvlm_train.data.shards.tar import write_shards
 from tests.data.conftest import chat, draw_image, encoded
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 LIST_SAMPLES = """
 import json, sys
