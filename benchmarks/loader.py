@@ -65,7 +65,7 @@ def write_data(root: Path, count: int) -> list[str]:
         (
             f"s{number:05d}",
             {"conversations": [
-                {"from": "human", "value": f"<image>\nWhat is in image {number}?"},
+                {"from": "human", "value": f"<image>\nWhat is in picture {number}?"},
                 {"from": "gpt", "value": "Noise of several scales, and nothing else at all."},
             ]},
             [("jpg", images[number % len(images)])],

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """Where a sample of the blend lies, and the sizes that packing needs."""
+    """It says where a sample of the blend lies, and has the sizes that packing needs."""
 
     source: int
     """Index of the source in the blend."""
@@ -33,7 +33,7 @@ class SampleRef:
 
 @dataclass(frozen=True, slots=True)
 class PackPlan:
-    """Samples that share one sequence; empty when a step has fewer packs than data-parallel ranks."""
+    """The samples share one sequence; there are none when a step has fewer packs than data-parallel ranks."""
 
     samples: tuple[SampleRef, ...]
 
@@ -48,7 +48,7 @@ class PackPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """All of one optimizer step, the same on every rank: `packs[dp_rank]` are that rank's microbatches."""
+    """It is all of one optimizer step, the same on every rank; `packs[dp_rank]` are that rank's packs."""
 
     step: int
     packs: tuple[tuple[PackPlan, ...], ...]
@@ -56,7 +56,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """Which part of a step is this rank's.
+    """It says which part of a step is this rank's.
 
     A model replica is the TP x PP ranks that hold one copy of the model; its ranks share the tiles.
     """
@@ -69,7 +69,7 @@ class RankShare:
 
 @dataclass(frozen=True, slots=True)
 class SampleInfo:
-    """Provenance of a sample inside a microbatch."""
+    """It says where a sample inside a microbatch comes from."""
 
     source: int
     shard: str
@@ -78,7 +78,7 @@ class SampleInfo:
 
 @dataclass(frozen=True)
 class CrossContext:
-    """Keys and values of a pack's cross-attention: for each cross-routed tile its tag, then its features.
+    """What a pack's cross-attention reads is laid out here: each cross-routed tile's tag, then its features.
 
     Shape legend: C tokens of the context, V spans.
     """
@@ -102,7 +102,7 @@ class CrossContext:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One pack, ready for the model. Tensors live on the CPU until the step needs them."""
+    """A pack is ready for the model here. Tensors live on the CPU until the step needs them."""
 
     token_ids_S: Tensor
     """int64 [S]; image positions and padding hold the pad id."""
@@ -122,7 +122,7 @@ class Microbatch:
     """None when no tile of the pack is cross-routed."""
 
     def without_labels_of(self, failed: Collection[int]) -> Microbatch:
-        """The same pack in which the samples at these indices are not trained on."""
+        """Returns the same pack, in which the samples at these indices are not trained on."""
         if not failed:
             return self
         keep_L = self.label_samples_L.new_tensor(
@@ -138,7 +138,7 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Round:
-    """Some microbatches of a step whose tiles are encoded together before the pipeline schedule runs.
+    """The tiles of these microbatches are encoded together before the pipeline schedule runs.
 
     The round's tiles are numbered in microbatch, image, tile order. Replica rank r owns
     `tile_split[r]` of them, contiguous, after those of the ranks before it.
@@ -152,7 +152,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class SampleFailure:
-    """A sample whose image this rank could not decode: it is counted, and trained by nobody."""
+    """This rank could not decode an image of the sample: it is counted, and trained by nobody."""
 
     round: int
     microbatch: int
@@ -162,7 +162,7 @@ class SampleFailure:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's view of one optimizer step."""
+    """It is one rank's view of one optimizer step."""
 
     step: int
     rounds: tuple[Round, ...]

@@ -44,14 +44,14 @@ def vision_tile_flops(vision: VisionConfig) -> float:
 
 
 def projector_parameters(model: ModelConfig) -> int:
-    """LayerNorm and two linears without biases: 620.7 M at 72B; NVLM-X has one linear."""
+    """Counts the LayerNorm and two linears without biases: 620.7 M at 72B; NVLM-X has one linear."""
     inputs, projector = tile_feature_size(model.vision), model.projector
     weights = projector_weights(inputs, projector, model.language.hidden_size)
     return 2 * inputs + weights + resampler_parameters(model)
 
 
 def resampler_parameters(model: ModelConfig) -> int:
-    """Latents, and layers of attention and feed-forward with three norms; one norm at the end."""
+    """Counts latents, layers of attention and feed-forward with three norms, and one norm at the end."""
     resampler, language = model.resampler, model.language
     if resampler is None:
         return 0
@@ -60,20 +60,20 @@ def resampler_parameters(model: ModelConfig) -> int:
 
 
 def projector_weights(inputs: int, projector: ProjectorConfig, outputs: int) -> int:
-    """Matrix entries of the projector, without its norm."""
+    """Counts the matrix entries of the projector, without its norm."""
     if projector.ffn_hidden_size is None:
         return inputs * outputs
     return inputs * projector.ffn_hidden_size + projector.ffn_hidden_size * outputs
 
 
 def num_cross_layers(model: ModelConfig) -> int:
-    """Layers with cross-attention: 10 at 72B and at 34B."""
+    """Counts the layers with cross-attention: 10 at 72B and at 34B."""
     cross = model.cross_attention
     return model.language.num_layers // cross.every if cross else 0
 
 
 def cross_query_weights(model: ModelConfig) -> int:
-    """Matrix entries that a decoder token meets in the cross path of one layer."""
+    """Counts the matrix entries that a decoder token meets in the cross path of one layer."""
     language, cross = model.language, model.cross_attention
     gated = cross is not None and cross.feed_forward == "gated"
     feed_forward = 3 * language.hidden_size * language.ffn_hidden_size if gated else 0
@@ -81,12 +81,12 @@ def cross_query_weights(model: ModelConfig) -> int:
 
 
 def cross_context_weights(language: LanguageConfig) -> int:
-    """Matrix entries that a context token meets in one layer: its key and its value."""
+    """Counts the matrix entries that a context token meets in one layer: its key and its value."""
     return 2 * language.hidden_size * kv_size(language)
 
 
 def cross_attention_parameters(model: ModelConfig) -> int:
-    """All layers' queries, keys, values, output, norms on both sides, gate; and the gated feed-forward."""
+    """Counts queries, keys, values, output, norms on both sides, gates, and the gated feed-forward."""
     cross, hidden = model.cross_attention, model.language.hidden_size
     if cross is None:
         return 0
@@ -98,7 +98,7 @@ def cross_attention_parameters(model: ModelConfig) -> int:
 
 
 def resampler_products(model: ModelConfig) -> int:
-    """Multiplications of the resampler for one tile."""
+    """Counts the multiplications of the resampler for one tile."""
     resampler, language = model.resampler, model.language
     if resampler is None:
         return 0
@@ -111,18 +111,18 @@ def resampler_products(model: ModelConfig) -> int:
 
 
 def language_layer_weights(language: LanguageConfig) -> int:
-    """Matrix entries of one decoder layer (what a token is multiplied with)."""
+    """Counts the matrix entries of one decoder layer (what a token is multiplied with)."""
     attention = 2 * query_size(language) + 2 * kv_size(language)
     return language.hidden_size * attention + mlp_weights(language)
 
 
 def mlp_weights(language: LanguageConfig) -> int:
-    """Matrix entries of the MLP of one decoder layer."""
+    """Counts the matrix entries of the MLP of one decoder layer."""
     return 3 * language.hidden_size * language.ffn_hidden_size
 
 
 def language_parameters(language: LanguageConfig) -> int:
-    """Parameters of the language model; tied embeddings are one table, and count once."""
+    """Counts the parameters of the language model; tied embeddings are one table, and count once."""
     hidden = language.hidden_size
     bias = query_size(language) + 2 * kv_size(language) if language.qkv_bias else 0
     norms = 2 * hidden + (2 * head_size(language) if language.qk_norm else 0)
@@ -132,7 +132,7 @@ def language_parameters(language: LanguageConfig) -> int:
 
 
 def part_parameters(model: ModelConfig) -> dict[str, int]:
-    """Parameters of each part, by the names that a stage's `trainable` uses."""
+    """Counts the parameters of each part, by the names that a stage's `trainable` uses."""
     parts = {
         "vision_encoder": vision_parameters(model.vision),
         "projector": projector_parameters(model),
@@ -143,7 +143,7 @@ def part_parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def rank_memory(model: ModelConfig, stage: StageConfig, precision: str, data_size: int) -> int:
-    """Bytes of weights, gradients, optimizer state and encoder on the fullest pipeline stage.
+    """Adds up bytes of weights, gradients, optimizer state and encoder on the fullest pipeline stage.
 
     Gradients are fp32; Adam keeps an fp32 copy and two moments, spread over data-parallel ranks by
     the distributed optimizer. Activations and features in flight come on top.
@@ -170,7 +170,7 @@ def rank_memory(model: ModelConfig, stage: StageConfig, precision: str, data_siz
 
 
 def checkpoint_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> int:
-    """Bytes of one checkpoint of a stage, in any layout: weights, and what AdamW keeps of what trains.
+    """Adds up bytes of a stage's checkpoint, in any layout: weights, and what AdamW keeps of what trains.
 
     The vision encoder never changes and is not saved. AdamW has two fp32 moments, and an fp32 copy
     of the weights, which the distributed optimizer saves whatever the weights' precision.
@@ -187,7 +187,7 @@ def checkpoint_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> 
 
 @dataclass(frozen=True)
 class StepWork:
-    """What one optimizer step processed, summed over the world."""
+    """Counts what one optimizer step processed, summed over the world."""
 
     tokens: int
     """Decoder tokens without padding."""
@@ -204,7 +204,7 @@ class StepWork:
 
 
 def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
-    """Model FLOPs of one step; frozen parts count forward, and backward only where gradients flow through.
+    """Counts model FLOPs of a step; frozen parts count forward, and backward where gradients flow through.
 
     The vision encoder is always frozen and nothing trainable lies before it: forward only. A frozen
     language model still carries the gradient to the projector (2 of the 3 products), but forms no

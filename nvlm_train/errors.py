@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 class NvlmError(Exception):
-    """Base of every error that is the user's to fix; the command line prints it without a traceback."""
+    """The user can mend the cause of such an error; the command line prints it without a traceback."""
 
 
 class ConfigError(NvlmError):
-    """A recipe that cannot be run. Carries every problem found, not only the first."""
+    """The recipe cannot be run. The error carries every problem found, not only the first."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -18,11 +18,11 @@ class ConfigError(NvlmError):
 
 
 class ShardError(NvlmError):
-    """A shard that is missing, torn, or no longer the one that was indexed."""
+    """A shard is missing, torn, or no longer the one that was indexed."""
 
 
 class SampleError(NvlmError):
-    """A sample that cannot be trained on. Names the shard and the key; the loader may count and skip it."""
+    """A sample cannot be trained on. It names the shard and the key; the loader may count and skip it."""
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         self.shard, self.key, self.reason = shard, key, reason
@@ -30,24 +30,24 @@ class SampleError(NvlmError):
 
 
 class PromptError(NvlmError):
-    """A prompt that cannot be answered."""
+    """A prompt cannot be answered."""
 
 
 class CheckpointError(NvlmError):
-    """A checkpoint that does not fit the recipe, or none where one is needed."""
+    """A checkpoint does not fit the recipe, or there is none where one is needed."""
 
 
 class FormatError(CheckpointError):
-    """Something stored in a format that this version does not read. It is not damaged."""
+    """Something was stored in a format that this version does not read. It is not damaged."""
 
 
 class TrainingError(NvlmError):
-    """Training that cannot go on: a non-finite loss, or more bad samples than the recipe tolerates."""
+    """Training cannot go on: a loss is not finite, or more samples are bad than the recipe tolerates."""
 
 
 class RunLockedError(NvlmError):
-    """A run directory that another process writes to, or may write to."""
+    """Another process writes to the run directory, or may write to it."""
 
 
 class LaunchError(NvlmError):
-    """A job that should not be queued."""
+    """A job should not be queued."""

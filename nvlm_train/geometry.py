@@ -9,35 +9,35 @@ PIXEL_SHUFFLE = 2
 
 
 def patches_per_side(vision: VisionConfig) -> int:
-    """Patches along one edge of a tile: 32 for 448 pixels and patch 14."""
+    """Counts the patches along one edge of a tile: 32 for 448 pixels and patch 14."""
     return vision.tile_size // vision.patch_size
 
 
 def tokens_per_tile(vision: VisionConfig) -> int:
-    """Decoder tokens of one tile after pixel shuffle: 256 for the paper's encoder."""
+    """Counts the decoder tokens of one tile after pixel shuffle: 256 for the paper's encoder."""
     return (patches_per_side(vision) // PIXEL_SHUFFLE) ** 2
 
 
 def context_tokens_per_tile(model: ModelConfig) -> int:
-    """Tokens of one tile in the cross-attention context: its latents where there is a resampler."""
+    """Counts the tokens of a tile in the cross-attention context: its latents where there is a resampler."""
     return model.resampler.num_latents if model.resampler else tokens_per_tile(model.vision)
 
 
 def tile_feature_size(vision: VisionConfig) -> int:
-    """Channels of one token after pixel shuffle: 12,800 for the paper's encoder."""
+    """Counts the channels of one token after pixel shuffle: 12,800 for the paper's encoder."""
     return vision.hidden_size * PIXEL_SHUFFLE**2
 
 
 def head_size(language: LanguageConfig) -> int:
-    """Channels of an attention head."""
+    """Counts the channels of an attention head."""
     return language.head_dim or language.hidden_size // language.num_heads
 
 
 def query_size(language: LanguageConfig) -> int:
-    """Channels of all queries: the width between the attention and its output projection."""
+    """Counts the channels of all queries: the width between attention and its output projection."""
     return language.num_heads * head_size(language)
 
 
 def kv_size(language: LanguageConfig) -> int:
-    """Channels of all keys, and of all values."""
+    """Counts the channels of all keys, which are those of all values."""
     return language.num_kv_heads * head_size(language)

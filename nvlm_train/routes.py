@@ -26,7 +26,7 @@ class Routes:
     """Where the tag of a cross-routed tile stands: in the decoder's text, or before its tile's features."""
 
     def of_image(self, num_regular: int, num_thumbnails: int) -> list[Route]:
-        """Route of each tile of an image: regular ones, then the thumbnail where there is one.
+        """Lists the route of each tile of an image: regular ones, then the thumbnail where there is one.
 
         >>> ROUTES["h"].of_image(2, 1), ROUTES["h"].of_image(0, 1), ROUTES["x"].of_image(2, 0)
         (['cross', 'cross', 'decoder'], ['decoder'], ['cross', 'cross'])

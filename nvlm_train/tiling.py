@@ -17,7 +17,7 @@ Grid = tuple[int, int]
 
 
 class ImageLayout(NamedTuple):
-    """Which tiles an image has: regular ones, row by row, then the thumbnail where there is one."""
+    """It says which tiles an image has: regular ones, row by row, then the thumbnail where there is one."""
 
     grid: Grid
     num_regular: int
@@ -27,13 +27,13 @@ class ImageLayout(NamedTuple):
 
     @property
     def num_tiles(self) -> int:
-        """Thumbnail included."""
+        """It counts the thumbnail, too."""
         return self.num_regular + self.num_thumbnails
 
 
 @lru_cache(maxsize=16)
 def candidate_grids(max_tiles: int) -> tuple[Grid, ...]:
-    """Every (columns, rows) with columns * rows <= max_tiles, smallest area first.
+    """Lists every (columns, rows) with columns * rows <= max_tiles, smallest area first.
 
     The original sorts a Python set by area and so leaves the order inside one area to the
     interpreter; here it is by columns. It decides nothing: two grids of equal area are never both
@@ -54,7 +54,7 @@ def candidate_grids(max_tiles: int) -> tuple[Grid, ...]:
 
 @lru_cache(maxsize=65536)
 def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> Grid:
-    """The grid whose aspect ratio is closest to the image's, as (columns, rows).
+    """Chooses the grid whose aspect ratio is closest to the image's, as (columns, rows).
 
     A later grid at the same distance (2 x 2 after 1 x 1) wins only when the image has more than
     half of that grid's pixels.
@@ -76,7 +76,7 @@ def choose_grid(width: int, height: int, tile_size: int, max_tiles: int) -> Grid
 
 
 def lay_out(grid: Grid, num_thumbnails: int) -> ImageLayout:
-    """The tiles of an image under a stage's `tiling.thumbnail` (0 or 1 thumbnails asked for).
+    """Lays out the tiles of an image under a stage's `tiling.thumbnail` (0 or 1 thumbnails asked for).
 
     With thumbnails a one-tile image is not encoded twice: the tile, which is the whole image, is
     the thumbnail (released NVLM-D: `tags[:n - 1] + [thumbnail]`). Without them no tile is one, the
@@ -92,7 +92,7 @@ def lay_out(grid: Grid, num_thumbnails: int) -> ImageLayout:
 
 
 def num_tiles(grid: Grid, num_thumbnails: int) -> int:
-    """Tiles of an image: the grid's, and the thumbnail (0 or 1 asked for) when there are several.
+    """Counts the tiles of an image: the grid's, and the thumbnail (0 or 1 asked for) when there are several.
 
     >>> num_tiles((3, 2), 1), num_tiles((1, 1), 1), num_tiles((3, 2), 0)
     (7, 1, 6)
@@ -101,7 +101,7 @@ def num_tiles(grid: Grid, num_thumbnails: int) -> int:
 
 
 def tile_limits(max_tiles: int) -> tuple[int, ...]:
-    """`max_tiles`, then the smaller limits to try when a sample does not fit.
+    """Lists `max_tiles`, then the smaller limits to try when a sample does not fit.
 
     >>> tile_limits(6), tile_limits(5), tile_limits(1)
     ((6, 4, 2, 1), (5, 4, 2, 1), (1,))

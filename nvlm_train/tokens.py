@@ -23,7 +23,7 @@ IMAGE_MARKER = "<image>"
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """What a language model expects besides `<|im_start|>role\\ncontent<|im_end|>\\n`."""
+    """It says what a language model expects besides `<|im_start|>role\\ncontent<|im_end|>\\n`."""
 
     bos: str | None
     """Special token that opens a sample; not trained."""
@@ -44,7 +44,7 @@ tokens of Qwen2's vocabulary and four of Yi's."""
 
 
 class Tokenizer:
-    """A Hugging Face `tokenizer.json`, read with the `tokenizers` library.
+    """It reads a Hugging Face `tokenizer.json` with the `tokenizers` library.
 
     Raises:
         ConfigError: the file is missing, or lacks one of the special tokens that the recipe names.
@@ -93,7 +93,7 @@ class Tokenizer:
         return (int(number),)
 
     def encode_after(self, before: str, text: str) -> list[int]:
-        """Ids of `text` as they are behind `before`, or by itself where a token would span both."""
+        """Returns ids of `text` as they are behind `before`, or by itself where a token would span both."""
         joined, head = self.encode(before + text), self.encode(before)
         return joined[len(head) :] if joined[: len(head)] == head else self.encode(text)
 
@@ -109,39 +109,41 @@ class Tokenizer:
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
-        """Every token, added ones included, and its id."""
+        """Returns every token, added ones included, and its id."""
         return dict(self._fast.get_vocab(with_added_tokens=True))
 
     @property
     def vocab_size(self) -> int:
-        """Rows that an embedding table needs: the largest id and one. Ids may have gaps, so that it
-        is more than the number of tokens."""
+        """An embedding table needs this number of rows: the largest id and one.
+
+        Ids may have gaps, so that it can be more than the number of tokens.
+        """
         return max(self.vocabulary.values()) + 1
 
     @property
     def control_tokens(self) -> dict[str, int]:
-        """Tokens that the chat template writes, by name, and their ids."""
+        """Returns the tokens that the chat template writes, by name, and their ids."""
         names = (self.config.pad, self.config.turn_start, self.config.turn_end)
         opening = () if self.template.bos is None else (self.template.bos,)
         ids = (self.pad, self.turn_start, self.turn_end, *self.opening)
         return dict(zip((*names, *opening), ids, strict=True))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; never a special token."""
+        """Returns the ids of plain text, never a special token."""
         return list(self._fast.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of many texts at once, in parallel threads."""
+        """Encodes many texts at once, in parallel threads."""
         encodings = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
         return [list(encoding.ids) for encoding in encodings]
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the tokenizer file: equal digests make equal ids."""
+        """It is the SHA-256 of the tokenizer file: equal digests make equal ids."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; special tokens are left out."""
+        """Returns the text of ids; special tokens are left out."""
         return str(self._fast.decode(ids, skip_special_tokens=True))
 
 
@@ -163,7 +165,7 @@ def _read(path: Path, config: TokenizerConfig) -> FastTokenizer:
 def tile_tags(
     style: TileTags, grid: tuple[int, int], num_regular: int, num_thumbnails: int, thumbnail: str
 ) -> list[str]:
-    """Text before each tile of an image (NVLM 1.0, section 4.2 and Table 1): T = regular + thumbnail.
+    """Writes the text before each tile of an image (NVLM 1.0, section 4.2, Table 1): T = regular + thumbnail.
 
     Regular tiles have regular tags; the thumbnail's tag stands only before a thumbnail. (Megatron-LM
     gives it to the last tile whatever that is: its tags have always been used with thumbnails.)

@@ -30,7 +30,7 @@ from nvlm_train.parallel.kernels import Kernels
 def decoder_block_spec(
     config: TransformerConfig, cross: CrossAttentionConfig | None, kernels: Kernels
 ) -> TransformerBlockSubmodules:
-    """This pipeline stage's layers: pre-norm self-attention, SwiGLU MLP; QKV bias and QK-norm are
+    """Describes this pipeline stage's layers: pre-norm self-attention, SwiGLU MLP; QKV bias and QK-norm are
     the config's.
 
     Norms stay modules of their own on every path, so that checkpoints have one set of names. Layers

@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> TransformerConfig:
-    """megatron-core's config of the language model in one stage's layout."""
+    """Makes megatron-core's config of the language model in one stage's layout."""
     language, parallel = recipe.model.language, stage.parallel
     dtype = DTYPES[recipe.precision]
     recompute = parallel.recompute
@@ -63,7 +63,7 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
 
 
 def build_model(recipe: Recipe, stage: StageConfig, topology: Topology, kernels: Kernels) -> NVLM:
-    """This rank's shard of the model with uninitialised weights, frozen as the stage says."""
+    """Builds this rank's shard of the model with uninitialised weights, frozen as the stage says."""
     config = transformer_config(recipe, stage, kernels)
     model = NVLM(config, recipe.model, stage.sequence_length, topology, kernels)
     freeze(model, stage.trainable)

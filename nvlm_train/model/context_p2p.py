@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 def join(config: TransformerConfig, hidden_SBH: Tensor, context_CBH: Tensor) -> Tensor:
-    """What a pipeline stage sends: [own S + own C, 1, H]."""
+    """Joins what a pipeline stage sends: [own S + own C, 1, H]."""
     if config.sequence_parallel:
         missing = -len(context_CBH) % config.tensor_model_parallel_size
         padded_CBH = F.pad(context_CBH, (0, 0, 0, 0, 0, missing))
@@ -26,7 +26,7 @@ def join(config: TransformerConfig, hidden_SBH: Tensor, context_CBH: Tensor) -> 
 
 
 def split(config: TransformerConfig, joined: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `join`: own hidden states, and the whole context of `length` tokens."""
+    """Splits what `join` made into own hidden states and the whole context of `length` tokens."""
     own = length
     if config.sequence_parallel:
         own = -(-length // config.tensor_model_parallel_size)

@@ -32,14 +32,14 @@ from nvlm_train.model.zero_grads import zeros_for
 
 @dataclass
 class CrossSubmodules:
-    """The linears that the chosen kernels bring."""
+    """The chosen kernels bring these linears."""
 
     column: type
     row: type
 
 
 class Gate(nn.Module):
-    """tanh(alpha), alpha 0 at the start: the language model begins as it was (Flamingo)."""
+    """The gate is tanh(alpha). alpha is 0 at the start, so the language model begins as it was (Flamingo)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Gate(nn.Module):
 
 
 class GatedCrossAttention(MegatronModule):
-    """The language model's heads and KV groups, no bias, no RoPE; keys and values normed on entry.
+    """It has the language model's heads and KV groups, no bias and no RoPE, and norms the context on entry.
 
     The arguments of `__init__` and `forward` are those that megatron-core's TransformerLayer passes.
     """
@@ -88,7 +88,7 @@ class GatedCrossAttention(MegatronModule):
         key_value_states: Tensor | None,
         inference_context: None = None,
     ) -> tuple[Tensor, None]:
-        """What is added to the residual stream, and no bias.
+        """Computes what is added to the residual stream, and no bias.
 
         Args:
             hidden_SBH: normed; this rank's part of the sequence under sequence parallelism.
@@ -113,7 +113,7 @@ class GatedCrossAttention(MegatronModule):
         return self.gate(output_SBH), None
 
     def _keys_and_values(self, context_CBH: Tensor) -> Tensor:
-        """The normed context is wider than keys and values, so backward makes it again.
+        """Projects the context. The normed context is wider than keys and values, so backward makes it again.
 
         megatron-core's checkpoint and not torch's, which detaches the weights, whose `main_grad` the
         linear looks for; it passes gradients to parameters only behind an input that wants one.
@@ -129,7 +129,7 @@ class GatedCrossAttention(MegatronModule):
 
 
 def row_linear(config: TransformerConfig, submodules: CrossSubmodules, width: int) -> nn.Module:
-    """From `width` channels, sharded over tensor-parallel ranks, to the hidden size; no bias."""
+    """Builds a linear without bias from `width` channels, sharded over TP ranks, to the hidden size."""
     return build_module(  # type: ignore[no-any-return]
         submodules.row,
         width,
@@ -145,7 +145,7 @@ def row_linear(config: TransformerConfig, submodules: CrossSubmodules, width: in
 
 
 def column_linear(config: TransformerConfig, submodules: CrossSubmodules, width: int) -> nn.Module:
-    """From the hidden size to `width` channels, sharded over tensor-parallel ranks; no bias."""
+    """Builds a linear without bias from the hidden size to `width` channels, sharded over TP ranks."""
     return build_module(  # type: ignore[no-any-return]
         submodules.column,
         config.hidden_size,
@@ -167,7 +167,7 @@ def attend(
     spans: list[list[int]],
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of each span's tokens to its part of the context; zero outside the spans.
+    """Lets each span's tokens attend to its part of the context; the result is zero outside the spans.
 
     There is no mask and no score matrix, and keys and values are never copied: a span reads a view
     of them.
@@ -200,7 +200,7 @@ def attend(
 
 
 def _runs(spans: list[list[int]]) -> list[tuple[int, int, int, int, int]]:
-    """Spans of one shape that follow each other on both sides, such as an image's tags, as one batch.
+    """Joins spans of one shape that follow each other on both sides, such as an image's tags, to one batch.
 
     Returns:
         Rows (start, tokens of a span, first, context tokens of a span, number of spans).
@@ -218,7 +218,7 @@ def _runs(spans: list[list[int]]) -> list[tuple[int, int, int, int, int]]:
 
 
 class GatedFeedForwardLayer(TransformerLayer):
-    """Self-attention, gated cross-attention, gated feed-forward, feed-forward.
+    """The layer runs self-attention, gated cross-attention, a gated feed-forward and the feed-forward.
 
     A token that sees no tile passes both gates unchanged.
     """
@@ -243,7 +243,7 @@ class GatedFeedForwardLayer(TransformerLayer):
 
 
 class GatedFeedForward(MegatronModule):
-    """The language model's MLP once more, behind a norm and a gate."""
+    """It is the language model's MLP once more, behind a norm and a gate."""
 
     def __init__(self, config: TransformerConfig, submodules: Any) -> None:
         super().__init__(config)
@@ -252,7 +252,7 @@ class GatedFeedForward(MegatronModule):
         self.gate = Gate(config)
 
     def forward(self, hidden_SBH: Tensor, spans: list[list[int]] | None) -> Tensor:
-        """What is added to the residual stream: zero outside the spans."""
+        """Computes what is added to the residual stream: zero outside the spans."""
         if spans is None:
             return zeros_for(hidden_SBH, self)
         output_SBH, _ = self.mlp(self.norm(hidden_SBH))

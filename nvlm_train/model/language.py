@@ -26,7 +26,7 @@ from nvlm_train.parallel.topology import Topology
 
 
 class LanguageModel(MegatronModule):
-    """Embedding on the first pipeline stage, layers on all, output layer on the last.
+    """The first pipeline stage has the embedding, every stage has layers, the last has the output layer.
 
     Parameter names are those of megatron-core's GPTModel.
     """
@@ -70,7 +70,7 @@ class LanguageModel(MegatronModule):
             self._mark_shared_table(topology)
 
     def embed(self, token_ids_S: Tensor) -> Tensor:
-        """Word embeddings, [S, 1, H], whole and the same on every tensor-parallel rank.
+        """Looks words up: [S, 1, H], whole and the same on every tensor-parallel rank.
 
         Dropout comes before features are spliced in and before a sequence is scattered: it is for words,
         in the sequence or in a context, and never for projected features (as in megatron-core's LLaVA,
@@ -83,7 +83,7 @@ class LanguageModel(MegatronModule):
         return F.dropout(words_SBH, self.config.hidden_dropout, self.training)
 
     def scatter(self, hidden_SBH: Tensor) -> Tensor:
-        """This rank's part of the sequence under sequence parallelism; all of it otherwise."""
+        """Returns this rank's part of the sequence under sequence parallelism, and all of it otherwise."""
         if not self.config.sequence_parallel:
             return hidden_SBH
         return tensor_parallel.scatter_to_sequence_parallel_region(hidden_SBH).clone()
@@ -131,7 +131,7 @@ class LanguageModel(MegatronModule):
         )
 
     def logits(self, hidden_LBH: Tensor, length: int) -> Tensor:
-        """Logits of the last layer's first `length` rows, [L, 1, V / TP]."""
+        """Computes logits of the last layer's first `length` rows, [L, 1, V / TP]."""
         if self.config.sequence_parallel:
             # The output layer's backward already sums over tensor-parallel ranks; the gather must not again.
             hidden_LBH = tensor_parallel.gather_from_sequence_parallel_region(
@@ -142,7 +142,7 @@ class LanguageModel(MegatronModule):
         return logits
 
     def table(self) -> nn.Parameter:
-        """This stage's table with a row for each id: the output layer's, else the embedding's.
+        """Returns this stage's table with a row for each id: the output layer's, else the embedding's.
 
         Tied embeddings have a copy on both ends of the pipeline; megatron-core sums the gradients of the
         two (`finalize_model_grads`), so that equal copies stay equal.
@@ -175,7 +175,7 @@ class LanguageModel(MegatronModule):
         return state
 
     def set_input_tensor(self, hidden_SBH: Tensor) -> None:
-        """Called by the pipeline schedule with what the previous stage sent."""
+        """Takes what the previous stage sent; the pipeline schedule calls it."""
         self.decoder.set_input_tensor(hidden_SBH)
 
 

@@ -31,14 +31,14 @@ _ROWS_AT_ONCE = 256
 
 @dataclass(kw_only=True)
 class Pack(PackedSeqParams):
-    """What megatron-core hands to every layer, through recomputation too; and what the last one wants."""
+    """megatron-core hands this to every layer, through recomputation too; the last reads `wanted_L`."""
 
     wanted_L: Tensor
     """int64, ascending: positions whose logits are wanted, on the last pipeline stage."""
 
 
 def wanted_positions(config: TransformerConfig, positions_L: Tensor) -> Tensor:
-    """Ascending positions; under sequence parallelism the last is repeated up to a multiple of TP."""
+    """Returns ascending positions; under sequence parallelism the last is repeated up to a multiple of TP."""
     if not config.sequence_parallel:
         return positions_L
     filling = -len(positions_L) % config.tensor_model_parallel_size
@@ -46,7 +46,7 @@ def wanted_positions(config: TransformerConfig, positions_L: Tensor) -> Tensor:
 
 
 def as_last(layer: ModuleSpec) -> ModuleSpec:
-    """The spec of a layer of block.py -> of the same layer as the model's last."""
+    """Turns the spec of a layer of block.py into that of the same layer as the model's last."""
     layer.module = {
         TransformerLayer: LastLayer,
         GatedFeedForwardLayer: LastGatedFeedForwardLayer,
@@ -55,12 +55,12 @@ def as_last(layer: ModuleSpec) -> ModuleSpec:
     if attention.core_attention is SdpaAttention:
         attention.core_attention = SdpaOfWanted
     else:
-        attention.core_attention = type("OfWanted", (_SelectsWanted, attention.core_attention), {})
+        attention.core_attention = _selecting(attention.core_attention)
     return layer
 
 
 class LastLayer(TransformerLayer):
-    """megatron-core's layer, [S, 1, H] to [L, 1, H]."""
+    """megatron-core's layer takes [S, 1, H] to [L, 1, H] here."""
 
     def forward(
         self, *args: Any, packed_seq_params: Pack, context_mask: Tensor | None = None, **kwargs: Any
@@ -103,24 +103,33 @@ class LastLayer(TransformerLayer):
 
 
 class LastGatedFeedForwardLayer(GatedFeedForwardLayer, LastLayer):
-    """With cross-attention and its gated feed-forward."""
+    """The last layer may have cross-attention with its gated feed-forward."""
 
 
 class _SelectsWanted:
-    """Mixed into an attention that knows no positions: all tokens ask, and some answers are kept."""
+    """It is mixed into an attention that knows no positions: all tokens ask, and some answers are kept."""
 
     def forward(self, *args: Any, packed_seq_params: Pack, **kwargs: Any) -> Tensor:
         attended_SH = super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)  # type: ignore[misc]
         return attended_SH.index_select(0, packed_seq_params.wanted_L)  # type: ignore[no-any-return]
 
 
+def _selecting(attention: type) -> type:
+    """Makes a subclass of another library's attention that keeps the wanted rows."""
+
+    class OfWanted(_SelectsWanted, attention):  # type: ignore[misc]
+        """All tokens ask, and the wanted rows are kept."""
+
+    return OfWanted
+
+
 class SdpaOfWanted(SdpaAttention):
-    """`SdpaAttention` of which only the wanted rows are computed."""
+    """`SdpaAttention` computes only the wanted rows here."""
 
     def attend(
         self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: PackedSeqParams
     ) -> Tensor:
-        """[N, L, D]."""
+        """Computes attention of the wanted rows, [N, L, D]."""
         assert isinstance(packed, Pack)
         bounds = packed.cu_seqlens_q.long()
         counts = torch.searchsorted(packed.wanted_L, bounds).diff().tolist()
@@ -155,7 +164,7 @@ class SdpaOfWanted(SdpaAttention):
 
 
 def spans_of_wanted(spans: Tensor, wanted_L: Tensor) -> Tensor:
-    """Spans (start, stop, first, last) of tokens -> of wanted rows.
+    """Turns spans (start, stop, first, last) of tokens into spans of wanted rows.
 
     A span in which nothing is wanted stays, with no rows: its keys and values then have gradients, of
     zeros.
@@ -165,7 +174,7 @@ def spans_of_wanted(spans: Tensor, wanted_L: Tensor) -> Tensor:
 
 
 def _at_positions(config: TransformerConfig, hidden_SBH: Tensor, wanted_L: Tensor) -> Tensor:
-    """The rows, [L, 1, H]; under sequence parallelism this rank's part of them."""
+    """Selects the rows, [L, 1, H]; under sequence parallelism this rank's part of them."""
     if not config.sequence_parallel:
         return hidden_SBH.index_select(0, wanted_L)
     # The scatter's backward gives every rank the whole gradient; the gather's must not sum it again.

@@ -25,7 +25,7 @@ from nvlm_train.parallel.kernels import Kernels
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm that may run on sequence-sharded activations.
+    """The norm may run on sequence-sharded activations.
 
     The mark tells megatron-core to sum the weight's gradient over tensor-parallel ranks;
     its own `WrappedTorchNorm` refuses sequence parallelism.
@@ -47,7 +47,7 @@ class RMSNorm(nn.Module):
 
 
 class SdpaAttention(nn.Module):
-    """Causal attention over packed samples on torch's SDPA: no score matrix, no look across samples.
+    """Causal attention over packed samples uses torch's SDPA: no score matrix, no look across samples.
 
     Stands in for megatron-core's DotProductAttention, which materialises S x S scores and refuses
     packed sequences. The arguments of `__init__` and `forward` are those megatron-core passes.
@@ -92,20 +92,20 @@ class SdpaAttention(nn.Module):
 
     @property
     def dropout_now(self) -> float:
-        """Probability of dropout on attention weights: none outside training."""
+        """The probability of dropout on attention weights is zero outside training."""
         return self.dropout if self.training else 0.0
 
     def attend(
         self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: PackedSeqParams
     ) -> Tensor:
-        """[N, S, D]."""
+        """Computes attention of all tokens within their segments, [N, S, D]."""
         segments = self.segments(query_NSD, key_GSD, value_GSD, packed)
         return torch.cat([self.causal(*states) for states in segments], dim=1)
 
     def segments(
         self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: PackedSeqParams
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Views of each segment's queries, keys and values."""
+        """Yields views of each segment's queries, keys and values."""
         lengths = packed.cu_seqlens_q.diff().tolist()
         return zip(
             query_NSD.split(lengths, dim=1),
@@ -115,7 +115,7 @@ class SdpaAttention(nn.Module):
         )
 
     def causal(self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor) -> Tensor:
-        """Of one segment, [N, S, D]."""
+        """Computes causal attention within one segment, [N, S, D]."""
         return grouped_attention(
             query_NSD[None],
             key_GSD[None],
@@ -127,7 +127,7 @@ class SdpaAttention(nn.Module):
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """SDPA over grouped KV heads, by a kernel that stores no scores.
+    """Computes SDPA over grouped KV heads with a kernel that stores no scores.
 
     Args:
         query: [batch, query heads, queries, D].
@@ -171,7 +171,7 @@ def drawing_for_heads(
 
 
 def mlp_spec(kernels: Kernels) -> ModuleSpec:
-    """megatron-core's tensor-parallel MLP on the chosen linears."""
+    """Describes megatron-core's tensor-parallel MLP on the chosen linears."""
     _, _, column, row = implementations(kernels)
     return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
 

@@ -23,7 +23,7 @@ from nvlm_train.parallel.topology import Topology
 
 
 class NVLM(MegatronModule):
-    """One pipeline stage of the model. The projector lives on the first one, with the embedding."""
+    """One pipeline stage of the model. The first one holds the projector and the embedding."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class NVLM(MegatronModule):
         features: Tensor,
         context: CrossContext | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The sequence with decoder-routed features spliced in, and the context."""
+        """Splices decoder-routed features into the sequence, and builds the context of the others."""
         # A text-only pack runs the projector on no rows: its gradients are then zeros instead of
         # missing, which is what overlapped gradient reduction and a frozen language model need.
         projected = self.projector(features.flatten(0, 1)).unflatten(0, features.shape[:2])
@@ -117,9 +117,9 @@ class NVLM(MegatronModule):
         return self.language_model.scatter(spliced), states_CBH
 
     def shared_embedding_or_output_weight(self) -> nn.Parameter:
-        """Called by megatron-core to sum the gradients of a tied table's two copies."""
+        """Returns the table whose two copies' gradients megatron-core sums, where tables are tied."""
         return self.language_model.table()
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor) -> None:
-        """Called by the pipeline schedule with what the previous stage sent."""
+        """Takes what the previous stage sent; the pipeline schedule calls it."""
         self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor

@@ -18,7 +18,7 @@ from nvlm_train.parallel.kernels import Kernels
 
 
 class Projector(MegatronModule):
-    """LayerNorm, Linear, GELU, Linear without biases (released NVLM-D; paper section 4.5).
+    """The projector is LayerNorm, Linear, GELU, Linear without biases (released NVLM-D; section 4.5).
 
     NVLM-X has one linear after the norm: whether its projector has a norm is not stated.
     """
@@ -57,13 +57,13 @@ class Projector(MegatronModule):
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        """[n, feature size] -> [n, H], whole on every tensor-parallel rank; n may be 0."""
+        """Projects [n, feature size] to [n, H], whole on every tensor-parallel rank; n may be 0."""
         projected, _ = self.mlp(self.norm(features).unsqueeze(1))
         return projected.squeeze(1)
 
 
 def _projector_config(config: TransformerConfig, projector: ProjectorConfig) -> TransformerConfig:
-    """The language model's config with what differs. Its linears must not gather a sequence."""
+    """Copies the language model's config with what differs. Its linears must not gather a sequence."""
     own = copy.copy(config)
     own.sequence_parallel = False
     own.gated_linear_unit = False

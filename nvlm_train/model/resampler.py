@@ -24,7 +24,7 @@ from nvlm_train.parallel.kernels import Kernels
 
 
 class Resampler(MegatronModule):
-    """Layers in which latents attend to a tile's features and to themselves, tensor-parallel."""
+    """Latents attend to a tile's features and to themselves, in tensor-parallel layers."""
 
     def __init__(
         self, config: TransformerConfig, resampler: ResamplerConfig, kernels: Kernels
@@ -42,7 +42,7 @@ class Resampler(MegatronModule):
         self.norm = RMSNorm(own, config.hidden_size, config.layernorm_epsilon)
 
     def forward(self, features_TnH: Tensor) -> Tensor:
-        """[T, n, H] -> [T, N, H]."""
+        """Reads features [T, n, H] into latents [T, N, H]."""
         latents_TNH = self.latents.expand(len(features_TnH), -1, -1)
         if len(features_TnH) == 0:
             # The (empty) sum keeps the projector, which lies behind, in the backward.
@@ -54,7 +54,7 @@ class Resampler(MegatronModule):
 
 
 class ResamplerLayer(MegatronModule):
-    """Attention of the latents, then a feed-forward; both residual."""
+    """The latents attend, then pass a feed-forward; both are residual."""
 
     def __init__(self, config: TransformerConfig, kernels: Kernels) -> None:
         super().__init__(config)
@@ -74,7 +74,7 @@ class ResamplerLayer(MegatronModule):
         self.mlp = MLP(config, mlp_spec(kernels).submodules)
 
     def forward(self, latents_TNH: Tensor, features_TnH: Tensor) -> Tensor:
-        """New latents, [T, N, H]."""
+        """Returns the new latents, [T, N, H]."""
         num_tiles, num_latents, _ = latents_TNH.shape
         latents = self.latent_norm(latents_TNH)
         both = torch.cat([self.feature_norm(features_TnH), latents], dim=1)

@@ -30,6 +30,6 @@ class _ZerosFor(torch.autograd.Function):
 
 
 def zeros_for(like: Tensor, module: nn.Module) -> Tensor:
-    """Zeros of a tensor's shape whose backward gives every parameter of `module` the gradient zero."""
+    """Makes zeros of a tensor's shape whose backward gives every parameter of `module` the gradient zero."""
     output: Tensor = _ZerosFor.apply(like, *module.parameters())
     return output
