@@ -2,15 +2,15 @@
 
 Floors, lowest first; every import points downward (tests/test_floors.py keeps it so):
 
-    0  config errors logs          the recipe's schema; no torch
-    1  batch tokens geometry routes tiling       what data and model exchange; pure arithmetic
-    2  data parallel convert       shards to plans and pixels; topology and megatron-core; others' weights
-    3  vision model costs          tile-parallel encoding; NVLM-D, X and H; parameters, FLOPs, bytes
-    4  pipeline                    a round of microbatches through megatron-core's schedule
-    5  evaluation                  greedy generation and scorers
-    6  train                       schedule, loop, optimizer, checkpoint, metrics
-    7  demo doctor                 the demo's material, run and report; checks before training
-    8  cli                         the console script `nvlm`
+    0  config errors logs                    the recipe's schema; no torch
+    1  batch tokens geometry routes tiling   what data and model exchange; pure arithmetic
+    2  data parallel convert                 shards to plans and pixels; topology; others' weights
+    3  vision model costs                    tile-parallel encoding; NVLM-D, X and H; FLOPs and bytes
+    4  pipeline                              a round of microbatches through megatron-core's schedule
+    5  evaluation                            greedy generation and scorers
+    6  train                                 schedule, loop, optimizer, checkpoint, metrics
+    7  demo doctor                           the demo from material to report; checks before training
+    8  cli                                   the console script `nvlm`
 """
 
 __version__ = "0.1.0"

@@ -43,7 +43,7 @@ def test_tokens_of_a_tile() -> None:
 
 
 def test_parameters_of_the_72b_model() -> None:
-    """The projector's 620.7 M are the fact sheet's; Qwen2-72B has 72.7 B, InternViT 5.5 B."""
+    """The projector has 620.7 M; Qwen2-72B has 72.7 B, InternViT 5.5 B."""
     parts = costs.part_parameters(D_72B)
     assert parts["projector"] / 1e6 == pytest.approx(620.7, abs=0.1)
     assert parts["language_model"] == 72_706_203_648
@@ -102,7 +102,7 @@ def test_parameters_of_the_small_models(workers: WorkerPool, name: str) -> None:
 
 
 def test_cross_attention_at_72b() -> None:
-    """Ten layers have 1.51 B, and 7.27 B with feed-forwards of the backbone's width (fact sheet, derived)."""
+    """Ten layers have 1.51 B, and 7.27 B with feed-forwards of the backbone's width."""
     x_72b = replace(
         D_72B, architecture="x", projector=ProjectorConfig(None),
         cross_attention=CrossAttentionConfig(every=8),

@@ -84,6 +84,14 @@ def test_every_room_has_a_floor(house: str) -> None:
     assert rooms == listed, f"{house}/__init__.py: not listed or not there: {rooms ^ listed}"
 
 
+def test_rooms_that_name_their_floor_are_on_it() -> None:
+    for name, floor in floors("nvlm_train").items():
+        stated = re.match(
+            r"Floor (\d+):", importlib.import_module(f"nvlm_train.{name}").__doc__ or ""
+        )
+        assert stated is None or int(stated[1]) == floor, name
+
+
 @pytest.mark.parametrize("house", HOUSES)
 def test_imports_point_downward(house: str) -> None:
     known = floors(house)
