@@ -36,6 +36,7 @@ def run(module: str, *options: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_rows_of_a_toy() -> None:
     names = ["d", "x", "transformers", "encoder_300m"]
     found = run("benchmarks.gpu", "--rows", *names, "--repeats", "1", "--warm-up", "0")
@@ -54,6 +55,7 @@ def test_rows_of_a_toy() -> None:
     assert encoder["tiles_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_parts_of_a_toy() -> None:
     rows = run("benchmarks.gpu_parts", "--repeats", "1")["rows"]
     parts = {row["part"] for row in rows}

@@ -135,7 +135,7 @@ def test_every_key_that_changes_logits_is_named(
     assert passed_over(original, qwen2, logits(qwen2_files)) == []
 
 
-@pytest.mark.parametrize("style", [stored_by_5, stored_by_4])
+@pytest.mark.parametrize("style", [stored_by_5, pytest.param(stored_by_4, marks=pytest.mark.slow)])
 def test_every_key_of_llama_that_changes_logits_is_named(
     llama: Write, llama_files: Path, style: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:

@@ -60,7 +60,10 @@ def experiment(name: str, tokenizer: Path, *more: str) -> list[str]:
     "path", sorted((recipes_dir() / "model").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_every_shipped_model_holds_its_tokenizer_s_ids(path: Path) -> None:
-    recipe = load_recipe(["experiment=smoke", f"model={path.stem}"])
+    bare = path.stem in ("nvlm_d", "nvlm_x", "nvlm_h")
+    parts = ["language=demo", "vision=demo"] if bare else []
+    parts += ["model.cross_attention.every=1"] if bare and path.stem != "nvlm_d" else []
+    recipe = load_recipe(["experiment=smoke", f"model={path.stem}", *parts])
     assert list(check.tokenizer(recipe)) == []
     assert Tokenizer(recipe.model.tokenizer).vocab_size == NUM_IDS
 
