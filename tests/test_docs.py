@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -154,3 +155,31 @@ def test_the_drawing_of_a_step_names_what_is_in_the_code() -> None:
     assert [file for file in sorted(files) if not (ROOT / "nvlm_train" / file).is_file()] == []
     code = "\n".join(path.read_text() for path in (ROOT / "nvlm_train").rglob("*.py"))
     assert [name for name in sorted(types) if not re.search(rf"\b{name}\b", code)] == []
+
+
+def train_commands() -> Iterator[str]:
+    """Commands of documents that train a shipped experiment; those of extending.md have a test of theirs."""
+    for document in DOCUMENTS:
+        if document.name == "extending.md":
+            continue
+        for line in document.read_text(encoding="utf-8").splitlines():
+            found = re.match(r" *nvlm train (experiment=\S+.*)", line.partition("#")[0])
+            if found and "--recipes" not in line and not PLACEHOLDER.search(line):
+                yield found[1].strip()
+
+
+@pytest.mark.parametrize("command", sorted(set(train_commands())))
+def test_a_command_that_trains_composes(command: str) -> None:
+    from nvlm_train.config.load import load_recipe
+
+    load_recipe(shlex.split(command))
+
+
+def test_the_example_of_an_experiment_composes(tmp_path: Path) -> None:
+    from nvlm_train.config.load import load_recipe
+
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (tmp_path / "experiment").mkdir()
+    example = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "experiment" / "mine.yaml").write_text(example)
+    assert load_recipe(["experiment=mine"], tmp_path).name == "mine"

@@ -1,4 +1,4 @@
-"""Rows of benchmarks/gpu.py that train with this trainer, and those of the encoders alone."""
+"""Rows of benchmarks/gpu that train with this trainer, and those of the encoders alone."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ headers and JSON only, before memory is taken:
     headers    names, shapes and dtypes of safetensors files
     rope       rotary position parameters as transformers 4 and 5 write them
     ignored    keys that change nothing
-    language   the table of language models (a later family is one more row), and their check
+    language   the table of language models (a later family is a file in families/ and a row), and their check
     vision     the table of vision encoders, and their check
     names      Hugging Face's names of a language model's tensors against global ones
     reader     weights into any layout, one tensor at a time

@@ -33,7 +33,8 @@ class Family:
     tensors: Mapping[str, tuple[str | int, ...]]
     """Name, `{n}` for the layer, to dimensions: numbers, or keys of `sizes`."""
     sizes: Callable[[Any], Mapping[str, int]]
-    """The recipe's group to sizes; `layers` counts the names with `{n}`."""
+    """The recipe's group to sizes. `layers` counts the names with `{n}`; a vision encoder's `positions` are
+    the tokens of a tile that its layers see, from which its FLOPs follow (costs.py)."""
     optional: Callable[[Any], frozenset[str]]
     """The recipe's group to names of `tensors` that its model does not have."""
     harmless: tuple[str, ...] = ()

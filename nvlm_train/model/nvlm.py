@@ -70,7 +70,7 @@ class NVLM(MegatronModule):
             logit_positions_L: int64 [L], ascending.
 
         Returns:
-            Last stage: logits [L, 1, V / TP]. Others: what the next stage needs (`relay.join`).
+            Last stage: logits [L, 1, V / TP]. Others: what the next stage needs (`context_p2p.join`).
         """
         embedded, states_CBH, spans = None, None, None if context is None else context.spans
         if features is not None:

@@ -1,5 +1,6 @@
 """The shipped backbones: they load in transformers, and the tokenizer does what pages rely on."""
 
+import hashlib
 from importlib.resources import files
 from pathlib import Path
 
@@ -17,6 +18,25 @@ def tokenizer():  # type: ignore[no-untyped-def]
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(ASSETS / "language_model" / "tokenizer.json"))
+
+
+SHA_256 = {
+    "language_model/model.safetensors": "4caddfd538ae0d39fad1047a559813e6489ff1fde7ea1c6bf37e0f81dce1a633",
+    "language_model/tokenizer.json": "416459a5623c2519c2b6d0b9af05faef7f1df2351ef298d7dba12f8a66d3e391",
+    "vision_encoder/model.safetensors": "d355103caeb3d0832ddef8422f79ab21bb97be317e7f1f23ade9a2fd93d449e2",
+}
+"""Runs that were begun with these files go on with no others."""
+
+
+@pytest.mark.parametrize("name", SHA_256)
+def test_the_files_are_those_that_runs_were_begun_with(name: str) -> None:
+    assert hashlib.sha256((ASSETS / name).read_bytes()).hexdigest() == SHA_256[name]
+
+
+def test_every_byte_has_a_token(tokenizer) -> None:  # type: ignore[no-untyped-def]
+    """Characters of two UTF-8 bytes hold every byte that can stand in a text, but those of ASCII."""
+    text = "".join(map(chr, range(32, 0x7FF))) + "\u4e27\U0001f600"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
 def test_tokenizer_round_trip(tokenizer) -> None:  # type: ignore[no-untyped-def]

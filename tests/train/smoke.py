@@ -1,9 +1,14 @@
-"""A small run for tests: a tokenizer, three sources in real shards, and the smoke recipe on top of them."""
+"""A small run for tests: a tokenizer, three sources in real shards, and the smoke recipe on top of them.
+
+`python -m tests.train.smoke DIRECTORY` writes the shards for `nvlm train experiment=smoke
+loader.data_root=DIRECTORY`.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,3 +139,7 @@ def _write_tokenizer(path: Path) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     fast.save(str(path))
+
+
+if __name__ == "__main__":
+    make_smoke_data(Path(sys.argv[1]))

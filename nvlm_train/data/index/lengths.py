@@ -194,7 +194,7 @@ def compute_lengths(reader: ShardReader, encoder: SampleEncoder) -> ShardLengths
     for start in range(0, count, _CHUNK):
         rows = range(start, min(start + _CHUNK, count))
         for row, length in encoder.measure(rows, reader.sample):
-            if length.problem:
+            if length.problem is not None:
                 lengths.reasons[row] = length.problem
             lengths.num_tokens[row] = length.num_tokens
             lengths.num_tiles[row] = length.num_tiles

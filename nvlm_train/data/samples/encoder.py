@@ -56,7 +56,7 @@ class SampleLength:
     """Labels; 0 exactly for a sample that cannot be used."""
     is_truncated: bool = False
     """Whether the sample is cut at `sequence_length`."""
-    problem: str = ""
+    problem: str | None = None
     """The reason why the sample cannot be used; the text before ":" is its kind."""
 
 

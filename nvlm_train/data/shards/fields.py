@@ -6,7 +6,7 @@ A data recipe names, for each field of our record, where its value lies in such 
     fields: {conversations: json.dialog, image: jpg}          # a field of KEY.json, only KEY.jpg
     fields: {question: "=Which digit is this?", answer: cls}  # the same text for every sample
 
-The index of a tar depends on its mapping, so each mapping has its own (`Mapping.digest` is part of
+The index of a tar depends on its mapping, so each mapping has its own (`FieldMapping.digest` is part of
 the file's name and of the index digest), and the lengths that follow from it.
 """
 
