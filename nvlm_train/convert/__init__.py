@@ -8,6 +8,7 @@ headers and JSON only, before memory is taken:
     keys       kinds of rules on one key of a config.json
     family     a model as tables of data, and the check of a directory against it
     headers    names, shapes and dtypes of safetensors files
+    weight_files  slices of their tensors, counted, and no more of them in memory than is kept
     rope       rotary position parameters as transformers 4 and 5 write them
     ignored    keys that change nothing
     language   the table of language models (a later family is a file in families/ and a row), and their check
