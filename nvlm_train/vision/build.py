@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from nvlm_train.config.schema import VisionConfig
+from nvlm_train.convert.headers import read_headers
 from nvlm_train.convert.problem import refuse
-from nvlm_train.convert.vision import FILE, PREFIX, kind_of, vision_problems
+from nvlm_train.convert.vision import PREFIX, kind_of, vision_problems
+from nvlm_train.convert.weight_files import WeightFiles
 from nvlm_train.vision.encoder import KINDS, VisionEncoder
 
 
@@ -18,19 +21,32 @@ def build_vision_encoder(
 ) -> VisionEncoder:
     """The encoder in evaluation mode with gradients off, equal on every rank.
 
+    With `config.weights` it is built on the meta device, and gets memory on `device` and in `dtype` only:
+    a whole encoder in fp32 on the host of every rank would be 22 GB for InternViT-6B.
+
+
     Raises:
         ConfigError: there is no encoder of this kind.
         CheckpointError: the weights' config or tensors do not fit `config`.
     """
     kind_of(config)
+    if config.weights is None:
+        encoder = _module(config)
+        _initialise(encoder, seed)
+        encoder.to(device=device, dtype=dtype)
+    else:
+        with torch.device("meta"):
+            encoder = _module(config)
+        _load(encoder, config, Path(config.weights), dtype, device)
+    frozen: VisionEncoder = encoder.eval().requires_grad_(False)
+    return frozen
+
+
+def _module(config: VisionConfig) -> Any:
+    """The recipe's encoder, on the device that is torch's default here."""
     encoder = KINDS[config.kind](config)
     assert isinstance(encoder, nn.Module), f"{config.kind}: not a torch module"
-    if config.weights is None:
-        _initialise(encoder, seed)
-    else:
-        _load(encoder, config, Path(config.weights))
-    frozen: VisionEncoder = encoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return frozen
+    return encoder
 
 
 def _initialise(encoder: nn.Module, seed: int) -> None:
@@ -42,9 +58,23 @@ def _initialise(encoder: nn.Module, seed: int) -> None:
             parameter.normal_(std=0.02, generator=generator)
 
 
-def _load(encoder: nn.Module, config: VisionConfig, directory: Path) -> None:
-    from safetensors.torch import load_file
-
+@torch.no_grad()
+def _load(
+    encoder: nn.Module,
+    config: VisionConfig,
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Gives an encoder on the meta device its memory, one tensor at a time, and what the files have."""
+    setting = f"model.vision.weights={directory}"
     refuse(vision_problems(config))
-    state = load_file(directory / FILE)
-    encoder.load_state_dict({name.removeprefix(PREFIX): state[name] for name in state})
+    with WeightFiles(read_headers(directory, setting).tensors) as files:
+        stored = {name.removeprefix(PREFIX): name for name in files.tensors}
+        state = {}
+        for name, empty in encoder.state_dict().items():
+            state[name] = torch.empty_like(empty, dtype=dtype, device=device)
+            files.copy_into(state[name], stored[name])
+    encoder.load_state_dict(state, assign=True)
+    left = [name for name, tensor in encoder.named_buffers() if tensor.is_meta]
+    assert not left, f"{config.kind}: {left} are in no file; compute them in forward"

@@ -196,3 +196,26 @@ def test_a_cast_leaves_the_pixels_as_they_are(cast: str) -> None:
     encoder(every)
     dtype = encoder.embeddings.cls_token.dtype
     assert seen[0].dtype == dtype and torch.equal(seen[0], expected.to(dtype))
+
+
+def test_weights_are_read_in_place(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No value is computed that the files replace, and each tensor is asked for once."""
+    from nvlm_train.convert.weight_files import WeightFiles
+
+    asked: list[str] = []
+    original = WeightFiles.copy_into
+
+    def counted(self: WeightFiles, into: Tensor, name: str, *index: tuple[slice, ...]) -> None:
+        asked.append(name)
+        original(self, into, name, *index)
+
+    monkeypatch.setattr(WeightFiles, "copy_into", counted)
+    before = torch.get_rng_state()
+    config = replace(CONFIG, weights=str(weights))
+    encoder = build_vision_encoder(config, torch.bfloat16, torch.device("cpu"), seed=1)
+    assert torch.equal(before, torch.get_rng_state())
+    assert sorted(asked) == sorted(name for name, _ in encoder.named_parameters())
+    whole = dict(build(config).named_parameters())
+    for name, parameter in encoder.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and not parameter.requires_grad
+        assert torch.equal(parameter, whole[name].bfloat16())
