@@ -160,7 +160,8 @@ def own_step(model: InternVLForConditionalGeneration, directory: Path, precision
         "projector.mlp.linear_fc2.weight": "linear_2.weight",
     }
     global_weights.fill(
-        engine.model.module, lambda name, shape: projector[names[name]] if name in names else None
+        engine.model.module,
+        global_weights.cut(lambda name, shape: projector[names[name]] if name in names else None),
     )
     engine.reload_optimizer_weights()
     batch = _step_batch()

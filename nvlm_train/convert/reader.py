@@ -1,8 +1,9 @@
-"""Reads a language model of Hugging Face into any layout, one tensor at a time, from safetensors only."""
+"""Reads a language model of Hugging Face into any layout: of each file, the slices that a rank holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -10,37 +11,62 @@ from torch import Tensor
 from nvlm_train.config.schema import LanguageConfig
 from nvlm_train.convert.headers import read_headers
 from nvlm_train.convert.language import language_problems
-from nvlm_train.convert.names import find_row
+from nvlm_train.convert.names import GlobalSlice, Piece, pieces_of
 from nvlm_train.convert.problem import refuse
+from nvlm_train.convert.weight_files import WeightFiles
 
 
-def language_source(language: LanguageConfig) -> Callable[[str, tuple[int, ...]], Tensor | None]:
-    """Makes a source for `model.global_weights.fill` of the tensors in `language.weights`.
+class LanguageSource:
+    """A source for `model.global_weights.fill` of the tensors in `language.weights`."""
 
-    The source maps a global name and shape to the whole tensor, and names of other parts to None.
+    def __init__(self, language: LanguageConfig, files: WeightFiles) -> None:
+        self.language = language
+        self.files = files
+
+    def __call__(self, wanted: GlobalSlice, into: Tensor) -> bool:
+        """Writes a slice of a global tensor; returns False for tensors of other parts of the model."""
+        pieces = self._stored(wanted)
+        if pieces is None:
+            return False
+        rows = 0
+        for piece in pieces:
+            self.files.copy_into(into[piece.rows], piece.name, piece.index)
+            rows = piece.rows.stop
+        # The recipe pads the tables.
+        into[rows:].zero_()
+        return True
+
+    def expect(self, slices: Iterable[GlobalSlice]) -> None:
+        """Counts the bytes of what will be asked for, which the lines about progress then name."""
+        for each in slices:
+            for piece in self._stored(each) or ():
+                self.files.bytes_expected += self.files.bytes_of(piece.name, piece.index)
+
+    def _stored(self, wanted: GlobalSlice) -> list[Piece] | None:
+        """The pieces, without rows that are in no file."""
+        pieces = pieces_of(self.language, wanted)
+        if pieces is None:
+            return None
+        return list(filter(None, (self._cut(piece) for piece in pieces)))
+
+    def _cut(self, piece: Piece) -> Piece | None:
+        first, *others = piece.index
+        stop = min(first.stop, self.files.tensors[piece.name].shape[0])
+        if stop <= first.start:
+            return None
+        own = slice(piece.rows.start, piece.rows.start + stop - first.start)
+        return Piece(piece.name, (slice(first.start, stop), *others), own)
+
+
+@contextmanager
+def language_source(language: LanguageConfig) -> Iterator[LanguageSource]:
+    """Opens `language.weights` for reading.
 
     Raises:
         CheckpointError: the directory is not whole, or holds another model than the recipe describes.
     """
-    directory = Path(language.weights or "")
+    setting = f"model.language.weights={language.weights}"
     refuse(language_problems(language, {}))
-    stored = read_headers(directory, str(directory)).tensors
-
-    def source(name: str, shape: tuple[int, ...]) -> Tensor | None:
-        found = find_row(name)
-        if found is None:
-            return None
-        row, parts = found
-        tensor = row.join(language, [_read(stored[part].path, part) for part in parts])
-        assert tuple(tensor.shape) == shape, f"{name}: {parts} give {tuple(tensor.shape)}"
-        return tensor
-
-    return source
-
-
-def _read(path: Path, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as handle:
-        tensor: Tensor = handle.get_tensor(name)
-    return tensor
+    tensors = read_headers(Path(language.weights or ""), setting).tensors
+    with WeightFiles(tensors, setting) as files:
+        yield LanguageSource(language, files)

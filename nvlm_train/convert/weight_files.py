@@ -7,9 +7,11 @@ as much again as what is kept. So slices are copied in pieces, and the pages of 
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import mmap
 import os
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cache
@@ -23,6 +25,8 @@ from torch import Tensor
 from nvlm_train.convert.headers import Stored
 from nvlm_train.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 Index = tuple[slice, ...]
 """A slice with start and stop for each of a tensor's first dimensions; those left out are whole."""
 DTYPES = {
@@ -31,6 +35,8 @@ DTYPES = {
 """Under safetensors' names; others are refused before anything is read (family.py)."""
 PIECE = 32 << 20
 """A copy holds this much of a file in memory at a time, or one row of a tensor if that is more. [bytes]"""
+EVERY = 10.0
+"""Lines about progress are this far apart. [s]"""
 _AROUND = 64 << 10
 """Linux maps pages in blocks of this size (fault_around_bytes). [bytes]"""
 
@@ -42,13 +48,18 @@ class WeightFiles:
 
     Args:
         tensors: what may be read, as `headers.read_headers(...).tensors` has it.
+        setting: how the lines about progress name the directory: `model.language.weights=DIRECTORY`.
     """
 
-    def __init__(self, tensors: Mapping[str, Stored]) -> None:
+    def __init__(self, tensors: Mapping[str, Stored], setting: str = "weights") -> None:
         self.tensors = tensors
         """Name to shape, dtype and file."""
+        self.setting = setting
         self.bytes_asked = 0
         """Bytes of the slices that were asked for so far, as the files have them."""
+        self.bytes_expected = 0
+        """Bytes that will be asked for in all, where somebody has counted them."""
+        self._said = time.monotonic()
         self._stack = ExitStack()
         self._open: dict[Path, _Opened] = {}
 
@@ -63,6 +74,13 @@ class WeightFiles:
     ) -> None:
         self._open.clear()
         self._stack.close()
+
+    @property
+    def bytes_stored(self) -> int:
+        """Counts what the tensors that can be read have in the files."""
+        return sum(
+            self.bytes_of(name) for name, each in self.tensors.items() if each.dtype in DTYPES
+        )
 
     @property
     def files_opened(self) -> int:
@@ -92,17 +110,34 @@ class WeightFiles:
         assert list(into.shape) == [each.stop - each.start for each in whole], name
         part = opened.slice(name)
         if not whole:
-            piece = part[...]
-            self.bytes_asked += piece.nbytes
-            into.copy_(piece)
+            self._count(part[...])
+            into.copy_(part[...])
             return
         first, *others = whole
         for start in range(first.start, first.stop, self._rows(name)):
             stop = min(start + self._rows(name), first.stop)
             piece = part[(slice(start, stop), *others)]
-            self.bytes_asked += piece.nbytes
+            self._count(piece)
             into[start - first.start : stop - first.start].copy_(piece)
             opened.let_go(piece)
+
+    def bytes_of(self, name: str, index: Index = ()) -> int:
+        """The size of a slice in its file."""
+        entries = math.prod(each.stop - each.start for each in self._whole(name, index))
+        return int(entries) * DTYPES[self.tensors[name].dtype].itemsize
+
+    def _count(self, piece: Tensor) -> None:
+        """Counts what is asked for, and says now and then how far reading has come."""
+        self.bytes_asked += piece.nbytes
+        if time.monotonic() - self._said < EVERY:
+            return
+        self._said = time.monotonic()
+        of = f" of {in_gb(self.bytes_expected)}" if self.bytes_expected else ""
+        files = len({stored.path for stored in self.tensors.values()})
+        logger.info(
+            "%s: read %s%s, %d of %d files open",
+            self.setting, in_gb(self.bytes_asked), of, self.files_opened, files,
+        )  # fmt: skip
 
     def _rows(self, name: str) -> int:
         """Counts the rows that lie on at most `PIECE` bytes of the file.
@@ -128,6 +163,15 @@ class WeightFiles:
             raise CheckpointError(
                 f"{path}: {name} cannot be read: {problem}; copy the directory again"
             ) from problem
+
+
+def in_gb(count: int) -> str:
+    """Bytes for people.
+
+    >>> in_gb(11_083_000_000), in_gb(1_500_000)
+    ('11.08 GB', '0.00 GB')
+    """
+    return f"{count / 1e9:.2f} GB"
 
 
 class _Opened:

@@ -22,8 +22,12 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.convert.names import GlobalSlice
 from nvlm_train.errors import CheckpointError
 from nvlm_train.parallel.topology import device
+
+Source = Callable[[GlobalSlice, Tensor], bool]
+"""Writes a slice of a global tensor into one of its shape; returns False, and does nothing, without it."""
 
 
 def sharding_metadata() -> dict[str, bool]:
@@ -72,44 +76,73 @@ def _entries(model: MegatronModule) -> Iterator[ShardedTensor | ShardedTensorFac
             yield entry
 
 
-def own_slice(shard: ShardedTensor, full: Tensor) -> Tensor:
-    """The part of a global tensor that a shard describes.
-
-    Raises:
-        ValueError: the global shape is another one.
-    """
-    if tuple(full.shape) != tuple(shard.global_shape):
-        raise ValueError(
-            f"{shard.key} has shape {tuple(full.shape)}, the model's is {tuple(shard.global_shape)}"
-        )
+def slice_of(shard: ShardedTensor) -> GlobalSlice:
+    """Says which part of which global tensor a shard is."""
     index = tuple(
         slice(start, start + size)
         for start, size in zip(shard.global_offset, shard.local_shape, strict=True)
     )
-    return full[index]
+    return GlobalSlice(shard.key, tuple(shard.global_shape), index)
+
+
+def slices(model: MegatronModule) -> Iterator[GlobalSlice]:
+    """What `fill` asks for on this rank."""
+    return map(slice_of, shards(model, lambda parameter: parameter.data))
+
+
+def own_slice(wanted: GlobalSlice, full: Tensor) -> Tensor:
+    """The wanted part of a global tensor.
+
+    Raises:
+        ValueError: the global shape is another one.
+    """
+    if tuple(full.shape) != wanted.shape:
+        raise ValueError(
+            f"{wanted.name} has shape {tuple(full.shape)}, the model's is {wanted.shape}"
+        )
+    return full[wanted.index]
 
 
 @torch.no_grad()
-def fill(
-    model: MegatronModule, source: Callable[[str, tuple[int, ...]], Tensor | None]
-) -> list[str]:
-    """Writes global tensors into this rank's shard.
+def fill(model: MegatronModule, source: Source) -> list[str]:
+    """Writes slices of global tensors into this rank's shard.
+
+    Nothing but these slices is asked for, each once, and each is written where it stays.
 
     Args:
         model: this rank's shard.
-        source: maps a global name and shape to the whole tensor, or to None to leave it alone.
+        source: writes what is wanted of a global tensor, or says that it does not have it.
 
     Returns:
         Names that were left alone.
     """
-    left: list[str] = []
-    for shard in shards(model, lambda parameter: parameter.data):
-        full = source(shard.key, tuple(shard.global_shape))
-        if full is None:
-            left.append(shard.key)
-        else:
-            shard.data.copy_(own_slice(shard, full))
-    return left
+    return [
+        shard.key
+        for shard in shards(model, lambda parameter: parameter.data)
+        if not source(slice_of(shard), shard.data)
+    ]
+
+
+def cut(make: Callable[[str, tuple[int, ...]], Tensor | None]) -> Source:
+    """Makes a source of what can only be made whole.
+
+    Slices of one tensor that follow each other, as gate and up do, are cut from the same whole.
+
+    Args:
+        make: maps a global name and shape to the whole tensor, or to None to leave it alone.
+    """
+    made: dict[str, Tensor | None] = {}
+
+    def source(wanted: GlobalSlice, into: Tensor) -> bool:
+        if wanted.name not in made:
+            made.clear()
+            made[wanted.name] = make(wanted.name, wanted.shape)
+        full = made[wanted.name]
+        if full is not None:
+            into.copy_(own_slice(wanted, full))
+        return full is not None
+
+    return source
 
 
 def seeded_source(language: LanguageConfig, seed: int) -> Callable[[str, tuple[int, ...]], Tensor]:

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
@@ -15,6 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from nvlm_train.config.paths import data_recipes_dir
 from nvlm_train.config.schema import Recipe
 from nvlm_train.convert.reader import language_source
+from nvlm_train.convert.weight_files import WeightFiles, in_gb
 from nvlm_train.data.dataset import build_data
 from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.plan.plan import DataPlan
@@ -158,14 +158,27 @@ def initial_weights(recipe: Recipe, module: MegatronModule) -> None:
         CheckpointError: the weights do not fit the recipe.
     """
     language = recipe.model.language
-    seeded = global_weights.seeded_source(language, recipe.seed)
-    imported = language_source(language) if language.weights else None
+    seeded = global_weights.cut(global_weights.seeded_source(language, recipe.seed))
+    if language.weights is None:
+        global_weights.fill(module, seeded)
+        return
+    with language_source(language) as imported:
+        imported.expect(global_weights.slices(module))
+        global_weights.fill(
+            module, lambda wanted, into: imported(wanted, into) or seeded(wanted, into)
+        )
+    _log_read(imported.files)
 
-    def source(name: str, shape: tuple[int, ...]) -> Any:
-        found = imported(name, shape) if imported else None
-        return seeded(name, shape) if found is None else found
 
-    global_weights.fill(module, source)
+def _log_read(files: WeightFiles) -> None:
+    """Says how much the ranks asked for. Called by every rank."""
+    asked: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(asked, files.bytes_asked)
+    logger.info(
+        "%s: read %s of %s; a rank at most %s, %d ranks %s together",
+        files.setting, in_gb(files.bytes_asked), in_gb(files.bytes_stored), in_gb(max(asked)),
+        len(asked), in_gb(sum(asked)),
+    )  # fmt: skip
 
 
 def _check_weights(recipe: Recipe, position: Position, run: Run, engine: Engine) -> None:

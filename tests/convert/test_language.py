@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nvlm_train.batch import RankShare
 from nvlm_train.config.schema import LanguageConfig, ParallelConfig, RopeScalingConfig
-from nvlm_train.convert.names import to_hugging_face
-from nvlm_train.convert.reader import language_source
+from nvlm_train.convert.names import GlobalSlice, to_hugging_face
+from nvlm_train.convert.reader import LanguageSource, language_source
 from nvlm_train.errors import CheckpointError
 from tests.convert import language_runs
 from tests.parity import recipes
@@ -29,7 +29,6 @@ LAYOUTS = {
     "TP2 SP": (2, ParallelConfig(tensor=2, sequence_parallel=True)),
     "PP2": (2, ParallelConfig(pipeline=2)),
 }
-FIRST_LAYER = "language_model.decoder.layers.0"
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +149,23 @@ def test_import_and_export_round_trip(
 
 
 def test_a_padded_vocabulary_gets_zero_rows(qwen2: torch.nn.Module, qwen2_dir: Path) -> None:
-    source = language_source(replace(LANGUAGE, weights=str(qwen2_dir), vocab_size=320))
-    table = source("language_model.output_layer.weight", (320, LANGUAGE.hidden_size))
-    assert table is not None
-    assert torch.equal(table[:256], qwen2.state_dict()["lm_head.weight"])
-    assert not table[256:].any()
+    """Whole, and on ranks whose rows are partly or all in the padding."""
+    stored = qwen2.state_dict()["lm_head.weight"]
+    expected = torch.cat([stored, torch.zeros(64, LANGUAGE.hidden_size)])
+    padded = replace(LANGUAGE, weights=str(qwen2_dir), vocab_size=320)
+    with language_source(padded) as source:
+        for rows in (slice(0, 320), slice(240, 280), slice(256, 288), slice(288, 320)):
+            assert torch.equal(
+                rows_of(source, "language_model.output_layer.weight", 320, rows), expected[rows]
+            )
+
+
+def rows_of(source: LanguageSource, name: str, whole: int, rows: slice) -> Tensor:
+    """Rows of a global matrix with inputs of the hidden size; what nothing writes is not a number."""
+    hidden = LANGUAGE.hidden_size
+    into = torch.full((rows.stop - rows.start, hidden), float("nan"))
+    assert source(GlobalSlice(name, (whole, hidden), (rows, slice(0, hidden))), into)
+    return into
 
 
 @pytest.fixture
@@ -164,11 +175,16 @@ def broken(qwen2_dir: Path, tmp_path: Path) -> Path:
 
 
 def error_of(weights: Path, **changes: object) -> str:
-    """The message of an import of the first layer's QKV weight."""
+    """What is said when the weights are opened."""
     language: LanguageConfig = replace(LANGUAGE, weights=str(weights), **changes)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError) as caught:
-        language_source(language)(f"{FIRST_LAYER}.self_attention.linear_qkv.weight", (128, 64))
+        open_source(language)
     return str(caught.value)
+
+
+def open_source(language: LanguageConfig) -> None:
+    with language_source(language):
+        pass
 
 
 def change_config(directory: Path, change: Callable[[dict], object]) -> None:
@@ -200,9 +216,8 @@ def test_wrong_sizes_are_all_named(qwen2_dir: Path) -> None:
 
 def test_wrong_shape_is_named(qwen2_dir: Path) -> None:
     language = replace(LANGUAGE, weights=str(qwen2_dir), vocab_size=200)
-    name = "language_model.embedding.word_embeddings.weight"
     with pytest.raises(CheckpointError, match=r"gives \(256, 64\) .* has \(200, 64\); correct"):
-        language_source(language)(name, (200, 64))
+        open_source(language)
 
 
 def test_tied_embeddings_must_be_the_recipes(broken: Path) -> None:

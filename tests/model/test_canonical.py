@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.model.global_weights import own_slice, seeded_source
+from nvlm_train.model.global_weights import own_slice, seeded_source, slice_of
 from tests.model import initial
 from tests.parity.recipes import LANGUAGE
 from tests.workers import WorkerPool
@@ -72,8 +72,8 @@ def test_a_tensor_of_another_shape_is_named() -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     shard = ShardedTensor.from_rank_offsets("projector.norm.weight", torch.zeros(4), (0, 1, 2))
-    assert torch.equal(own_slice(shard, torch.arange(8.0)), torch.tensor([4.0, 5, 6, 7]))
+    assert torch.equal(own_slice(slice_of(shard), torch.arange(8.0)), torch.tensor([4.0, 5, 6, 7]))
     with pytest.raises(
         ValueError, match=r"projector.norm.weight has shape \(6,\), the model's is \(8,\)"
     ):
-        own_slice(shard, torch.zeros(6))
+        own_slice(slice_of(shard), torch.zeros(6))

@@ -87,7 +87,10 @@ def slopes(name: str, parallel: ParallelConfig, rates: Rates) -> dict[str, tuple
     for number, (key, gradient) in enumerate(sorted(found.items())):
         random = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(number))
         direction = gradient / gradient.norm() + RANDOM * random / random.norm()
-        own = [(s.data, global_weights.own_slice(s, direction)) for s in shards.get(key, [])]
+        own = [
+            (s.data, global_weights.own_slice(global_weights.slice_of(s), direction))
+            for s in shards.get(key, [])
+        ]
         slopes[key] = (
             float((gradient.double() * direction.double()).sum()),
             _difference(loss, own),

@@ -43,7 +43,7 @@ def start_engine(parallel: ParallelConfig, **changes: object) -> Engine:
             return offset + 0.2 * seeded(name.replace("norm", "n").replace("bias", "b"), shape)
         return seeded(name, shape)
 
-    global_weights.fill(engine.model.module, source)
+    global_weights.fill(engine.model.module, global_weights.cut(source))
     engine.reload_optimizer_weights()
     return engine
 

@@ -156,8 +156,8 @@ def test_another_model_is_refused(
     *_, message = OTHERS[name]
     recipe = load_recipe(recipes[name])
     assert message in doctor_errors(recipe)
-    with pytest.raises(CheckpointError) as caught:
-        language_source(recipe.model.language)
+    with pytest.raises(CheckpointError) as caught, language_source(recipe.model.language):
+        pass
     assert message in str(caught.value)
     for said in refused:
         assert said[name].startswith("ConfigError: ") and message in said[name]
