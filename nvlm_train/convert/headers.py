@@ -12,6 +12,21 @@ from nvlm_train.convert.problem import Problem, error
 
 INDEX = "model.safetensors.index.json"
 _AGAIN = "copy the directory again"
+_SAVED_ANEW = (
+    "if you trust them, from_pretrained(DIRECTORY) and save_pretrained(ANOTHER) of transformers write "
+    "them as safetensors; many repositories have such files beside these"
+)
+_OTHERS = (
+    (
+        (".bin", ".pt", ".pth", ".ckpt", ".pkl"),
+        "pickled weights are not read: opening them runs any code that is in them, and a rank could not "
+        "read its slices alone",
+        _SAVED_ANEW,
+    ),
+    ((".h5", ".msgpack"), "weights of TensorFlow and Flax are not read", _SAVED_ANEW),
+    ((".gguf",), "a GGUF file is no directory of safetensors", "convert it: nvlm convert gguf"),
+)
+"""Other files of weights by their endings, why they are not read, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +60,7 @@ def read_headers(directory: Path, setting: str) -> Headers:
     for path in sorted(directory.glob("*.safetensors")):
         _read_file(path, setting, found)
     if not found.tensors and not found.problems:
-        found.problems.append(
-            error(
-                f"{setting}: no *.safetensors there",
-                "give a directory that save_pretrained wrote (pickled weights are not read)",
-            )
-        )
+        found.problems.append(_nothing(directory, setting))
     if (directory / INDEX).is_file():
         found.problems += _index_problems(directory, setting, found)
     if (directory / "adapter_config.json").is_file():
@@ -61,6 +71,20 @@ def read_headers(directory: Path, setting: str) -> Headers:
             )
         )
     return found
+
+
+def _nothing(directory: Path, setting: str) -> Problem:
+    """Why nothing can be read: other files than those of safetensors, or none."""
+    for endings, reason, remedy in _OTHERS:
+        there = sorted(path.name for path in directory.glob("*") if path.suffix in endings)
+        if there:
+            more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+            return error(
+                f"{setting}: no *.safetensors there, but {there[0]}{more}: {reason}", remedy
+            )
+    return error(
+        f"{setting}: no *.safetensors there", "give a directory that save_pretrained wrote"
+    )
 
 
 def _read_file(path: Path, setting: str, found: Headers) -> None:

@@ -59,7 +59,7 @@ class WeightFiles:
         """Bytes of the slices that were asked for so far, as the files have them."""
         self.bytes_expected = 0
         """Bytes that will be asked for in all, where somebody has counted them."""
-        self._said = time.monotonic()
+        self._began = self._said = time.monotonic()
         self._stack = ExitStack()
         self._open: dict[Path, _Opened] = {}
 
@@ -72,6 +72,9 @@ class WeightFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is None:
+            took = time.monotonic() - self._began
+            logger.info("%s in %.1f s", self._so_far(), took)
         self._open.clear()
         self._stack.close()
 
@@ -132,12 +135,13 @@ class WeightFiles:
         if time.monotonic() - self._said < EVERY:
             return
         self._said = time.monotonic()
+        logger.info("%s", self._so_far())
+
+    def _so_far(self) -> str:
         of = f" of {in_gb(self.bytes_expected)}" if self.bytes_expected else ""
         files = len({stored.path for stored in self.tensors.values()})
-        logger.info(
-            "%s: read %s%s, %d of %d files open",
-            self.setting, in_gb(self.bytes_asked), of, self.files_opened, files,
-        )  # fmt: skip
+        opened = f"{self.files_opened} of {files} files opened"
+        return f"{self.setting}: read {in_gb(self.bytes_asked)}{of}, {opened}"
 
     def _rows(self, name: str) -> int:
         """Counts the rows that lie on at most `PIECE` bytes of the file.

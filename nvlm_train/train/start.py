@@ -175,9 +175,8 @@ def _log_read(files: WeightFiles) -> None:
     asked: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(asked, files.bytes_asked)
     logger.info(
-        "%s: read %s of %s; a rank at most %s, %d ranks %s together",
-        files.setting, in_gb(files.bytes_asked), in_gb(files.bytes_stored), in_gb(max(asked)),
-        len(asked), in_gb(sum(asked)),
+        "%s: of %s there a rank read at most %s, %d ranks %s together",
+        files.setting, in_gb(files.bytes_stored), in_gb(max(asked)), len(asked), in_gb(sum(asked)),
     )  # fmt: skip
 
 

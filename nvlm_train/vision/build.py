@@ -69,8 +69,9 @@ def _load(
     """Gives an encoder on the meta device its memory, one tensor at a time, and what the files have."""
     setting = f"model.vision.weights={directory}"
     refuse(vision_problems(config))
-    with WeightFiles(read_headers(directory, setting).tensors) as files:
+    with WeightFiles(read_headers(directory, setting).tensors, setting) as files:
         stored = {name.removeprefix(PREFIX): name for name in files.tensors}
+        files.bytes_expected = files.bytes_stored
         state = {}
         for name, empty in encoder.state_dict().items():
             state[name] = torch.empty_like(empty, dtype=dtype, device=device)

@@ -33,7 +33,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(directory: Path) -> WeightFiles:
-    return WeightFiles(read_headers(directory, "weights").tensors)
+    return WeightFiles(read_headers(directory, "weights").tensors, "weights")
 
 
 @pytest.mark.parametrize("piece", [32 << 20, 400, 1])
@@ -86,6 +86,23 @@ def test_a_file_is_opened_once_and_only_when_needed(
         files.read("second.scale")
         assert paths == ["first.safetensors", "second.safetensors"] and files.files_opened == 2
     assert files.files_opened == 0
+
+
+def test_progress_is_said_now_and_then(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not a line for each tensor; the last one says how long it took."""
+    now = [0.0]
+    monkeypatch.setattr(weight_files.time, "monotonic", lambda: now[0])
+    with caplog.at_level("INFO", "nvlm_train"), opened(directory) as files:
+        files.bytes_expected = 3 * files.bytes_of("first.weight")
+        for seconds in (0.0, 4.0, 12.0, 13.0):
+            now[0] = seconds
+            files.read("first.weight", (slice(0, 20),))
+    assert [record.getMessage() for record in caplog.records] == [
+        "weights: read 0.00 GB of 0.00 GB, 1 of 2 files opened",
+        "weights: read 0.00 GB of 0.00 GB, 1 of 2 files opened in 13.0 s",
+    ]
 
 
 def test_a_file_that_went_is_named(directory: Path, tmp_path: Path) -> None:
