@@ -24,10 +24,11 @@ def problems_of(*overrides: str, recipes: Path | None = None) -> list[str]:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_shipped_experiments_are_valid(name: str) -> None:
-    recipe = load_recipe([f"experiment={name}"])
+    named = ["model.tokenizer.path=tokenizer.json"] if name.startswith("nvlm_") else []
+    recipe = load_recipe([f"experiment={name}", *named])
     assert recipe.name == name
     assert recipe.run_dir == f"runs/{name}"
-    assert recipe == load_recipe([f"+experiment={name}"])
+    assert recipe == load_recipe([f"+experiment={name}", *named])
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -41,7 +42,9 @@ def test_experiments_say_how_to_run_them(name: str) -> None:
     "layout", sorted(path.stem for path in (recipes_dir() / "parallel").glob("*.yaml"))
 )
 def test_every_layout_fits_the_smoke_recipe(layout: str) -> None:
-    recipe = load_recipe(["experiment=smoke", f"parallel@stages.sft.parallel={layout}"])
+    """With heads and KV groups for eight tensor-parallel ranks."""
+    heads = ["model.language.num_heads=8", "model.language.num_kv_heads=8"]
+    recipe = load_recipe(["experiment=smoke", *heads, f"parallel@stages.sft.parallel={layout}"])
     parallel = recipe.stages["sft"].parallel
     rules.check(recipe, parallel.tensor * parallel.pipeline)
 
