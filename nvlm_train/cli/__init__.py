@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nvlm_train.cli import dashboard, data, doctor, launch
+from nvlm_train.cli import convert, dashboard, data, doctor, launch
 from nvlm_train.errors import ConfigError, NvlmError
 from nvlm_train.logs import set_up_logging
 
@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     shards = commands.add_parser("data", help="make, index and look at training data")
     data.add_parsers(shards.add_subparsers(required=True, metavar="COMMAND"))
+    weights = commands.add_parser("convert", help="read the weights of others")
+    convert.add_parsers(weights.add_subparsers(required=True, metavar="COMMAND"))
     doctor.add_parser(commands)
     dashboard.add_parser(commands)
     runs = commands.add_parser("compare", help="show runs side by side")
