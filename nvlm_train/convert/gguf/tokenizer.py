@@ -131,9 +131,15 @@ def _problems(file: GgufFile) -> Problems:
     if tokens != kinds:
         yield error(f"{file.path} has {tokens} tokens but {kinds} types of them", _OWN)
     vocabulary = set(_get(file, "tokens"))
-    lost = [each for each in _get(file, "merges") if not vocabulary.issuperset(each.split(" "))]
-    if lost:
-        yield error(f"{file.path} merges {lost[0]!r}, tokens that it does not list", _OWN)
+    torn = [each for each in _get(file, "merges") if not _is_merge(each.split(" "), vocabulary)]
+    if torn:
+        yield error(
+            f"{file.path} merges {torn[0]!r}, which are no two tokens that make a third", _OWN
+        )
+
+
+def _is_merge(parts: list[str], vocabulary: set[str]) -> bool:
+    return len(parts) == 2 and vocabulary.issuperset([*parts, "".join(parts)])
 
 
 def tokenizer_config(file: GgufFile) -> dict[str, Any]:
