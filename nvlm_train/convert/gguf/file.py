@@ -46,8 +46,8 @@ class GgufFile:
 
         tensor = self.tensors[name]
         try:
-            values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-            return values.reshape(self.shape(name))
+            values: np.ndarray = dequantize(tensor.data, tensor.tensor_type)
+            return values.astype(np.float32).reshape(self.shape(name))
         except NotImplementedError as problem:
             raise CheckpointError(
                 f"{self.path}: {name} has the type {tensor.tensor_type.name}, which the library gguf "
