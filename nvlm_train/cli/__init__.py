@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nvlm_train.cli import dashboard, data, doctor, launch
+from nvlm_train.cli import convert, dashboard, data, doctor, launch
 from nvlm_train.errors import ConfigError, NvlmError
 from nvlm_train.logs import set_up_logging
 
@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
     shards = commands.add_parser("data", help="make, index and look at training data")
     data.add_parsers(shards.add_subparsers(required=True, metavar="COMMAND"))
+    weights = commands.add_parser("convert", help="read the weights of others")
+    convert.add_parsers(weights.add_subparsers(required=True, metavar="COMMAND"))
     doctor.add_parser(commands)
     dashboard.add_parser(commands)
     runs = commands.add_parser("compare", help="show runs side by side")
@@ -70,7 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     runs.set_defaults(run=_compare)
     demo = commands.add_parser("demo", help="train and judge the small NVLM of the README")
     demo.add_argument("--architecture", choices=["d", "x", "h"], default="d")
-    demo.add_argument("--run-dir", help="default: runs/demo, runs/demo_x, runs/demo_h")
+    demo.add_argument(
+        "--language", choices=["demo", "smollm2"], default="demo",
+        help="the language model: a small one that comes along, or SmolLM2-135M-Instruct (d only)",
+    )  # fmt: skip
+    demo.add_argument("--run-dir", help="default: runs/demo, demo_x, demo_h or demo_smollm2")
     demo.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     demo.set_defaults(run=_demo)
     return parser
@@ -113,7 +119,7 @@ def _before_megatron() -> None:
 def _demo(options: argparse.Namespace) -> int:
     from nvlm_train.demo.run import run_demo
 
-    return run_demo(options.architecture, options.run_dir, options.overrides)
+    return run_demo(options.architecture, options.run_dir, options.overrides, options.language)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -29,7 +29,7 @@ from nvlm_train.demo.captions import READ_PROMPT, Question, read_image_paths, re
 from nvlm_train.demo.material import JPEG_QUALITY
 from nvlm_train.demo.pages import Page, render_page
 from nvlm_train.demo.text_loss import text_loss
-from nvlm_train.evaluation.generate import generate
+from nvlm_train.evaluation.generate import Prompt, generate
 from nvlm_train.evaluation.prompts import make_prompt
 from nvlm_train.evaluation.scorers import character_error_rate, exact_match
 from nvlm_train.logs import set_up_logging
@@ -63,9 +63,17 @@ class Judge:
             make_prompt(encoder, question, [image], max_new_tokens)
             for question, image in zip(questions, images, strict=True)
         ]
-        end = encoder.tokenizer.turn_end
-        answers = generate(self.replica, prompts, max_new_tokens, end)
-        return [encoder.tokenizer.decode(ids) for ids in answers]
+        return self._answers(prompts, max_new_tokens)
+
+    def answer_text(self, questions: Sequence[str], max_new_tokens: int) -> list[str]:
+        """Returns an answer to each question, without any image."""
+        prompts = [make_prompt(self.encoder, each, [], max_new_tokens) for each in questions]
+        return self._answers(prompts, max_new_tokens)
+
+    def _answers(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        tokenizer = self.encoder.tokenizer
+        answers = generate(self.replica, prompts, max_new_tokens, tokenizer.turn_end)
+        return [tokenizer.decode(ids) for ids in answers]
 
 
 def judge(recipe: Recipe) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def _judge_questions(who: Judge) -> dict[str, Any]:
     others = [paths[number].read_bytes() for number in shuffled]
     answers = who.answer(texts, images, _ANSWER_TOKENS, max_tiles=6)
     blind = who.answer(texts, others, _ANSWER_TOKENS, max_tiles=6)
-    majority, question_only = _baselines(chosen)
+    majority, question_only = baselines(chosen)
     return {
         "vqa_accuracy": exact_match(answers, references),
         "vqa_accuracy_shuffled_images": exact_match(blind, references),
@@ -105,7 +113,7 @@ def _judge_questions(who: Judge) -> dict[str, Any]:
     }
 
 
-def _baselines(chosen: Sequence[Question]) -> tuple[float, float]:
+def baselines(chosen: Sequence[Question]) -> tuple[float, float]:
     """Returns the accuracy of the most frequent training answer: over all questions, and by question text."""
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
@@ -147,16 +155,16 @@ def _jpeg(page: Page) -> bytes:
     return stream.getvalue()
 
 
-def main() -> int:
-    """Writes RUN_DIR/judgement.json on rank 0."""
-    parser = argparse.ArgumentParser(description=judge.__doc__)
+def main(function: Callable[[Recipe], dict[str, Any]]) -> int:
+    """Writes the figures of a judge to RUN_DIR/judgement.json on rank 0."""
+    parser = argparse.ArgumentParser(description=function.__doc__)
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
     set_up_logging(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     with process_group():
         recipe = load_recipe([f"run_dir={options.run_dir}", *options.overrides])
-        figures = judge(recipe)
+        figures = function(recipe)
         if dist.get_rank() == 0:
             path = Path(options.run_dir) / "judgement.json"
             path.write_text(json.dumps(figures, indent=1) + "\n")
@@ -164,4 +172,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(judge))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ NUM_STRIPS, NUM_PAGES, NUM_CHATS = 3000, 2400, 6000
 SAMPLES_PER_SHARD = 5000
 JPEG_QUALITY = 90
 _PAGES_PER_JOB = 100
+ALL = ("captions", "strips", "vqa", "pages", "chats")
+"""The sources that there are."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,13 @@ class _Job:
     directory: Path
 
 
-def prepare_material(directory: Path) -> None:
-    """Renders pages and writes the shards that the demo's data recipes name, unless they are there."""
-    if (directory / "chats.manifest.json").is_file():
-        return
+def prepare_material(directory: Path, names: Collection[str] = ALL) -> None:
+    """Renders pages and writes the shards that the demo's data recipes name, unless they are there.
+
+    Args:
+        directory: where the shards are written.
+        names: those of `ALL` that are wanted.
+    """
     raw = directory / "raw"
     raw.mkdir(parents=True, exist_ok=True)
     for name, records, images in (
@@ -56,6 +61,8 @@ def prepare_material(directory: Path) -> None:
         ("pages", _readings("page", NUM_PAGES, raw), str(raw)),
         ("chats", _chats(), str(raw)),
     ):
+        if name not in names or (directory / f"{name}.manifest.json").is_file():
+            continue
         _write_jsonl(raw / f"{name}.jsonl", records)
         spec = InputSpec("jsonl", (str(raw / f"{name}.jsonl"),), images)
         target = Target(str(directory), name, SAMPLES_PER_SHARD)

@@ -26,33 +26,84 @@ _WIDTH, _HEIGHT, _MARGIN = 860, 260, 40
 Curve = tuple[str, list[tuple[int, float]]]
 
 
+_STAGES = (
+    "The vision encoder stayed frozen; stage 1 trained the projector, stage 2 the projector and the "
+    "language model."
+)
+
+
 def write_report(directory: Path, architecture: str, summary: dict[str, Any]) -> None:
     """Writes DIRECTORY/report.html from summary.json's content and metrics.jsonl."""
+    _write(
+        directory,
+        summary,
+        title=f"NVLM-{architecture.upper()} demo",
+        intro="Two stages on four CPU processes (tensor parallel 2 x pipeline parallel 2)",
+        figures=_figures(summary),
+        last="Held-out pages, their tiles and the thumbnail",
+        examples="".join(_page(example) for example in summary["page_examples"]),
+    )
+
+
+def write_before_after(directory: Path, architecture: str, summary: dict[str, Any]) -> None:
+    """Writes the report of a demo that was asked before training and after."""
+    _write(
+        directory,
+        summary,
+        title=f"NVLM-{architecture.upper()} on SmolLM2-135M-Instruct",
+        intro="Two stages on two CPU processes (pipeline parallel 2)",
+        figures=_tiles(
+            (
+                _accuracy(summary),
+                ("Accuracy before training", f"{summary['vqa_accuracy_untrained']:.1%}",
+                 "a random projector"),
+                _text(summary),
+            )
+        ),
+        last="Questions without an image",
+        examples="".join(_text_answers(example) for example in summary["text_examples"]),
+    )  # fmt: skip
+
+
+def _write(directory: Path, summary: dict[str, Any], **parts: str) -> None:
     records = list(read_metrics(directory / "metrics.jsonl"))
     template = importlib.resources.files("nvlm_train.demo").joinpath("report.html").read_text()
     page = Template(template).substitute(
-        architecture=architecture.upper(),
-        figures=_figures(summary),
+        parts,
+        stages=_STAGES,
         pretrain=_chart(_curves(records, "pretrain")),
         sft=_chart(_curves(records, "sft")),
         questions="".join(_question(example) for example in summary["vqa_examples"]),
-        pages="".join(_page(example) for example in summary["page_examples"]),
         seconds=f"{summary['wall_seconds']:.0f}",
     )
     (directory / "report.html").write_text(page)
 
 
 def _figures(summary: dict[str, Any]) -> str:
-    rows = (
-        ("easy-VQA accuracy", f"{summary['vqa_accuracy']:.1%}",
-         f"images shuffled {summary['vqa_accuracy_shuffled_images']:.1%}, "
-         f"question only {summary['vqa_question_only']:.1%}, "
-         f"majority {summary['vqa_majority_answer']:.1%}"),
-        ("Character error, held-out pages", f"{summary['page_cer_tiles']:.1%}",
-         f"with the thumbnail only {summary['page_cer_thumbnail']:.1%}"),
-        ("Text-only loss", f"{summary['text_loss']:.3f}",
-         f"backbone {summary['text_loss_backbone']:.3f}, ratio {summary['text_loss_ratio']:.3f}"),
+    pages = (
+        "Character error, held-out pages", f"{summary['page_cer_tiles']:.1%}",
+        f"with the thumbnail only {summary['page_cer_thumbnail']:.1%}",
     )  # fmt: skip
+    return _tiles((_accuracy(summary), pages, _text(summary)))
+
+
+def _accuracy(summary: dict[str, Any]) -> tuple[str, str, str]:
+    return (
+        "easy-VQA accuracy", f"{summary['vqa_accuracy']:.1%}",
+        f"images shuffled {summary['vqa_accuracy_shuffled_images']:.1%}, "
+        f"question only {summary['vqa_question_only']:.1%}, "
+        f"majority {summary['vqa_majority_answer']:.1%}",
+    )  # fmt: skip
+
+
+def _text(summary: dict[str, Any]) -> tuple[str, str, str]:
+    return (
+        "Text-only loss", f"{summary['text_loss']:.3f}",
+        f"backbone {summary['text_loss_backbone']:.3f}, ratio {summary['text_loss_ratio']:.3f}",
+    )  # fmt: skip
+
+
+def _tiles(rows: Sequence[tuple[str, str, str]]) -> str:
     return "".join(
         f'<div class="figure"><b>{value}</b><span>{name}</span><small>{beside}</small></div>'
         for name, value, beside in rows
@@ -112,10 +163,23 @@ def _axes(last: int, top: float) -> str:
 
 def _question(example: dict[str, Any]) -> str:
     image = Image.open(example["image"]).convert("RGB").resize((128, 128), Image.Resampling.NEAREST)
+    before = (
+        f"<br><small>before: {html.escape(example['before'])}</small>"
+        if "before" in example
+        else ""
+    )
     return (
         f'<figure><img src="{_embed(image)}" alt="">'
-        f"<figcaption>{html.escape(example['question'])}<br>{_verdict(example['answer'], example)}"
+        f"<figcaption>{html.escape(example['question'])}<br>{_verdict(example['answer'], example)}{before}"
         "</figcaption></figure>"
+    )
+
+
+def _text_answers(example: dict[str, Any]) -> str:
+    return (
+        f'<div class="page"><p>{html.escape(example["question"])}</p>'
+        f"<p><small>before training</small> {html.escape(example['before'])}</p>"
+        f"<p><small>after training</small> {html.escape(example['answer'])}</p></div>"
     )
 
 

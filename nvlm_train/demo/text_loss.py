@@ -20,16 +20,18 @@ from nvlm_train.pipeline.round import Replica, run_round
 NUM_CHATS = 400
 
 
-def text_loss(recipe: Recipe, replica: Replica, encoder: SampleEncoder) -> float:
-    """Returns the mean loss over the trained tokens of 400 held-out chats. Called by every rank."""
+def text_loss(
+    recipe: Recipe, replica: Replica, encoder: SampleEncoder, num_chats: int = NUM_CHATS
+) -> float:
+    """Returns the mean loss over the trained tokens of held-out chats. Called by every rank."""
     samples = [
         encoder.encode(str(index), json.dumps({"conversations": turns}).encode(), [])
-        for index in range(NUM_CHATS)
+        for index in range(num_chats)
         for turns in [draw_chat(index, "heldout").conversations()]
     ]
     length, pad = replica.sequence_length, encoder.tokenizer.pad
     bins = best_fit_decreasing([len(sample.token_ids) for sample in samples], length)
-    infos = [SampleInfo(0, "held-out chats", str(index)) for index in range(NUM_CHATS)]
+    infos = [SampleInfo(0, "held-out chats", str(index)) for index in range(num_chats)]
     packs = tuple(
         pack_samples([samples[i] for i in pack], [infos[i] for i in pack], length, pad)
         for pack in bins

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nvlm_train.config.paths import recipes_dir
+from nvlm_train.demo.smollm2 import prepare_language_model
 from nvlm_train.model.global_weights import part_of
 from tests.train import experiments
 from tests.train.smoke import read_metrics
@@ -24,6 +25,8 @@ def test_experiment_trains(
     workers: WorkerPool, data: Path, tmp_path: Path, experiment: str
 ) -> None:
     """A stage changes every parameter that it trains and no bit of the others. The loss falls."""
+    if experiment == "demo_smollm2":
+        prepare_language_model(tmp_path / "run" / "language_model")
     place = (experiment, data, tmp_path / "run", STEPS)
     recipe = experiments.shortened(*place)
     parallel = recipe.stages["sft"].parallel
