@@ -47,10 +47,11 @@ def dummy_head_problems(
             columns = files.read(output, (slice(0, hidden), slice(hidden, width)))
             adding = (alive & columns.any(dim=0)).nonzero().flatten().tolist()
             if adding:
+                number = vision.num_heads + adding[0] // head
                 yield error(
-                    f"{place.setting}: dummy head {vision.num_heads + adding[0] // head} of layer {layer} "
-                    f"is not zero: neither its values in {values} nor its columns in {output}; "
-                    f"{place.group}.num_heads={vision.num_heads} leaves {(width - hidden) // head} heads over",
+                    f"{place.setting}: dummy head {number} of layer {layer} is not zero: neither its "
+                    f"values in {values} nor its columns in {output}; "
+                    f"{place.group}.num_heads={vision.num_heads} leaves {(width - hidden) // head} over",
                     "give weights whose further heads add nothing, as NVLM-D's are, or correct "
                     f"{place.group}.num_heads",
                 )
