@@ -62,7 +62,7 @@ def _load(
     """Gives an encoder on the meta device its memory, one tensor at a time, and what the files have."""
     refuse(vision_problems(config))
     layout, tensors = encoder_files(config)
-    with WeightFiles(tensors) as files:
+    with WeightFiles(tensors, f"model.vision.weights={config.weights}") as files:
         state = {}
         for name, empty in encoder.state_dict().items():
             place = layout.place(name, config, tensors)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from nvlm_train.config.schema import ModelConfig
 from nvlm_train.convert.family import Family, tensor_problems
 from nvlm_train.convert.headers import Headers
 from nvlm_train.convert.keys import Place, shown
-from nvlm_train.convert.problem import Problem, Problems, error, refuse
+from nvlm_train.convert.problem import Problem, Problems, error
 from nvlm_train.convert.whole.parts import WHOLES, Part, open_part, whole_of
 from nvlm_train.geometry import tile_feature_size
 
-_STORED = {
-    "projector.norm.weight": "mlp1.0.weight",
-    "projector.norm.bias": "mlp1.0.bias",
-    "projector.mlp.linear_fc1.weight": "mlp1.1.weight",
-    "projector.mlp.linear_fc2.weight": "mlp1.3.weight",
-}
-"""Global names to names in the files. `mlp1.2` is the GELU."""
 _NORM_EPS = 1e-5
 """torch's, which the released code leaves as it is."""
 
@@ -55,7 +43,7 @@ _MLP1 = Family(
 
 def projector_problems(model: ModelConfig) -> Problems:
     """What keeps `model.projector.weights` from being what the recipe's projector computes."""
-    part = _open(model)
+    part = open_projector(model)
     yield from part.headers.problems
     yield from part.problems
     if isinstance(part.config, Problem):
@@ -92,36 +80,8 @@ def _recipe_problems(model: ModelConfig, place: Place) -> Problems:
         )
 
 
-class ProjectorSource:
-    """A source for `model.global_weights.fill` of the tensors in `projector.weights`."""
-
-    def __init__(self, files: Any) -> None:
-        self.files = files
-
-    def __call__(self, wanted: Any, into: Tensor) -> bool:
-        """Writes a slice of a global tensor; returns False for tensors of other parts of the model."""
-        stored = _STORED.get(wanted.name)
-        if stored is None:
-            return False
-        self.files.copy_into(into, stored, wanted.index)
-        return True
-
-
-@contextmanager
-def projector_source(model: ModelConfig) -> Iterator[ProjectorSource]:
-    """Opens `projector.weights` for reading.
-
-    Raises:
-        CheckpointError: the directory is not whole, or has another projector than the recipe describes.
-    """
-    from nvlm_train.convert.weight_files import WeightFiles
-
-    refuse(projector_problems(model))
-    with WeightFiles(_open(model).headers.tensors) as files:
-        yield ProjectorSource(files)
-
-
-def _open(model: ModelConfig) -> Part:
+def open_projector(model: ModelConfig) -> Part:
+    """Reads the headers of `projector.weights`, by the names that the files have."""
     directory = Path(model.projector.weights or "")
     place = Place(
         setting=f"model.projector.weights={directory}",
