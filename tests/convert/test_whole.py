@@ -277,6 +277,18 @@ def test_a_tensor_that_is_wrong_is_named_by_its_part(broken: Path, case: str) ->
         assert all(not text for other, text in found.items() if other != part)
 
 
+def test_the_doctor_finds_dummy_heads_that_are_not_zero(broken: Path, encoder: nn.Module) -> None:
+    name = "vision_model.encoder.layers.1.attn.{}.weight"
+    attention = encoder.encoder["layers"][1].attn
+    values, columns = attention.qkv.weight.data.clone(), attention.proj.weight.data.clone()
+    change(broken, name.format("qkv"), values.index_fill(0, torch.tensor([3 * 88 - 1]), 1.0))
+    assert errors(broken) == NOTHING, "columns of zeros are enough"
+    change(broken, name.format("proj"), columns.index_fill(1, torch.tensor([87]), 1.0))
+    recipe = recipes.recipe(ParallelConfig(), model=whole_runs.model_from(broken))
+    (problem,) = (each for each in check_weights(recipe) if each.level == "error")
+    assert "dummy head 10 of layer 1 is not zero" in problem.text
+
+
 def test_what_the_recipe_must_say_for_mlp1(nvlm_d: Path) -> None:
     found = errors(nvlm_d, norm_eps=1e-6, ffn_hidden_size=80)["projector"]
     assert (

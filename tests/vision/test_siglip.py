@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nvlm_train.config.load import load_recipe
+from nvlm_train.config.rules import check
 from nvlm_train.convert.vision import vision_problems
+from nvlm_train.errors import ConfigError
 from nvlm_train.vision.build import build_vision_encoder
 from tests.convert.files.alterations import alterations
 from tests.hugging_face import encoder_model, siglip_sizes
@@ -179,3 +182,28 @@ def test_published_sizes_whose_patches_pair_up(tile: int, patch: int, tokens: in
     vision = replace(VISION, tile_size=tile, patch_size=patch, num_layers=1)
     encoder = encoder_model(vision).eval()
     assert encoder.embeddings.num_patches == 4 * tokens_per_tile(vision) == 4 * tokens
+
+
+@pytest.mark.parametrize(
+    ("tile", "patch", "message"),
+    [
+        (384, 14, "patch_size=14 does not divide model.vision.tile_size=384; use a multiple of 28"),
+        (
+            378,
+            14,
+            "tile_size=378 makes 27 patches a side; pixel shuffle joins 2 x 2: use a multiple of 28",
+        ),
+    ],
+)
+def test_published_sizes_whose_patches_do_not(tile: int, patch: int, message: str) -> None:
+    """SO400M/14-384 has 27 patches a side and leaves 6 pixels out."""
+    sizes = [f"model.vision.tile_size={tile}", f"model.vision.patch_size={patch}"]
+    with pytest.raises(ConfigError) as caught:
+        check(load_recipe(["experiment=smoke", "vision=siglip_so400m_224", *sizes]))
+    assert message in str(caught.value) and "weights of that size" in str(caught.value)
+
+
+def test_its_recipes_are_valid() -> None:
+    for size in ("so400m_224", "base_384", "large_384"):
+        room = ["stages.pretrain.sequence_length=4096", "stages.sft.sequence_length=4096"]
+        check(load_recipe(["experiment=smoke", f"vision=siglip_{size}", *room]))
