@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from nvlm_train.config.schema import LanguageConfig, VisionConfig
 
 
@@ -38,4 +40,29 @@ def encoder_sizes(vision: VisionConfig) -> dict[str, Any]:
         "intermediate_size": vision.ffn_hidden_size,
         "image_size": vision.tile_size,
         "patch_size": vision.patch_size,
+    }
+
+
+def encoder_model(vision: VisionConfig) -> nn.Module:
+    """transformers' model of the recipe's kind and sizes, as it initialises it."""
+    if vision.kind == "siglip":
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
+        return SiglipVisionModel(SiglipVisionConfig(**siglip_sizes(vision)))
+    from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+    from transformers.models.internvl.modeling_internvl import InternVLVisionModel
+
+    return InternVLVisionModel(InternVLVisionConfig(**encoder_sizes(vision)))
+
+
+def siglip_sizes(vision: VisionConfig) -> dict[str, Any]:
+    """Returns arguments of SiglipVisionConfig."""
+    return {
+        "num_hidden_layers": vision.num_layers,
+        "hidden_size": vision.hidden_size,
+        "num_attention_heads": vision.num_heads,
+        "intermediate_size": vision.ffn_hidden_size,
+        "image_size": vision.tile_size,
+        "patch_size": vision.patch_size,
+        "layer_norm_eps": vision.norm_eps,
     }

@@ -73,13 +73,13 @@ def vision_shapes_fit(recipe: Recipe) -> Problems:
     if vision.tile_size < 1 or vision.tile_size % vision.patch_size:
         yield (
             f"{name}.patch_size={vision.patch_size} does not divide {name}.tile_size={vision.tile_size}; "
-            f"use a tile_size that is a multiple of {2 * vision.patch_size}"
+            f"use a multiple of {2 * vision.patch_size}, and weights of that size (SigLIP: 224/14, 384/16)"
         )
     elif vision.tile_size // vision.patch_size % 2:
         side = vision.tile_size // vision.patch_size
         yield (
             f"{name}.tile_size={vision.tile_size} makes {side} patches a side; pixel shuffle "
-            f"joins 2 x 2: use a multiple of {2 * vision.patch_size}"
+            f"joins 2 x 2: use a multiple of {2 * vision.patch_size}, and weights of that size"
         )
     if vision.hidden_size % vision.num_heads:
         yield _heads(name, vision.num_heads, vision.hidden_size)

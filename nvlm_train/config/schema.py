@@ -44,7 +44,7 @@ class VisionConfig:
     norm_eps: float = 1e-6
     """The norms add this to the variance. [none]"""
     weights: str | None = None
-    """A directory with config.json and model.safetensors is named here; null makes random weights."""
+    """A directory with config.json and safetensors files is named here; null makes random weights."""
     batch_tiles: int = 8
     """A forward pass takes this many tiles, always: features do not depend on who computes them. [tiles]"""
 
@@ -57,6 +57,8 @@ class ProjectorConfig:
     """The two linears have this width between them; null leaves one (NVLM-X, section 4.5). [channels]"""
     norm_eps: float = 1e-5
     """The LayerNorm adds this to the variance. [none]"""
+    weights: str | None = None
+    """A directory of NVLM-D 72B, which has `mlp1`, is named here; null makes random weights."""
 
 
 @dataclass(frozen=True)

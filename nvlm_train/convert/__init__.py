@@ -12,7 +12,8 @@ headers and JSON only, before memory is taken:
     rope       rotary position parameters as transformers 4 and 5 write them
     ignored    keys that change nothing
     language   the table of language models (a later family is a file in families/ and a row), and their check
-    vision     the table of vision encoders, and their check
+    vision     the table of vision encoders (a layout is a file in encoders/), and their check
+    whole/     a part inside a whole vision-language model, and the projector of NVLM-D
     names      Hugging Face's names of a language model's tensors against global ones
     reader     weights into any layout, one tensor at a time
     tokenizer  control tokens, tile tags, ids and the embedding table

@@ -9,12 +9,14 @@ from nvlm_train.convert.language import language_problems
 from nvlm_train.convert.problem import Problems, warning
 from nvlm_train.convert.tokenizer import tokenizer_and_weights, tokenizer_problems
 from nvlm_train.convert.vision import kind_problems, vision_problems
+from nvlm_train.convert.whole.projector import projector_problems
 
 
 def all_of(recipe: Recipe) -> Problems:
-    """The tokenizer, the encoder's weights, the language model's weights."""
+    """The tokenizer, the weights of the encoder, the projector and the language model."""
     yield from tokenizer(recipe)
     yield from vision(recipe)
+    yield from projector(recipe)
     yield from language(recipe)
 
 
@@ -34,6 +36,14 @@ def vision(recipe: Recipe) -> Problems:
         yield from vision_problems(recipe.model.vision)
 
 
+def projector(recipe: Recipe) -> Problems:
+    """The projector's weights, where the recipe names some. A checkpoint replaces them, too."""
+    if recipe.model.projector.weights is None:
+        return
+    gone = list(_gone(recipe, "model.projector.weights", recipe.model.projector.weights))
+    yield from gone or projector_problems(recipe.model)
+
+
 def language(recipe: Recipe) -> Problems:
     """The language model's weights, where the recipe names some.
 
@@ -42,14 +52,18 @@ def language(recipe: Recipe) -> Problems:
     directory = recipe.model.language.weights
     if directory is None:
         return
+    lengths = {name: recipe.stages[name].sequence_length for name in recipe.schedule}
+    gone = list(_gone(recipe, "model.language.weights", directory))
+    yield from gone or language_problems(recipe.model.language, lengths)
+
+
+def _gone(recipe: Recipe, field: str, directory: str) -> Problems:
+    """A directory that is not there, and that a run with a checkpoint does not need."""
     if not Path(directory).exists() and _has_checkpoint(recipe):
         yield warning(
-            f"model.language.weights={directory} is not there; the run has a checkpoint to go on from",
+            f"{field}={directory} is not there; the run has a checkpoint to go on from",
             "nothing, unless the run is to start anew",
         )
-        return
-    lengths = {name: recipe.stages[name].sequence_length for name in recipe.schedule}
-    yield from language_problems(recipe.model.language, lengths)
 
 
 def _has_checkpoint(recipe: Recipe) -> bool:

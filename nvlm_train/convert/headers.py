@@ -37,6 +37,8 @@ class Stored:
     dtype: str
     """safetensors' name: F32, BF16, F16, F8_E4M3, I8."""
     path: Path
+    prefix: str = ""
+    """Its name in the file begins with this, where it is listed without (`whole/parts.py`)."""
 
 
 @dataclass

@@ -12,10 +12,11 @@ from nvlm_train.config.schema import LanguageConfig
 from nvlm_train.convert.families.decoder import TABLES
 from nvlm_train.convert.families.llama import LLAMA
 from nvlm_train.convert.families.qwen2 import QWEN2
-from nvlm_train.convert.family import Family, family_of, key_problems, read_config, tensor_problems
+from nvlm_train.convert.family import Family, family_of, key_problems, tensor_problems
 from nvlm_train.convert.headers import Headers, read_headers
 from nvlm_train.convert.keys import Config, Place, same, stated
 from nvlm_train.convert.problem import Problem, Problems, error
+from nvlm_train.convert.whole.parts import open_part, own_tensors
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (QWEN2, LLAMA)}
 """By `model_type` of config.json."""
@@ -30,9 +31,9 @@ def language_problems(language: LanguageConfig, sequence_lengths: Mapping[str, i
     """
     directory = Path(language.weights or "")
     place = _place(directory)
-    headers = read_headers(directory, place.setting)
-    yield from headers.problems
-    config = read_config(directory / "config.json", place.setting)
+    part = open_part("language", directory, language, place)
+    headers, config, place = part.headers, part.config, part.place
+    yield from (*headers.problems, *part.problems)
     if isinstance(config, Problem):
         yield config
         return
@@ -73,5 +74,5 @@ def _table_problems(family: Family, headers: Headers, config: Config, place: Pla
 def stored_rows(language: LanguageConfig) -> int | None:
     """Rows of the embedding table in `language.weights`; None where no such table can be read."""
     headers = read_headers(Path(language.weights or ""), "model.language.weights")
-    table = headers.tensors.get(TABLES[0])
+    table = own_tensors("language", headers).get(TABLES[0])
     return table.shape[0] if table and table.shape else None

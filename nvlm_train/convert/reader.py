@@ -14,6 +14,7 @@ from nvlm_train.convert.language import language_problems
 from nvlm_train.convert.names import GlobalSlice, Piece, pieces_of
 from nvlm_train.convert.problem import refuse
 from nvlm_train.convert.weight_files import WeightFiles
+from nvlm_train.convert.whole.parts import own_tensors
 
 
 class LanguageSource:
@@ -67,6 +68,6 @@ def language_source(language: LanguageConfig) -> Iterator[LanguageSource]:
     """
     setting = f"model.language.weights={language.weights}"
     refuse(language_problems(language, {}))
-    tensors = read_headers(Path(language.weights or ""), setting).tensors
+    tensors = own_tensors("language", read_headers(Path(language.weights or ""), setting))
     with WeightFiles(tensors, setting) as files:
         yield LanguageSource(language, files)

@@ -111,7 +111,7 @@ class WeightFiles:
         """
         whole, opened = self._whole(name, index), self._opened(name)
         assert list(into.shape) == [each.stop - each.start for each in whole], name
-        part = opened.slice(name)
+        part = opened.slice(self.tensors[name].prefix + name)
         if not whole:
             self._count(part[...])
             into.copy_(part[...])

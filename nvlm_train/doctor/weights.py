@@ -1,4 +1,4 @@
-"""Checks the weights of both backbones as training does at its start, from headers and JSON only."""
+"""Checks the weights that a recipe names as training does at its start, from headers and JSON only."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from nvlm_train.doctor.finding import Findings, findings_of, ok
 
 
 def check_weights(recipe: Recipe) -> Findings:
-    """Checks that every tensor and every key of config.json of both backbones fits the recipe."""
+    """Checks that every tensor and every key of config.json of what the recipe names fits it."""
     for name, part, look in (
         ("vision", recipe.model.vision, check.vision),
+        ("projector", recipe.model.projector, check.projector),
         ("language", recipe.model.language, check.language),
     ):
         problems = list(look(recipe))

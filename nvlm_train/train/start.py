@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from megatron.core.transformer.module import MegatronModule
 
 from nvlm_train.config.paths import data_recipes_dir
 from nvlm_train.config.schema import Recipe
-from nvlm_train.convert.reader import language_source
+from nvlm_train.convert.reader import LanguageSource, language_source
 from nvlm_train.convert.weight_files import WeightFiles, in_gb
+from nvlm_train.convert.whole.reader import ProjectorSource, projector_source
 from nvlm_train.data.dataset import build_data
 from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.plan.plan import DataPlan
@@ -151,23 +153,28 @@ def _set_weights(
 def initial_weights(recipe: Recipe, module: MegatronModule) -> None:
     """Fills a model before any training.
 
-    The language model gets the Hugging Face weights that the recipe names. Every other tensor, and the
-    language model of a recipe without weights, is seeded by its name.
+    The language model and the projector get the weights that the recipe names. Every other tensor, and a
+    part without weights, is seeded by its name.
 
     Raises:
         CheckpointError: the weights do not fit the recipe.
     """
-    language = recipe.model.language
-    seeded = global_weights.cut(global_weights.seeded_source(language, recipe.seed))
-    if language.weights is None:
-        global_weights.fill(module, seeded)
-        return
-    with language_source(language) as imported:
-        imported.expect(global_weights.slices(module))
+    model = recipe.model
+    seeded = global_weights.cut(global_weights.seeded_source(model.language, recipe.seed))
+    with ExitStack() as opened:
+        imported: list[LanguageSource | ProjectorSource] = []
+        if model.projector.weights is not None:
+            imported.append(opened.enter_context(projector_source(model)))
+        if model.language.weights is not None:
+            imported.append(opened.enter_context(language_source(model.language)))
+        for each in imported:
+            each.expect(global_weights.slices(module))
+        sources = [*imported, seeded]
         global_weights.fill(
-            module, lambda wanted, into: imported(wanted, into) or seeded(wanted, into)
+            module, lambda wanted, into: any(source(wanted, into) for source in sources)
         )
-    _log_read(imported.files)
+    for each in imported:
+        _log_read(each.files)
 
 
 def _log_read(files: WeightFiles) -> None:
@@ -201,6 +208,8 @@ def _remedy(recipe: Recipe, run: Run, broken: Sequence[str]) -> str:
         return f"they lie in model.vision.weights={recipe.model.vision.weights}: fetch them again"
     if run.checkpoint is not None:
         return f"remove {run.checkpoint}, and the same command goes on from the one before"
+    if any(name.startswith("projector.") for name in broken) and recipe.model.projector.weights:
+        return f"they lie in model.projector.weights={recipe.model.projector.weights}: fetch them again"
     if recipe.model.language.weights is not None:
         return (
             f"they lie in model.language.weights={recipe.model.language.weights}: fetch them again"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from nvlm_train.config.schema import VisionConfig
-from nvlm_train.convert.headers import read_headers
 from nvlm_train.convert.problem import refuse
-from nvlm_train.convert.vision import PREFIX, kind_of, vision_problems
+from nvlm_train.convert.vision import encoder_files, kind_of, vision_problems
 from nvlm_train.convert.weight_files import WeightFiles
 from nvlm_train.vision.encoder import KINDS, VisionEncoder
 
@@ -23,7 +21,6 @@ def build_vision_encoder(
 
     With `config.weights` it is built on the meta device, and gets memory on `device` and in `dtype` only:
     a whole encoder in fp32 on the host of every rank would be 22 GB for InternViT-6B.
-
 
     Raises:
         ConfigError: there is no encoder of this kind.
@@ -37,7 +34,7 @@ def build_vision_encoder(
     else:
         with torch.device("meta"):
             encoder = _module(config)
-        _load(encoder, config, Path(config.weights), dtype, device)
+        _load(encoder, config, dtype, device)
     frozen: VisionEncoder = encoder.eval().requires_grad_(False)
     return frozen
 
@@ -60,22 +57,17 @@ def _initialise(encoder: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def _load(
-    encoder: nn.Module,
-    config: VisionConfig,
-    directory: Path,
-    dtype: torch.dtype,
-    device: torch.device,
+    encoder: nn.Module, config: VisionConfig, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Gives an encoder on the meta device its memory, one tensor at a time, and what the files have."""
-    setting = f"model.vision.weights={directory}"
     refuse(vision_problems(config))
-    with WeightFiles(read_headers(directory, setting).tensors, setting) as files:
-        stored = {name.removeprefix(PREFIX): name for name in files.tensors}
-        files.bytes_expected = files.bytes_stored
+    layout, tensors = encoder_files(config)
+    with WeightFiles(tensors, f"model.vision.weights={config.weights}") as files:
         state = {}
         for name, empty in encoder.state_dict().items():
+            place = layout.place(name, config, tensors)
             state[name] = torch.empty_like(empty, dtype=dtype, device=device)
-            files.copy_into(state[name], stored[name])
+            files.copy_into(state[name], place.stored, place.index)
     encoder.load_state_dict(state, assign=True)
     left = [name for name, tensor in encoder.named_buffers() if tensor.is_meta]
     assert not left, f"{config.kind}: {left} are in no file; compute them in forward"

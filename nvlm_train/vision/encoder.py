@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nvlm_train.config.schema import VisionConfig
 from nvlm_train.vision.intern_vit import InternViT
 from nvlm_train.vision.intern_vit_300m import InternViT300M
+from nvlm_train.vision.siglip import Siglip
 
 
 class VisionEncoder(Protocol):
@@ -54,5 +55,6 @@ class VisionEncoder(Protocol):
 KINDS: Mapping[str, Callable[[VisionConfig], VisionEncoder]] = {
     "intern_vit_6b": InternViT,
     "intern_vit_300m": InternViT300M,
+    "siglip": Siglip,
 }
 """`model.vision.kind` to the module that computes it. `convert.vision.KINDS` has the same keys."""

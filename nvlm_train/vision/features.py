@@ -14,22 +14,33 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def imagenet_normalised(tiles_TCEE: Tensor) -> Tensor:
-    """Takes ImageNet's mean out of pixels and divides them by its standard deviation, in fp32.
+Colours = tuple[float, float, float]
+"""A number each for red, green and blue, of pixels in 0..1."""
+
+
+def normalised(tiles_TCEE: Tensor, mean: Colours, std: Colours) -> Tensor:
+    """Takes a mean out of pixels and divides them by a standard deviation, in fp32.
 
     The two are no buffers: a cast of the module to bf16 would round them, 0.225 by 0.2 percent.
 
     Args:
         tiles_TCEE: uint8 [T, 3, E, E], RGB.
+        mean: of each colour.
+        std: of each colour.
 
     Returns:
         fp32 [T, 3, E, E], on the tiles' device.
     """
     mean_C11, std_C11 = (
         torch.tensor(values, dtype=torch.float32, device=tiles_TCEE.device).view(3, 1, 1)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
+        for values in (mean, std)
     )
     return (tiles_TCEE.float() / 255 - mean_C11) / std_C11
+
+
+def imagenet_normalised(tiles_TCEE: Tensor) -> Tensor:
+    """Normalises pixels by ImageNet's mean and standard deviation, as InternViT was trained."""
+    return normalised(tiles_TCEE, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def pixel_shuffle(x_TPH: Tensor) -> Tensor:

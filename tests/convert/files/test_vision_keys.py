@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nvlm_train.convert.vision import INTERN_VIT_6B, vision_problems
+from nvlm_train.convert.vision import kind_of, vision_problems
 from nvlm_train.errors import CheckpointError
 from nvlm_train.vision.build import build_vision_encoder
 from nvlm_train.vision.intern_vit import InternViT
@@ -90,10 +90,11 @@ def test_another_epsilon_is_refused_even_where_the_recipe_has_it(
 
 
 def test_the_table_lists_the_tensors_that_the_code_has() -> None:
-    sizes = INTERN_VIT_6B.sizes(VISION)
+    family = kind_of(VISION)
+    sizes = family.sizes(VISION)
     listed = {
         name.replace("{n}", str(number)): tuple(d if isinstance(d, int) else sizes[d] for d in dims)
-        for name, dims in INTERN_VIT_6B.tensors.items()
+        for name, dims in family.tensors.items()
         for number in range(VISION.num_layers)
     }
     assert listed == {

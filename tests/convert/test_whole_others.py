@@ -1,0 +1,99 @@
+"""The encoder inside a whole InternVL, transformers' and OpenGVLab's; what else lies there is left alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nvlm_train.convert.language import language_problems
+from nvlm_train.convert.vision import vision_problems
+from nvlm_train.convert.whole.projector import projector_problems
+from nvlm_train.vision.build import build_vision_encoder
+from tests.convert import whole_runs
+from tests.convert.test_whole import FEATURES, FFN, VISION_CONFIG, tiles, whole_config
+from tests.hugging_face import encoder_sizes, sizes
+from tests.parity.recipes import LANGUAGE, VISION
+from tests.vision.opengvlab import random_model, write
+from tests.vision.test_intern_vit import features_of_transformers
+from tests.vision.test_opengvlab import features
+
+
+def built(directory: Path) -> torch.Tensor:
+    config = replace(VISION, weights=str(directory))
+    assert [str(each) for each in vision_problems(config)] == []
+    return build_vision_encoder(config, torch.float32, torch.device("cpu"), seed=1)(tiles(2))
+
+
+@pytest.fixture(scope="module")
+def internvl() -> nn.Module:
+    """transformers' whole InternVL with random weights away from zero and one."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    text = {"model_type": "qwen2", **sizes(LANGUAGE)}
+    config = InternVLConfig(
+        vision_config=encoder_sizes(VISION),
+        text_config=text,
+        image_token_id=250,
+        image_seq_length=4,
+    )
+    model = InternVLForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            offset = 1.0 if "norm" in name and name.endswith("weight") or "lambda" in name else 0.0
+            parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("shard_size", ["50GB", "100KB"])
+def test_the_encoder_inside_transformers_internvl(
+    internvl: nn.Module, shard_size: str, tmp_path: Path
+) -> None:
+    internvl.save_pretrained(tmp_path, max_shard_size=shard_size)
+    expected = features_of_transformers(internvl.model.vision_tower, tiles(2))
+    torch.testing.assert_close(built(tmp_path), expected, rtol=0, atol=1e-4)
+
+
+def test_an_earlier_layer_of_it_is_refused(internvl: nn.Module, tmp_path: Path) -> None:
+    internvl.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(
+        path.read_text().replace('vision_feature_layer": -1', 'vision_feature_layer": -2')
+    )
+    (problem,) = vision_problems(replace(VISION, weights=str(tmp_path)))
+    assert "vision_feature_layer=-2" in str(problem)
+
+
+@pytest.fixture
+def chat(qwen2: nn.Module, tmp_path: Path) -> Path:
+    """OpenGVLab's whole InternVL: 25 heads without dummies, and a projector with biases."""
+    config = whole_config() | {
+        "model_type": "internvl_chat",
+        "architectures": ["InternVLChatModel"],
+    }
+    mlp1 = nn.Sequential(
+        nn.LayerNorm(FEATURES), nn.Linear(FEATURES, FFN), nn.GELU(), nn.Linear(FFN, 64)
+    )
+    parts = {"vision_model": random_model(VISION_CONFIG), "mlp1": mlp1, "language_model": qwen2}
+    state = {
+        f"{prefix}.{name}": tensor
+        for prefix, part in parts.items()
+        for name, tensor in part.state_dict().items()
+    }
+    return write(tmp_path / "chat", config, state, files=3)
+
+
+def test_the_encoder_inside_opengvlabs_internvl(chat: Path) -> None:
+    expected = features(random_model(VISION_CONFIG), tiles(2))
+    torch.testing.assert_close(built(chat), expected, rtol=0, atol=1e-4)
+
+
+def test_its_language_model_is_read_and_its_projector_refused(chat: Path) -> None:
+    model = whole_runs.model_from(chat)
+    assert [str(each) for each in language_problems(model.language, {"sft": 96})] == []
+    (problem,) = projector_problems(model)
+    assert "unexpected=['mlp1.1.bias'], 2 in all" in str(problem)
