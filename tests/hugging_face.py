@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from nvlm_train.config.schema import LanguageConfig, VisionConfig
 
 
@@ -39,3 +41,17 @@ def encoder_sizes(vision: VisionConfig) -> dict[str, Any]:
         "image_size": vision.tile_size,
         "patch_size": vision.patch_size,
     }
+
+
+def transformers_encoder(vision: VisionConfig) -> torch.nn.Module:
+    """Builds transformers' encoder of the recipe's kind, with weights away from zero and one everywhere."""
+    from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+    from transformers.models.internvl.modeling_internvl import InternVLVisionModel
+
+    model = InternVLVisionModel(InternVLVisionConfig(**encoder_sizes(vision))).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            offset = 1.0 if "norm" in name and name.endswith("weight") or "lambda" in name else 0.0
+            parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model

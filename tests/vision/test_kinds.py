@@ -16,27 +16,13 @@ from nvlm_train.convert import vision as tables
 from nvlm_train.errors import CheckpointError, ConfigError
 from nvlm_train.vision import encoder
 from nvlm_train.vision.build import build_vision_encoder
-from tests.hugging_face import encoder_sizes
+from tests.hugging_face import transformers_encoder
 from tests.parity import gradients
 from tests.parity.recipes import MODEL
 from tests.vision.test_intern_vit import CONFIG, features_of_transformers, tiles
 from tests.workers import WorkerPool
 
 KINDS = list(encoder.KINDS)
-
-
-def reference(config: VisionConfig) -> torch.nn.Module:
-    """transformers' model of the kind, with weights away from zero and one everywhere."""
-    from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
-    from transformers.models.internvl.modeling_internvl import InternVLVisionModel
-
-    model = InternVLVisionModel(InternVLVisionConfig(**encoder_sizes(config))).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            offset = 1.0 if "norm" in name and name.endswith("weight") or "lambda" in name else 0.0
-            parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def build(config: VisionConfig) -> encoder.VisionEncoder:
@@ -49,7 +35,7 @@ def test_both_tables_have_the_same_kinds() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
-    model = reference(replace(CONFIG, kind=kind))
+    model = transformers_encoder(replace(CONFIG, kind=kind))
     model.save_pretrained(tmp_path)
     found = build(replace(CONFIG, kind=kind, weights=str(tmp_path)))(tiles(3))
     expected = features_of_transformers(model, tiles(3))
@@ -63,7 +49,7 @@ def test_the_table_lists_the_tensors_that_the_code_has(kind: str) -> None:
     shapes = tables.KINDS[kind].shapes(config)
     assert shapes == {name: tuple(each.shape) for name, each in build(config).named_parameters()}
     assert costs.vision_parameters(config) == sum(
-        parameter.numel() for parameter in reference(config).parameters()
+        parameter.numel() for parameter in transformers_encoder(config).parameters()
     )
 
 
@@ -81,7 +67,7 @@ def test_two_steps_are_those_of_one_process(workers: WorkerPool, kind: str) -> N
     ("kind", "other"), [("intern_vit_6b", "intern_vit_300m"), ("intern_vit_300m", "intern_vit_6b")]
 )
 def test_weights_of_the_other_kind_say_which_it_is(kind: str, other: str, tmp_path: Path) -> None:
-    reference(replace(CONFIG, kind=other)).save_pretrained(tmp_path)
+    transformers_encoder(replace(CONFIG, kind=other)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         build(replace(CONFIG, kind=kind, weights=str(tmp_path)))
     assert f"model.vision.kind={kind}" in str(caught.value)
