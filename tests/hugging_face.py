@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
 
 from nvlm_train.config.schema import LanguageConfig, VisionConfig
 
@@ -43,8 +43,18 @@ def encoder_sizes(vision: VisionConfig) -> dict[str, Any]:
     }
 
 
-def encoder_model(vision: VisionConfig) -> nn.Module:
-    """transformers' model of the recipe's kind and sizes, as it initialises it."""
+def transformers_encoder(vision: VisionConfig) -> torch.nn.Module:
+    """Builds transformers' encoder of the recipe's kind, with weights away from zero and one everywhere."""
+    model = _initialised_encoder(vision).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            offset = 1.0 if "norm" in name and name.endswith("weight") or "lambda" in name else 0.0
+            parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _initialised_encoder(vision: VisionConfig) -> torch.nn.Module:
     if vision.kind == "siglip":
         from transformers import SiglipVisionConfig, SiglipVisionModel
 

@@ -17,7 +17,7 @@ from nvlm_train.vision.build import build_vision_encoder
 from nvlm_train.vision.features import IMAGENET_MEAN, IMAGENET_STD, pixel_shuffle
 from nvlm_train.vision.intern_vit import InternViT
 from nvlm_train.vision.tile_parallel import encode_tiles
-from tests.hugging_face import encoder_sizes
+from tests.hugging_face import transformers_encoder
 
 CONFIG = VisionConfig(
     num_layers=3, hidden_size=40, num_heads=5, ffn_hidden_size=72, tile_size=32, patch_size=4,
@@ -34,16 +34,7 @@ def tiles(count: int, seed: int = 0) -> Tensor:
 @pytest.fixture(scope="module")
 def reference() -> torch.nn.Module:
     """transformers' model of the same sizes, with weights away from zero and one everywhere."""
-    from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
-    from transformers.models.internvl.modeling_internvl import InternVLVisionModel
-
-    model = InternVLVisionModel(InternVLVisionConfig(**encoder_sizes(CONFIG))).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            offset = 1.0 if "norm" in name and name.endswith("weight") or "lambda" in name else 0.0
-            parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return transformers_encoder(CONFIG)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from nvlm_train.convert import vision as tables
 from nvlm_train.errors import CheckpointError, ConfigError
 from nvlm_train.vision import encoder
 from nvlm_train.vision.build import build_vision_encoder
-from tests.hugging_face import encoder_model
+from tests.hugging_face import transformers_encoder
 from tests.parity import gradients
 from tests.parity.recipes import MODEL
 from tests.vision.siglip import features_of_siglip
@@ -32,17 +32,6 @@ FEATURES = {
 """What transformers' model makes of tiles, by kind."""
 
 
-def reference(config: VisionConfig) -> torch.nn.Module:
-    """transformers' model of the kind, with weights away from zero and one everywhere."""
-    model = encoder_model(config).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            offset = 1.0 if "norm" in name and name.endswith("weight") or "lambda" in name else 0.0
-            parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def build(config: VisionConfig) -> encoder.VisionEncoder:
     return build_vision_encoder(config, torch.float32, torch.device("cpu"), seed=1)
 
@@ -54,7 +43,7 @@ def test_both_tables_have_the_same_kinds() -> None:
 @pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_features_are_those_of_transformers(kind: str, shard_size: str, tmp_path: Path) -> None:
-    model = reference(replace(CONFIG, kind=kind))
+    model = transformers_encoder(replace(CONFIG, kind=kind))
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (len(list(tmp_path.glob("*.safetensors"))) == 1) == (shard_size == "50GB")
     found = build(replace(CONFIG, kind=kind, weights=str(tmp_path)))(tiles(3))
@@ -70,7 +59,7 @@ def test_the_table_lists_the_tensors_that_the_code_has(kind: str) -> None:
     assert shapes == {name: tuple(each.shape) for name, each in build(config).named_parameters()}
     assert costs.vision_parameters(config) == sum(
         parameter.numel()
-        for name, parameter in reference(config).named_parameters()
+        for name, parameter in transformers_encoder(config).named_parameters()
         if not name.startswith("head.")
     )
 
@@ -89,7 +78,7 @@ def test_two_steps_are_those_of_one_process(workers: WorkerPool, kind: str) -> N
     ("kind", "other"), [(kind, other) for kind in KINDS for other in KINDS if kind != other]
 )
 def test_weights_of_the_other_kind_say_which_it_is(kind: str, other: str, tmp_path: Path) -> None:
-    reference(replace(CONFIG, kind=other)).save_pretrained(tmp_path)
+    transformers_encoder(replace(CONFIG, kind=other)).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         build(replace(CONFIG, kind=kind, weights=str(tmp_path)))
     assert f"model.vision.kind={kind}" in str(caught.value)

@@ -18,10 +18,9 @@ from nvlm_train.convert.vision import vision_problems
 from nvlm_train.errors import ConfigError
 from nvlm_train.vision.build import build_vision_encoder
 from tests.convert.files.alterations import alterations
-from tests.hugging_face import encoder_model, siglip_sizes
+from tests.hugging_face import siglip_sizes, transformers_encoder
 from tests.vision.siglip import features_of_siglip
 from tests.vision.test_intern_vit import CONFIG, tiles
-from tests.vision.test_kinds import reference
 
 VISION = replace(CONFIG, kind="siglip")
 
@@ -40,7 +39,7 @@ def errors(directory: Path, **changes: Any) -> list[str]:
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """What save_pretrained of the vision model wrote."""
-    reference(VISION).save_pretrained(tmp_path / "siglip")
+    transformers_encoder(VISION).save_pretrained(tmp_path / "siglip")
     return tmp_path / "siglip"
 
 
@@ -54,7 +53,7 @@ def whole_siglip(directory: Path) -> torch.nn.Module:
         vision_config=siglip_sizes(VISION),
     )  # fmt: skip
     model = SiglipModel(config).eval()
-    model.vision_model.load_state_dict(reference(VISION).state_dict())
+    model.vision_model.load_state_dict(transformers_encoder(VISION).state_dict())
     model.save_pretrained(directory)
     return model.vision_model
 
@@ -70,7 +69,7 @@ def test_the_names_of_transformers_4(weights: Path) -> None:
     """There SiglipVisionModel's tensors have the prefix that they have in the whole model."""
     state = load_file(weights / "model.safetensors")
     plain = {name.removeprefix("vision_model."): each for name, each in state.items()}
-    expected = features_of_siglip(reference(VISION), tiles(2))
+    expected = features_of_siglip(transformers_encoder(VISION), tiles(2))
     for prefix in ("vision_model.", ""):
         save_file(
             {prefix + name: each for name, each in plain.items()}, weights / "model.safetensors"
@@ -96,10 +95,10 @@ def test_features_are_those_of_the_images_that_siglip_was_trained_on(weights: Pa
     process = SiglipImageProcessor(size={"height": edge, "width": edge}, do_resize=False)
     pixels = process(list(tiles(2)), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        states = reference(VISION)(pixels).last_hidden_state
+        states = transformers_encoder(VISION)(pixels).last_hidden_state
     found = build(weights).hidden_states(pixels)
     torch.testing.assert_close(found, states, rtol=0, atol=1e-4)
-    expected = features_of_siglip(reference(VISION), tiles(2))
+    expected = features_of_siglip(transformers_encoder(VISION), tiles(2))
     torch.testing.assert_close(build(weights)(tiles(2)), expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(pixels, tiles(2) / 127.5 - 1, rtol=0, atol=1e-5)
 
@@ -180,7 +179,7 @@ def test_published_sizes_whose_patches_pair_up(tile: int, patch: int, tokens: in
     from nvlm_train.geometry import tokens_per_tile
 
     vision = replace(VISION, tile_size=tile, patch_size=patch, num_layers=1)
-    encoder = encoder_model(vision).eval()
+    encoder = transformers_encoder(vision)
     assert encoder.embeddings.num_patches == 4 * tokens_per_tile(vision) == 4 * tokens
 
 
