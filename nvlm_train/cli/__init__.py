@@ -90,7 +90,7 @@ def _recipe_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from nvlm_train.config.load import load_recipe
+    from nvlm_train.recipe.load import load_recipe
 
     recipe = load_recipe(options.overrides, options.recipes)
     _before_megatron()
@@ -100,7 +100,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from nvlm_train.config.load import load_recipe
+    from nvlm_train.recipe.load import load_recipe
 
     recipe = load_recipe(options.overrides, options.recipes)
     _before_megatron()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nvlm_train.config.load import load_recipe
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.config.schema import Recipe
 from nvlm_train.data.dataset import build_encoder
 from nvlm_train.data.samples.encoder import SampleEncoder

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nvlm_train.config.load import load_recipe
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.config.paths import batch_script
 from nvlm_train.config.rules import check
 from nvlm_train.config.schema import Recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nvlm_train.config.schema import Recipe
 from nvlm_train.convert import check
 from nvlm_train.doctor.finding import Findings, findings_of, ok
+from nvlm_train.recipe.sizes import shown
 
 
 def check_weights(recipe: Recipe) -> Findings:
@@ -14,6 +15,7 @@ def check_weights(recipe: Recipe) -> Findings:
         ("projector", recipe.model.projector, check.projector),
         ("language", recipe.model.language, check.language),
     ):
+        yield ok("weights", f"model.{name}: {shown(part)}")
         problems = list(look(recipe))
         yield from findings_of("weights", problems)
         if part.weights is None:

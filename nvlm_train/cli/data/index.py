@@ -52,7 +52,7 @@ def index(options: argparse.Namespace) -> int:
         ConfigError: the recipe, a data recipe or a pattern.
         ShardError: shards that cannot be indexed, all of them; the others are indexed.
     """
-    from nvlm_train.config.load import load_recipe
+    from nvlm_train.recipe.load import load_recipe
     from nvlm_train.data.index.build import WantedShard, index_shards
     from nvlm_train.data.index.files import IndexFiles
 

@@ -42,7 +42,7 @@ def stats(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from nvlm_train.config.load import load_recipe
+    from nvlm_train.recipe.load import load_recipe
     from nvlm_train.config.paths import data_recipes_dir
     from nvlm_train.data.dataset import build_data
     from nvlm_train.data.plan.data_recipe import read_blend
