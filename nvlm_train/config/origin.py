@@ -66,7 +66,9 @@ class Sources:
 
     def place(self, dotted: str) -> int:
         """Where a key is stated last: later places win over earlier ones; -1 where nobody states it."""
-        if any(f"{dotted}.".startswith(f"{key}.") for key in self.command_line):
+        # `model.language={...}` states all below it; `model=NAME` is the choice of a file.
+        above = (key for key in self.command_line if "." in key)
+        if dotted in self.command_line or any(dotted.startswith(f"{key}.") for key in above):
             return len(self.files)
         places = range(len(self.files) - 1, -1, -1)
         return next((place for place in places if _states(self.files[place], dotted)), -1)

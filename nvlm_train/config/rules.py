@@ -25,7 +25,10 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
     Raises:
         ConfigError: each rule that is broken, as `name=value`, the rule, the remedy.
     """
-    problems = [*vision_shapes_fit(recipe.model.vision), *language_shapes_fit(recipe.model.language)]
+    problems = [
+        *vision_shapes_fit(recipe.model.vision),
+        *language_shapes_fit(recipe.model.language),
+    ]
     problems += [problem for rule in _RECIPE_RULES for problem in rule(recipe)]
     for name in dict.fromkeys(recipe.schedule):
         stage = recipe.stages.get(name)
@@ -229,7 +232,9 @@ def vocabulary_is_cut_evenly(recipe: Recipe) -> Problems:
     rows = recipe.model.language.vocab_size
     tokens = recipe.model.language.num_tokens or rows
     sizes = {
-        name: recipe.stages[name].parallel.tensor for name in recipe.schedule if name in recipe.stages
+        name: recipe.stages[name].parallel.tensor
+        for name in recipe.schedule
+        if name in recipe.stages
     }
     # Multiples of 64 suit other layouts and matrix products, too.
     unit = math.lcm(64, *(max(1, size) for size in sizes.values()))

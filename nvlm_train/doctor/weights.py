@@ -5,6 +5,7 @@ from __future__ import annotations
 from nvlm_train.config.schema import Recipe
 from nvlm_train.convert import check
 from nvlm_train.doctor.finding import Findings, findings_of, ok
+from nvlm_train.recipe.inspection import possible
 from nvlm_train.recipe.sizes import shown
 
 
@@ -22,3 +23,6 @@ def check_weights(recipe: Recipe) -> Findings:
             yield ok("weights", f"model.{name}: random weights, of seed={recipe.seed}")
         elif not problems:
             yield ok("weights", f"model.{name}.weights={part.weights}: config.json and tensors fit")
+        if not any(problem.level == "error" for problem in problems):
+            for line in possible(part):
+                yield ok("weights", f"model.{name}: {line}")

@@ -103,7 +103,9 @@ def _group_of_run(group: str, run_dir: str) -> dict[str, Any] | None:
     if newest is None:
         return None
     try:
-        model = json.loads((newest.parent / "state.json").read_text(encoding="utf-8"))["recipe"]["model"]
+        model = json.loads((newest.parent / "state.json").read_text(encoding="utf-8"))["recipe"][
+            "model"
+        ]
         known: dict[str, Any] = model[group.removeprefix("model.")]
     except (OSError, ValueError, KeyError, TypeError):
         # Damage is for the reader of checkpoints to judge: it has an older one, or says so.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from nvlm_train.config.schema import LanguageConfig, VisionConfig
 from nvlm_train.convert.family import Family, family_of, key_problems, read_config
 from nvlm_train.convert.keys import Config, Place
 from nvlm_train.convert.language import FAMILIES
-from nvlm_train.convert.problem import Problem
+from nvlm_train.convert.problem import Problem, error
 from nvlm_train.convert.vision import KINDS
+from nvlm_train.convert.whole.parts import PartName, whole_of
 from nvlm_train.errors import ConfigError
 
 SIZES: Mapping[str, tuple[str, ...]] = {
@@ -31,7 +32,7 @@ SIZES: Mapping[str, tuple[str, ...]] = {
 
 
 def described(group: str, directory: Path, setting: str) -> dict[str, Any]:
-    """Reads the sizes of a part of a model from its config.json.
+    """Reads the sizes of a part of a model from its config.json, or from that of a whole model.
 
     Args:
         group: `model.vision` or `model.language`.
@@ -45,13 +46,28 @@ def described(group: str, directory: Path, setting: str) -> dict[str, Any]:
         ConfigError: it has no config.json, or one of a model that is not read.
     """
     config = read_config(directory / "config.json", setting)
-    if isinstance(config, Problem):
-        raise ConfigError([str(config)])
-    place = Place(setting, group, str(directory / "config.json"), NAMES[group])
-    found = READERS[group](config, place)
+    part = PARTS[group]
+    own = config if isinstance(config, Problem) else section_of(config, part.name, setting)
+    place = Place(setting, group, str(directory / "config.json"), part.model)
+    found = own if isinstance(own, Problem) else part.read(own, place)
     if isinstance(found, Problem):
         raise ConfigError([str(found)])
     return found
+
+
+def section_of(config: Config, part: PartName, setting: str) -> Config | Problem:
+    """The config.json of a part, which is a group of it where it is one of a whole model."""
+    whole = whole_of(config)
+    if whole is None or part not in whole.sections:
+        return config
+    section = whole.sections[part]
+    inside = config.get(section.config) if section.config else config
+    if not isinstance(inside, dict):
+        return error(
+            f"{setting}: config.json has no group {section.config}",
+            "add the config.json that lies beside these weights",
+        )
+    return section.read(inside)
 
 
 def _language(config: Config, place: Place) -> dict[str, Any] | Problem:
@@ -63,33 +79,52 @@ def _language(config: Config, place: Place) -> dict[str, Any] | Problem:
 
 def _vision(config: Config, place: Place) -> dict[str, Any] | Problem:
     """The kind whose rules config.json breaks least: none, where one fits."""
-    kinds = {name: kind for name, kind in KINDS.items() if kind.model_type == config.get("model_type")}
-    if not kinds:
-        known = family_of({kind.model_type: kind for kind in KINDS.values()}, config, place)
+    named = config.get("model_type")
+    layouts = [(kind, layout.files) for kind, each in KINDS.items() for layout in each]
+    fitting = [(kind, files) for kind, files in layouts if files.model_type == named]
+    if not fitting:
+        known = family_of({files.model_type: files for _, files in layouts}, config, place)
         assert isinstance(known, Problem)
         return known
-    name = min(kinds, key=lambda name: _broken(kinds[name], name, config, place))
-    return {"kind": name, **kinds[name].fields(config)}
+    kind, files = min(fitting, key=lambda each: _broken(*each, config, place))
+    return {"kind": kind, **files.fields(config)}
 
 
-def _broken(kind: Family, name: str, config: Config, place: Place) -> int:
+def _broken(kind: str, files: Family, config: Config, place: Place) -> int:
+    """Counts the rules that config.json breaks as one of this kind."""
     try:
-        vision = build(VisionConfig, {"kind": name, **kind.fields(config)})
-    except ConfigError as error:
-        return len(error.problems)
-    return len(list(key_problems(kind, config, vision, place)))
+        vision = build(VisionConfig, {"kind": kind, **files.fields(config)})
+    except ConfigError as problems:
+        return len(problems.problems)
+    return len(list(key_problems(files, config, vision, place)))
 
 
-Reader = Callable[[Config, Place], dict[str, Any] | Problem]
-READERS: Mapping[str, Reader] = {"model.vision": _vision, "model.language": _language}
-NAMES = {"model.vision": "the vision encoder of NVLM", "model.language": "the language model of NVLM"}
+@dataclass(frozen=True)
+class Readable:
+    """A part of a model whose sizes can be read."""
+
+    name: PartName
+    model: str
+    """What messages call it."""
+    read: Callable[[Config, Place], dict[str, Any] | Problem]
 
 
-def shown(group: VisionConfig | LanguageConfig) -> str:
-    """A group of the recipe in one line: every field that is not null.
+PARTS: Mapping[str, Readable] = {
+    "model.vision": Readable("vision", "the vision encoder of NVLM", _vision),
+    "model.language": Readable("language", "the language model of NVLM", _language),
+}
+"""By group of the recipe."""
 
-    >>> shown(VisionConfig(2, 32, 4, 64, 32, 8))[:31]
-    'num_layers=2 hidden_size=32 num'
+
+def shown(group: VisionConfig | LanguageConfig, names: Iterable[str] = ()) -> str:
+    """Fields of a group in one line, those that are null left out.
+
+    Args:
+        group: of the recipe.
+        names: fields; all where none is named.
+
+    >>> shown(VisionConfig(2, 32, 4, 64, 32, 8), ["num_layers", "weights", "kind"])
+    'num_layers=2 kind=intern_vit_6b'
     """
-    values = ((each.name, getattr(group, each.name)) for each in fields(group))
+    values = ((name, getattr(group, name)) for name in names or vars(group))
     return " ".join(f"{name}={value}" for name, value in values if value is not None)
