@@ -49,7 +49,7 @@ def load_recipe(
     recipes_dir: str | Path | None = None,
     complete: Complete = nothing,
 ) -> Recipe:
-    """Composes, builds and checks a recipe. Commands use that of `nvlm_train.recipe.load`, which completes it.
+    """Composes, builds and checks a recipe. `nvlm_train.recipe.load` completes it, too.
 
     Args:
         overrides: Hydra's grammar: `experiment=smoke`, `stages.sft.steps=10`.
@@ -93,7 +93,7 @@ def _completed(composed: DictConfig, sources: Sources, complete: Complete) -> So
             is_there = OmegaConf.select(composed, dotted, default=MANDATORY) != MANDATORY
             return is_there and sources.place(dotted) >= since
 
-        stated = {str(key): content[key] for key in content if stays(f"{group}.{key}")}
+        stated = {key: content[key] for key in map(str, content) if stays(f"{group}.{key}")}
         found = complete(group, stated, str(OmegaConf.select(composed, "run_dir")))
         with open_dict(composed):
             for dotted, value in found.items():
@@ -102,7 +102,7 @@ def _completed(composed: DictConfig, sources: Sources, complete: Complete) -> So
                     read[dotted] = f"{directory or stated.get('weights')}/config.json"
             if directory is not None:
                 del content[FROM]
-    return replace(sources, read=read)
+    return replace(sources, completed=read)
 
 
 def _check_format(plain: Any, sources: Sources) -> None:

@@ -28,7 +28,7 @@ class Sources:
     files: tuple[SourceFile, ...]
     command_line: tuple[str, ...]
     """Keys that were set there."""
-    read: Mapping[str, str] = field(default_factory=dict)
+    completed: Mapping[str, str] = field(default_factory=dict)
     """Keys that no one states and that were read from a file, with its name."""
 
     @staticmethod
@@ -57,8 +57,8 @@ class Sources:
     def find(self, dotted: str) -> str | None:
         """The last one to state a dotted key, or none when nobody does."""
         dotted = re.sub(r"\[\d+\]", "", dotted)
-        if dotted in self.read:
-            return self.read[dotted]
+        if dotted in self.completed:
+            return self.completed[dotted]
         place = self.place(dotted)
         if place == len(self.files):
             return "the command line"

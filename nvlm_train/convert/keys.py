@@ -180,7 +180,7 @@ class Derived:
     allowed: Callable[[Any], tuple[Any, ...]]
     """The recipe's group to the values that say the same."""
     field: str | None = None
-    """The field of the recipe that a value, if it is not null, is the value of; none where there is no one."""
+    """The field of the recipe that has the value, or null as the key has; none where there is no such."""
 
     def fields(self, config: Config) -> Mapping[str, Any]:
         """The field where the key is stated; elsewhere null, and it follows from other fields."""

@@ -90,7 +90,7 @@ class Rope:
         Of a table that `problems` refuses, whatever can be read of it.
         """
         tables = [config[key] for key in _TABLES if isinstance(config.get(key), dict)]
-        content = next((each for each in tables if each), {})
+        content: Config = next((each for each in tables if each), {})
         table = _Table("", content)
         kind = self.types.get(table.type) if isinstance(table.type, str) else None
         scaling = None

@@ -86,7 +86,7 @@ def _vision(config: Config, place: Place) -> dict[str, Any] | Problem:
         known = family_of({files.model_type: files for _, files in layouts}, config, place)
         assert isinstance(known, Problem)
         return known
-    kind, files = min(fitting, key=lambda each: _broken(*each, config, place))
+    kind, files = min(fitting, key=lambda each: _broken(each[0], each[1], config, place))
     return {"kind": kind, **files.fields(config)}
 
 
