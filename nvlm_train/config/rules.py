@@ -231,11 +231,8 @@ def vocabulary_is_cut_evenly(recipe: Recipe) -> Problems:
     """Tensor parallelism cuts the table; padding makes it fit, to one size for the layouts of all stages."""
     rows = recipe.model.language.vocab_size
     tokens = recipe.model.language.num_tokens or rows
-    sizes = {
-        name: recipe.stages[name].parallel.tensor
-        for name in recipe.schedule
-        if name in recipe.stages
-    }
+    scheduled = [name for name in recipe.schedule if name in recipe.stages]
+    sizes = {name: recipe.stages[name].parallel.tensor for name in scheduled}
     # Multiples of 64 suit other layouts and matrix products, too.
     unit = math.lcm(64, *(max(1, size) for size in sizes.values()))
     for name, size in sizes.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nvlm_train.config.schema import Recipe
+from nvlm_train.config.schema import LanguageConfig, Recipe, VisionConfig
 from nvlm_train.convert import check
 from nvlm_train.doctor.finding import Findings, findings_of, ok
 from nvlm_train.recipe.inspection import possible
@@ -23,6 +23,7 @@ def check_weights(recipe: Recipe) -> Findings:
             yield ok("weights", f"model.{name}: random weights, of seed={recipe.seed}")
         elif not problems:
             yield ok("weights", f"model.{name}.weights={part.weights}: config.json and tensors fit")
-        if not any(problem.level == "error" for problem in problems):
+        fits = not any(problem.level == "error" for problem in problems)
+        if fits and isinstance(part, VisionConfig | LanguageConfig):
             for line in possible(part):
                 yield ok("weights", f"model.{name}: {line}")

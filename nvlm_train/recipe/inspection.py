@@ -34,6 +34,8 @@ class Found:
     sizes: Group | None
     """As the recipe would have them; none where config.json has none that can be read."""
     problems: tuple[Problem, ...]
+    has_projector: bool = False
+    """Whether a projector that can be read lies beside it."""
 
     @property
     def fits(self) -> bool:
@@ -69,6 +71,11 @@ KNOWN: Mapping[str, frozenset[str]] = {
 """By part, the `model_type` of what is read."""
 
 
+def _has_projector(config: Config) -> bool:
+    whole = whole_of(config)
+    return whole is not None and "projector" in whole.sections
+
+
 def _unknown(directory: Path, config: Config) -> str:
     has = f"model_type={shown(config['model_type'])}" if "model_type" in config else "no model_type"
     known = "; ".join(f"{part}: {', '.join(sorted(names))}" for part, names in KNOWN.items())
@@ -94,7 +101,8 @@ def _inspect(group: str, directory: Path, config: Config) -> Found:
             error(each, "give whole weights of a model that is read") for each in problems.problems
         )
         return Found(group, family, None, lines)
-    return Found(group, family, found, tuple(_problems(found)))
+    has_projector = group == "model.language" and _has_projector(config)
+    return Found(group, family, found, tuple(_problems(found)), has_projector)
 
 
 SCHEMAS: Mapping[str, type[Group]] = {
@@ -126,6 +134,8 @@ def report(found: Found) -> Iterator[str]:
     if found.fits and found.sizes is not None:
         yield "  fits: every key of config.json and every tensor is accounted for"
         yield f"  to start from it: {found.group}.from={found.sizes.weights}"
+        if found.has_projector:
+            yield f"  its projector, for an NVLM-D: model.projector.weights={found.sizes.weights}"
 
 
 def possible(group: Group) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_train.config.build import build
-from nvlm_train.config.schema import LanguageConfig, VisionConfig
+from nvlm_train.config.schema import LanguageConfig, ProjectorConfig, VisionConfig
 from nvlm_train.convert.family import Family, family_of, key_problems, read_config
 from nvlm_train.convert.keys import Config, Place
 from nvlm_train.convert.language import FAMILIES
@@ -116,7 +116,7 @@ PARTS: Mapping[str, Readable] = {
 """By group of the recipe."""
 
 
-def shown(group: VisionConfig | LanguageConfig, names: Iterable[str] = ()) -> str:
+def shown(group: VisionConfig | ProjectorConfig | LanguageConfig, names: Iterable[str] = ()) -> str:
     """Fields of a group in one line, those that are null left out.
 
     Args:
