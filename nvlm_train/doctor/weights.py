@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from nvlm_train.config.schema import LanguageConfig, Recipe, VisionConfig
+from nvlm_train.config.schema import LanguageConfig, ProjectorConfig, Recipe, VisionConfig
 from nvlm_train.convert import check
 from nvlm_train.doctor.finding import Findings, findings_of, ok
 from nvlm_train.recipe.inspection import possible
-from nvlm_train.recipe.sizes import shown
+from nvlm_train.recipe.sizes import SIZES, shown
 
 
 def check_weights(recipe: Recipe) -> Findings:
@@ -16,14 +16,18 @@ def check_weights(recipe: Recipe) -> Findings:
         ("projector", recipe.model.projector, check.projector),
         ("language", recipe.model.language, check.language),
     ):
-        yield ok("weights", f"model.{name}: {shown(part)}")
         problems = list(look(recipe))
         yield from findings_of("weights", problems)
+        sizes = _sizes(name, part)
         if part.weights is None:
-            yield ok("weights", f"model.{name}: random weights, of seed={recipe.seed}")
+            yield ok("weights", f"model.{name}: random weights, of seed={recipe.seed}; {sizes}")
         elif not problems:
-            yield ok("weights", f"model.{name}.weights={part.weights}: config.json and tensors fit")
-        fits = not any(problem.level == "error" for problem in problems)
-        if fits and isinstance(part, VisionConfig | LanguageConfig):
-            for line in possible(part):
-                yield ok("weights", f"model.{name}: {line}")
+            fit = f"model.{name}.weights={part.weights}: config.json and tensors fit"
+            yield ok("weights", f"{fit}; {sizes}")
+
+
+def _sizes(name: str, part: VisionConfig | ProjectorConfig | LanguageConfig) -> str:
+    """Tells the sizes of a part and what it can be used with, as `nvlm convert inspect` does."""
+    if isinstance(part, ProjectorConfig):
+        return shown(part, ["ffn_hidden_size", "norm_eps"])
+    return "; ".join([shown(part, SIZES[f"model.{name}"]), *possible(part)])
