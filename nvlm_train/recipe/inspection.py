@@ -72,8 +72,8 @@ KNOWN: Mapping[str, frozenset[str]] = {
 
 
 def _has_projector(config: Config) -> bool:
-    whole = whole_of(config)
-    return whole is not None and "projector" in whole.sections
+    """Only NVLM-D's has no biases, as ours."""
+    return config.get("model_type") == "NVLM_D"
 
 
 def _unknown(directory: Path, config: Config) -> str:
