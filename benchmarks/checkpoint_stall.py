@@ -29,7 +29,7 @@ def train_and_time(root: Path, out: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from nvlm_train.config.load import load_recipe
+    from nvlm_train.recipe.load import load_recipe
     from nvlm_train.train import loop
     from nvlm_train.train.checkpoint import writer_threads
     from nvlm_train.train.checkpoint.saver import Saver
@@ -135,7 +135,7 @@ def main() -> int:
     if options.worker:
         train_and_time(*options.worker)
         return 0
-    from nvlm_train.config.load import load_recipe
+    from nvlm_train.recipe.load import load_recipe
     from tests.train.smoke import make_smoke_data
 
     with tempfile.TemporaryDirectory() as directory:

@@ -123,13 +123,13 @@ try:
 except Exception as error:
     print(error)
 """
-SAVE_MISTRAL = """
+SAVE_SEED_OSS = """
 import sys
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import SeedOssConfig, SeedOssForCausalLM
 
-MistralForCausalLM(MistralConfig(
+SeedOssForCausalLM(SeedOssConfig(
     vocab_size=512, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    intermediate_size=128, head_dim=16, sliding_window=None,
+    intermediate_size=128, head_dim=16, pad_token_id=None,
     rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
 )).save_pretrained(sys.argv[1])
 """
@@ -144,21 +144,21 @@ def test_a_vision_encoder(copy: Path) -> None:
 
 @pytest.mark.slow
 def test_a_language_family(copy: Path) -> None:
-    """The check of weights accepts what transformers wrote, and refuses a window."""
+    """The check of weights accepts what transformers wrote, and refuses another bias."""
     follow("A language family", copy)
-    run(copy, "-c", SAVE_MISTRAL, copy / "mistral")
+    run(copy, "-c", SAVE_SEED_OSS, copy / "seed_oss")
     code = """
 from dataclasses import replace
 from nvlm_train.config.load import load_recipe
 from nvlm_train.convert.language import language_problems
-language = load_recipe(["experiment=smoke", "language=mistral_smoke"]).model.language
-language = replace(language, vocab_size=512, weights="mistral")
+language = load_recipe(["experiment=smoke", "language=seed_oss_smoke"]).model.language
+language = replace(language, vocab_size=512, weights="seed_oss")
 print(*language_problems(language, {}), sep="\\n")
 """
     assert run(copy, "-c", code).strip() == ""
-    stored = copy / "mistral" / "config.json"
-    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"sliding_window": 64}))
-    assert "sliding_window=64" in run(copy, "-c", code)
+    stored = copy / "seed_oss" / "config.json"
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"attention_out_bias": True}))
+    assert "attention_out_bias=true" in run(copy, "-c", code)
 
 
 def test_an_input_format(copy: Path) -> None:
@@ -194,11 +194,11 @@ def test_everything_in_one_run(copy: Path) -> None:
     """Stage, tags, encoder and language model of the page train, and report the page's metric."""
     for heading in HEADINGS:
         follow(heading, copy)
-    run(copy, "-c", SAVE_MISTRAL, copy / "mistral")
+    run(copy, "-c", SAVE_SEED_OSS, copy / "seed_oss")
     make_smoke_data(copy)
     _, *settings = overrides(copy, copy / "run", "stages.sft.tiling.tags=1d_of")
-    settings += ["vision=plain_vit_smoke", "language=mistral_smoke"]
-    settings += ["model.language.weights=mistral"]
+    settings += ["vision=plain_vit_smoke", "language=seed_oss_smoke"]
+    settings += ["model.language.weights=seed_oss"]
     three = ("experiment=three", f"stages.align.blend={copy}/blend.yaml")
     run(copy, "-m", "nvlm_train", "train", *three, *settings, "--recipes", "mine")
     records = [

@@ -6,10 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nvlm_train.cli import convert, dashboard, data, doctor, launch
 from nvlm_train.errors import ConfigError, NvlmError
 from nvlm_train.logs import set_up_logging
+
+if TYPE_CHECKING:
+    from nvlm_train.config.schema import Recipe
 
 EXIT_ERROR = 2
 """Exit code of an error that the user can fix; the message says what and how."""
@@ -87,12 +91,26 @@ def _recipe_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--recipes", metavar="DIR", help="your own recipes, in addition to the shipped ones"
     )
+    command.add_argument(
+        "--cfg", nargs="?", choices=["job"], const="job",
+        help="print the whole recipe as YAML, with sizes that come from weights, and end",
+    )  # fmt: skip
+
+
+def _recipe(options: argparse.Namespace) -> Recipe | None:
+    """Loads the recipe of a command. Where only its text is asked for, prints it and returns None."""
+    from nvlm_train.recipe.load import as_yaml, load_recipe
+
+    recipe = load_recipe(options.overrides, options.recipes)
+    if options.cfg is None:
+        return recipe
+    sys.stdout.write(as_yaml(recipe))
+    return None
 
 
 def _train(options: argparse.Namespace) -> int:
-    from nvlm_train.config.load import load_recipe
-
-    recipe = load_recipe(options.overrides, options.recipes)
+    if (recipe := _recipe(options)) is None:
+        return 0
     _before_megatron()
     from nvlm_train.cli.train import run
 
@@ -100,9 +118,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from nvlm_train.config.load import load_recipe
-
-    recipe = load_recipe(options.overrides, options.recipes)
+    if (recipe := _recipe(options)) is None:
+        return 0
     _before_megatron()
     from nvlm_train.cli.chat import answer
 

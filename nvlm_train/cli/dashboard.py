@@ -22,8 +22,8 @@ def dashboard(options: argparse.Namespace) -> int:
     Raises:
         NvlmError: the recipe has no tracking.entity, or wandb-workspaces is not installed.
     """
-    from nvlm_train.config.load import load_recipe
     from nvlm_train.errors import ConfigError
+    from nvlm_train.recipe.load import load_recipe
     from nvlm_train.train.tracking.dashboard import workspace
 
     recipe = load_recipe(options.overrides, options.recipes)

@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 
 from nvlm_train.config import rules
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.paths import batch_script
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import ConfigError, LaunchError
+from nvlm_train.recipe.load import load_recipe
 
 WARNING_S = 300
 """Seconds before the time limit at which slurm.sbatch asks for a save."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from nvlm_train.config.build import build
+from nvlm_train.config.build import MANDATORY, build
 from nvlm_train.config.origin import Sources
 from nvlm_train.config.paths import recipes_dir as shipped_recipes
 from nvlm_train.config.paths import resolve_path
@@ -30,12 +31,30 @@ _ADDITIVE = frozenset({"experiment"})
 """Groups that train.yaml does not choose: `experiment=demo` means `+experiment=demo`."""
 
 
-def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None) -> Recipe:
-    """Composes, builds and checks a recipe.
+Complete = Callable[[str, Mapping[str, Any], str], Mapping[str, Any]]
+"""(group, what the recipe states of it, run_dir) -> dotted keys and values from the files that it names."""
+
+COMPLETED = ("model.vision", "model.language")
+"""Groups that files may complete: their key `from` names a directory of weights."""
+FROM = "from"
+
+
+def nothing(group: str, stated: Mapping[str, Any], run_dir: str) -> Mapping[str, Any]:
+    """Completes no group: the recipe states all of it."""
+    return {}
+
+
+def load_recipe(
+    overrides: Sequence[str],
+    recipes_dir: str | Path | None = None,
+    complete: Complete = nothing,
+) -> Recipe:
+    """Composes, builds and checks a recipe. `nvlm_train.recipe.load` completes it, too.
 
     Args:
         overrides: Hydra's grammar: `experiment=smoke`, `stages.sft.steps=10`.
         recipes_dir: the user's own recipes, looked up after the package's.
+        complete: finds in files what the recipe leaves to them.
 
     Raises:
         ConfigError: everything that is wrong with the recipe, not only the first problem.
@@ -44,6 +63,7 @@ def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None)
     composed, files = _compose([_normalise(each, directories) for each in overrides], directories)
     sources = Sources.read(files, overrides, directories)
     try:
+        sources = _completed(composed, sources, complete)
         plain = OmegaConf.to_container(composed, resolve=True)
     except InterpolationKeyError as error:
         raise ConfigError([_unresolved(error)]) from error
@@ -53,6 +73,36 @@ def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None)
     recipe = build(Recipe, _resolve_paths(plain), origin=sources.find)
     check(recipe)
     return recipe
+
+
+def _completed(composed: DictConfig, sources: Sources, complete: Complete) -> Sources:
+    """Adds what files say to a recipe, before its references are resolved.
+
+    A key that is stated at least as late as `from` stays: the command line, or the same file. An earlier
+    one gives way, as it does to every later value.
+    """
+    read: dict[str, str] = {}
+    for group in COMPLETED:
+        content = OmegaConf.select(composed, group)
+        if not isinstance(content, DictConfig):
+            continue
+        directory = OmegaConf.select(content, FROM)
+        since = sources.place(f"{group}.{FROM}") if directory is not None else -1
+
+        def stays(dotted: str, since: int = since) -> bool:
+            is_there = OmegaConf.select(composed, dotted, default=MANDATORY) != MANDATORY
+            return is_there and sources.place(dotted) >= since
+
+        stated = {key: content[key] for key in map(str, content) if stays(f"{group}.{key}")}
+        found = complete(group, stated, str(OmegaConf.select(composed, "run_dir")))
+        with open_dict(composed):
+            for dotted, value in found.items():
+                if not stays(dotted):
+                    OmegaConf.update(composed, dotted, value, merge=False, force_add=True)
+                    read[dotted] = f"{directory or stated.get('weights')}/config.json"
+            if directory is not None:
+                del content[FROM]
+    return replace(sources, completed=read)
 
 
 def _check_format(plain: Any, sources: Sources) -> None:

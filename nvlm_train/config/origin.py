@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -28,6 +28,8 @@ class Sources:
     files: tuple[SourceFile, ...]
     command_line: tuple[str, ...]
     """Keys that were set there."""
+    completed: Mapping[str, str] = field(default_factory=dict)
+    """Keys that no one states and that were read from a file, with its name."""
 
     @staticmethod
     def read(
@@ -55,14 +57,27 @@ class Sources:
     def find(self, dotted: str) -> str | None:
         """The last one to state a dotted key, or none when nobody does."""
         dotted = re.sub(r"\[\d+\]", "", dotted)
-        if dotted in self.command_line:
+        if dotted in self.completed:
+            return self.completed[dotted]
+        place = self.place(dotted)
+        if place == len(self.files):
             return "the command line"
-        for file in reversed(self.files):
-            inside = not file.mount or dotted.startswith(f"{file.mount}.")
-            relative = dotted.removeprefix(f"{file.mount}.") if file.mount else dotted
-            if inside and _holds(file.content, relative.split(".")):
-                return file.name
-        return None
+        return self.files[place].name if place >= 0 else None
+
+    def place(self, dotted: str) -> int:
+        """Where a key is stated last: later places win over earlier ones; -1 where nobody states it."""
+        # `model.language={...}` states all below it; `model=NAME` is the choice of a file.
+        above = (key for key in self.command_line if "." in key)
+        if dotted in self.command_line or any(dotted.startswith(f"{key}.") for key in above):
+            return len(self.files)
+        places = range(len(self.files) - 1, -1, -1)
+        return next((place for place in places if _states(self.files[place], dotted)), -1)
+
+
+def _states(file: SourceFile, dotted: str) -> bool:
+    inside = not file.mount or dotted.startswith(f"{file.mount}.")
+    relative = dotted.removeprefix(f"{file.mount}.") if file.mount else dotted
+    return inside and _holds(file.content, relative.split("."))
 
 
 def _holds(content: object, keys: Sequence[str]) -> bool:

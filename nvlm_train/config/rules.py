@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+from nvlm_train.config.schema import LanguageConfig, ModelConfig, Recipe, StageConfig, VisionConfig
 from nvlm_train.errors import ConfigError
 
 Problems = Iterator[str]
@@ -25,7 +25,11 @@ def check(recipe: Recipe, world_size: int | None = None) -> None:
     Raises:
         ConfigError: each rule that is broken, as `name=value`, the rule, the remedy.
     """
-    problems = [problem for rule in _RECIPE_RULES for problem in rule(recipe)]
+    problems = [
+        *vision_shapes_fit(recipe.model.vision),
+        *language_shapes_fit(recipe.model.language),
+    ]
+    problems += [problem for rule in _RECIPE_RULES for problem in rule(recipe)]
     for name in dict.fromkeys(recipe.schedule):
         stage = recipe.stages.get(name)
         if stage is None:
@@ -55,18 +59,11 @@ def schedule_names_stages(recipe: Recipe) -> Problems:
             yield f"schedule=[{shown}] runs {name} more than once; give the second run its own stage"
 
 
-def vision_shapes_fit(recipe: Recipe) -> Problems:
+def vision_shapes_fit(vision: VisionConfig) -> Problems:
     """Patches cut a tile evenly, pixel shuffle finds pairs of them, heads cut the width evenly."""
-    vision = recipe.model.vision
     name = "model.vision"
-    for key in (
-        "num_layers",
-        "hidden_size",
-        "num_heads",
-        "ffn_hidden_size",
-        "patch_size",
-        "batch_tiles",
-    ):
+    counts = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "patch_size")
+    for key in (*counts, "batch_tiles"):
         yield from in_range(f"{name}.{key}", getattr(vision, key), 1)
     if vision.patch_size < 1 or vision.num_heads < 1:
         return
@@ -92,23 +89,14 @@ def _heads(name: str, heads: int, hidden: int) -> str:
     )
 
 
-def language_shapes_fit(recipe: Recipe) -> Problems:
+def language_shapes_fit(language: LanguageConfig) -> Problems:
     """Heads cut the width evenly, KV groups cut the heads evenly, RoPE finds pairs of channels."""
-    language = recipe.model.language
     name = "model.language"
-    keys = (
-        "num_layers",
-        "hidden_size",
-        "num_heads",
-        "num_kv_heads",
-        "ffn_hidden_size",
-        "vocab_size",
-    )
-    for key in keys:
+    counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size")
+    for key in (*counts, "vocab_size"):
         yield from in_range(f"{name}.{key}", getattr(language, key), 1)
-    between = recipe.model.projector.ffn_hidden_size
-    if between is not None:
-        yield from in_range("model.projector.ffn_hidden_size", between, 1)
+    if language.num_tokens is not None:
+        yield from in_range(f"{name}.num_tokens", language.num_tokens, 1, language.vocab_size)
     heads, groups, hidden = language.num_heads, language.num_kv_heads, language.hidden_size
     if min(heads, groups, hidden) < 1:
         return
@@ -192,6 +180,8 @@ def architecture_has_its_parts(recipe: Recipe) -> Problems:
         yield f"{name} sends every tile to the decoder; remove model.cross_attention, or use x or h"
     if model.architecture != "d" and cross is None:
         yield f"{name} needs model.cross_attention; state model.cross_attention.every, or use d"
+    if model.projector.ffn_hidden_size is not None:
+        yield from in_range("model.projector.ffn_hidden_size", model.projector.ffn_hidden_size, 1)
     if model.resampler is not None:
         yield from in_range("model.resampler.num_latents", model.resampler.num_latents, 1)
         yield from in_range("model.resampler.num_layers", model.resampler.num_layers, 1)
@@ -235,6 +225,22 @@ def rope_scaling_is_a_stretch(recipe: Recipe) -> Problems:
             f"{name}.low_freq_factor={scaling.low_freq_factor} and {name}.high_freq_factor="
             f"{scaling.high_freq_factor}; use a low one above 0 and a high one above that"
         )
+
+
+def vocabulary_is_cut_evenly(recipe: Recipe) -> Problems:
+    """Tensor parallelism cuts the table; padding makes it fit, to one size for the layouts of all stages."""
+    rows = recipe.model.language.vocab_size
+    tokens = recipe.model.language.num_tokens or rows
+    scheduled = [name for name in recipe.schedule if name in recipe.stages]
+    sizes = {name: recipe.stages[name].parallel.tensor for name in scheduled}
+    # Multiples of 64 suit other layouts and matrix products, too.
+    unit = math.lcm(64, *(max(1, size) for size in sizes.values()))
+    for name, size in sizes.items():
+        if size > 0 and rows % size:
+            yield (
+                f"stages.{name}.parallel.tensor={size} does not divide model.language.vocab_size={rows}; "
+                f"use {-(-rows // unit) * unit}, with model.language.num_tokens={tokens}"
+            )
 
 
 # ---- one stage ----
@@ -288,7 +294,7 @@ def batch_is_possible(path: str, stage: StageConfig, model: ModelConfig) -> Prob
 
 
 def layout_fits_model(path: str, stage: StageConfig, model: ModelConfig) -> Problems:
-    """Tensor parallelism cuts heads, groups, feed-forward and vocabulary; the pipeline cuts layers."""
+    """Tensor parallelism cuts heads, groups and feed-forward; the pipeline cuts layers."""
     layout, language, name = stage.parallel, model.language, f"{path}.parallel"
     for key in ("tensor", "pipeline", "max_tiles_in_flight"):
         yield from in_range(f"{name}.{key}", getattr(layout, key), 1)
@@ -298,7 +304,6 @@ def layout_fits_model(path: str, stage: StageConfig, model: ModelConfig) -> Prob
         "model.language.num_heads": language.num_heads,
         "model.language.num_kv_heads": language.num_kv_heads,
         "model.language.ffn_hidden_size": language.ffn_hidden_size,
-        "model.language.vocab_size": language.vocab_size,
     }
     if model.projector.ffn_hidden_size is not None:
         sizes["model.projector.ffn_hidden_size"] = model.projector.ffn_hidden_size
@@ -375,9 +380,8 @@ def below_one(name: str, value: float) -> Problems:
 
 _RECIPE_RULES: tuple[Callable[[Recipe], Problems], ...] = (
     schedule_names_stages,
-    vision_shapes_fit,
-    language_shapes_fit,
     rope_scaling_is_a_stretch,
+    vocabulary_is_cut_evenly,
     counters_are_positive,
     health_is_usable,
     run_dir_is_a_directory,

@@ -115,7 +115,9 @@ class LanguageConfig:
     ffn_hidden_size: int
     """The MLP has this width between its linears. [channels]"""
     vocab_size: int
-    """The embedding table has this many rows; padding rows are included. [tokens]"""
+    """The embedding table has this many rows, padding included; `parallel.tensor` divides them. [tokens]"""
+    num_tokens: int | None = None
+    """Rows from this number on are padding: never predicted, never trained; null has none. [tokens]"""
     norm_eps: float = 1e-6
     """The norms add this to the mean square. [none]"""
     head_dim: int | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_train.convert.headers import Headers, Stored
-from nvlm_train.convert.keys import Config, Place, Rule, shown
+from nvlm_train.convert.keys import Config, Place, Rule, Tells, shown
 from nvlm_train.convert.problem import Problem, Problems, error, warning
 from nvlm_train.convert.rope import Rope
 
@@ -44,6 +44,18 @@ class Family:
     rows: int | None = None
     """transformers' default of `vocab_size`; none for models without words."""
     rope: Rope | None = None
+    lengths: Callable[[Config, Mapping[str, int], Place], Problems] | None = None
+    """Further rules on the lengths of stages' sequences in tokens; none where there are none."""
+
+    def fields(self, config: Config) -> dict[str, Any]:
+        """The recipe's fields as a config.json decides them: its rules read backwards.
+
+        Values are as they stand there, right or wrong; building the recipe finds wrong types.
+        """
+        found: dict[str, Any] = {}
+        for rule in self.keys:
+            found |= rule.fields(config) if isinstance(rule, Tells) else {}
+        return found | (self.rope.fields(config) if self.rope else {})
 
     def shapes(self, group: Any) -> dict[str, tuple[int, ...]]:
         """Lists every tensor that the model has with the recipe's sizes, by name."""

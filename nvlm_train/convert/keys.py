@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from nvlm_train.convert.problem import Problems, error
 
@@ -39,6 +39,15 @@ class Rule(Protocol):
 
     def problems(self, config: Config, group: Any, place: Place) -> Problems:
         """What is wrong with the key, given the recipe's group."""
+        ...
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """A rule that can be read backwards: from config.json to the recipe's field."""
+
+    def fields(self, config: Config) -> Mapping[str, Any]:
+        """The recipe's fields that the key decides, and the values that agree with it."""
         ...
 
 
@@ -99,12 +108,20 @@ class Sized:
     read: Callable[[Any], Any] = as_it_is
     null_means: tuple[str, Any] | None = None
     """The key whose value null stands for, and that key's default; none where null is no value."""
+    ours: Callable[[Any], Any] | None = None
+    """The recipe's group to what the field means, where null stands for something else."""
+
+    def fields(self, config: Config) -> Mapping[str, Any]:
+        """The field as config.json has it."""
+        value = config.get(self.key, self.default)
+        meant = config.get(*self.null_means) if value is None and self.null_means else value
+        return {self.field: self.read(meant)}
 
     def problems(self, config: Config, group: Any, place: Place) -> Problems:
         """The value in config.json is not the recipe's."""
-        value, ours = config.get(self.key, self.default), getattr(group, self.field)
-        meant = config.get(*self.null_means) if value is None and self.null_means else value
-        if not same(self.read(meant), ours):
+        value = config.get(self.key, self.default)
+        ours = self.ours(group) if self.ours else getattr(group, self.field)
+        if not same(self.fields(config)[self.field], ours):
             yield error(
                 f"{place.group}.{self.field}={ours} but {place.config} has "
                 f"{stated(config, self.key, value)}",
@@ -140,6 +157,10 @@ class Always:
     field: str
     value: Any
 
+    def fields(self, config: Config) -> Mapping[str, Any]:
+        """The one value."""
+        return {self.field: self.value}
+
     def problems(self, config: Config, group: Any, place: Place) -> Problems:
         """The recipe has another value."""
         ours = getattr(group, self.field)
@@ -158,6 +179,12 @@ class Derived:
     key: str
     allowed: Callable[[Any], tuple[Any, ...]]
     """The recipe's group to the values that say the same."""
+    field: str | None = None
+    """The field of the recipe that has the value, or null as the key has; none where there is no such."""
+
+    def fields(self, config: Config) -> Mapping[str, Any]:
+        """The field where the key is stated; elsewhere null, and it follows from other fields."""
+        return {self.field: config.get(self.key)} if self.field else {}
 
     def problems(self, config: Config, group: Any, place: Place) -> Problems:
         """The value says something else."""

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nvlm_train.config.schema import LanguageConfig
 from nvlm_train.convert.families.decoder import TABLES
 from nvlm_train.convert.families.llama import LLAMA
+from nvlm_train.convert.families.mistral import MISTRAL
 from nvlm_train.convert.families.qwen2 import QWEN2
+from nvlm_train.convert.families.qwen3 import QWEN3
 from nvlm_train.convert.family import Family, family_of, key_problems, tensor_problems
 from nvlm_train.convert.headers import Headers, read_headers
 from nvlm_train.convert.keys import Config, Place, same, stated
-from nvlm_train.convert.problem import Problem, Problems, error
+from nvlm_train.convert.problem import Problem, Problems, error, warning
 from nvlm_train.convert.whole.parts import open_part, own_tensors
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (QWEN2, LLAMA)}
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family for family in (QWEN2, QWEN3, LLAMA, MISTRAL)
+}
 """By `model_type` of config.json."""
 
 
@@ -44,9 +49,11 @@ def language_problems(language: LanguageConfig, sequence_lengths: Mapping[str, i
     yield from key_problems(family, config, language, place)
     if family.rope:
         yield from family.rope.problems(config, language, place, sequence_lengths)
+    if family.lengths:
+        yield from family.lengths(config, sequence_lengths, place)
     if headers.tensors:
         yield from tensor_problems(family, headers, config, language, place)
-        yield from _table_problems(family, headers, config, place)
+        yield from _table_problems(family, headers, config, language, place)
 
 
 def _place(directory: Path) -> Place:
@@ -58,9 +65,12 @@ def _place(directory: Path) -> Place:
     )
 
 
-def _table_problems(family: Family, headers: Headers, config: Config, place: Place) -> Problems:
-    """transformers does not load a table whose rows are not `vocab_size`."""
+def _table_problems(
+    family: Family, headers: Headers, config: Config, language: LanguageConfig, place: Place
+) -> Problems:
+    """transformers does not load a table whose rows are not `vocab_size`; the recipe may pad it."""
     size = config.get("vocab_size", family.rows)
+    yield from _padding_problems(size, language, place)
     for name in TABLES:
         stored = headers.tensors.get(name)
         if stored and stored.shape and not same(size, stored.shape[0]):
@@ -69,6 +79,25 @@ def _table_problems(family: Family, headers: Headers, config: Config, place: Pla
                 f"{stored.shape[0]} rows",
                 "give the config.json that belongs to these weights",
             )
+
+
+def _padding_problems(size: Any, language: LanguageConfig, place: Place) -> Problems:
+    """Rows that the weights do not have, and that the recipe does not call padding."""
+    if type(size) is not int:
+        return
+    tokens = language.num_tokens
+    if tokens is None and language.vocab_size > size:
+        yield warning(
+            f"model.language.vocab_size={language.vocab_size} with num_tokens=null, but {place.config} "
+            f"has vocab_size={size}: rows of zeros take part in the softmax, and train",
+            f"set model.language.num_tokens={size} in a run that is begun anew",
+        )
+    elif tokens is not None and size < min(tokens, language.vocab_size):
+        yield error(
+            f"model.language.num_tokens={tokens} but {place.config} has vocab_size={size}: rows of zeros "
+            "would be predicted as tokens",
+            f"set model.language.num_tokens={size}",
+        )
 
 
 def stored_rows(language: LanguageConfig) -> int | None:

@@ -84,6 +84,22 @@ class Rope:
     )
     """Keys of config.json that these rules account for."""
 
+    def fields(self, config: Config) -> dict[str, Any]:
+        """The recipe's `rope_theta` and `rope_scaling` as config.json has them.
+
+        Of a table that `problems` refuses, whatever can be read of it.
+        """
+        tables = [config[key] for key in _TABLES if isinstance(config.get(key), dict)]
+        content: Config = next((each for each in tables if each), {})
+        table = _Table("", content)
+        kind = self.types.get(table.type) if isinstance(table.type, str) else None
+        scaling = None
+        if kind is not None and kind.scaling is not None:
+            own = {field: content.get(key) for key, field in kind.parameters.items() if field}
+            scaling = {"kind": kind.scaling} | own
+        theta = content.get("rope_theta", config.get("rope_theta", self.theta))
+        return {"rope_theta": theta, "rope_scaling": scaling}
+
     def problems(
         self,
         config: Config,

@@ -27,15 +27,18 @@ def tokenizer_problems(recipe: Recipe) -> Problems:
             yield error(problem, "correct model.tokenizer")
         return
     yield from _control_problems(tokenizer)
-    rows = recipe.model.language.vocab_size
-    if tokenizer.vocab_size > rows:
-        yield error(
-            f"model.tokenizer.path={tokenizer.config.path}: the tokenizer has "
-            f"{tokenizer.vocab_size} ids, model.language.vocab_size={rows}: ids from {rows} on have no "
-            "row in the embedding table",
-            "use the tokenizer that belongs to the model, or raise model.language.vocab_size to at least "
-            f"{tokenizer.vocab_size}",
-        )
+    language = recipe.model.language
+    sizes = {"vocab_size": language.vocab_size, "num_tokens": language.num_tokens}
+    for field, rows in sizes.items():
+        if rows is not None and tokenizer.vocab_size > rows:
+            lack = "no row" if field == "vocab_size" else "only padding"
+            yield error(
+                f"model.tokenizer.path={tokenizer.config.path}: the tokenizer has "
+                f"{tokenizer.vocab_size} ids, model.language.{field}={rows}: ids from {rows} on have "
+                f"{lack} in the embedding table",
+                "use the tokenizer that belongs to the model, or raise model.language."
+                f"{field} to at least {tokenizer.vocab_size}",
+            )
     for name in recipe.schedule:
         yield from tag_problems(name, recipe.stages[name], tokenizer)
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import Recipe
 from nvlm_train.data.dataset import build_encoder
 from nvlm_train.data.samples.encoder import SampleEncoder
@@ -35,6 +34,7 @@ from nvlm_train.evaluation.scorers import character_error_rate, exact_match
 from nvlm_train.logs import set_up_logging
 from nvlm_train.parallel.topology import process_group
 from nvlm_train.pipeline.round import Replica
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.train.start import trained_replica, untrained_replica
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.paths import batch_script
 from nvlm_train.config.rules import check
 from nvlm_train.config.schema import Recipe
@@ -18,6 +17,7 @@ from nvlm_train.doctor.ranks import check_ranks
 from nvlm_train.doctor.rendezvous import World, check_port
 from nvlm_train.doctor.report import Report
 from nvlm_train.errors import ConfigError
+from nvlm_train.recipe.load import load_recipe
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from nvlm_train.config.schema import Recipe
+from nvlm_train.config.schema import LanguageConfig, ProjectorConfig, Recipe, VisionConfig
 from nvlm_train.convert import check
 from nvlm_train.doctor.finding import Findings, findings_of, ok
+from nvlm_train.recipe.inspection import possible
+from nvlm_train.recipe.sizes import SIZES, shown
 
 
 def check_weights(recipe: Recipe) -> Findings:
@@ -16,7 +18,16 @@ def check_weights(recipe: Recipe) -> Findings:
     ):
         problems = list(look(recipe))
         yield from findings_of("weights", problems)
+        sizes = _sizes(name, part)
         if part.weights is None:
-            yield ok("weights", f"model.{name}: random weights, of seed={recipe.seed}")
+            yield ok("weights", f"model.{name}: random weights, of seed={recipe.seed}; {sizes}")
         elif not problems:
-            yield ok("weights", f"model.{name}.weights={part.weights}: config.json and tensors fit")
+            fit = f"model.{name}.weights={part.weights}: config.json and tensors fit"
+            yield ok("weights", f"{fit}; {sizes}")
+
+
+def _sizes(name: str, part: VisionConfig | ProjectorConfig | LanguageConfig) -> str:
+    """Tells the sizes of a part and what it can be used with, as `nvlm convert inspect` does."""
+    if isinstance(part, ProjectorConfig):
+        return shown(part, ["ffn_hidden_size", "norm_eps"])
+    return "; ".join([shown(part, SIZES[f"model.{name}"]), *possible(part)])

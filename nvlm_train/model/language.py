@@ -51,6 +51,7 @@ class LanguageModel(MegatronModule):
                 # Image features are spliced in first; the sequence is scattered after that.
                 scatter_to_sequence_parallel=False,
             )
+        self.num_padding = _num_padding(language, topology)
         self.rotary = rotary_embedding(language)
         self.decoder = TransformerBlock(
             config,
@@ -131,7 +132,13 @@ class LanguageModel(MegatronModule):
         )
 
     def logits(self, hidden_LBH: Tensor, length: int) -> Tensor:
-        """Computes logits of the last layer's first `length` rows, [L, 1, V / TP]."""
+        """Computes logits of the last layer's first `length` rows, [L, 1, V / TP].
+
+        Those of the vocabulary's padding are minus infinity. Its rows of zeros would have logits of zero,
+        which take part in the softmax and can be the largest: the loss would not be that of the model
+        whose table was padded, and the rows would train. At minus infinity their probabilities and
+        gradients are exactly zero.
+        """
         if self.config.sequence_parallel:
             # The output layer's backward already sums over tensor-parallel ranks; the gather must not again.
             hidden_LBH = tensor_parallel.gather_from_sequence_parallel_region(
@@ -139,6 +146,9 @@ class LanguageModel(MegatronModule):
             )[:length]
         # Where the table is the embedding's, the output layer has none of its own.
         logits, _ = self.output_layer(hidden_LBH, weight=self.table())
+        if self.num_padding:
+            tokens = logits[..., : logits.shape[-1] - self.num_padding]
+            logits = F.pad(tokens, (0, self.num_padding), value=float("-inf"))
         return logits
 
     def table(self) -> nn.Parameter:
@@ -177,6 +187,15 @@ class LanguageModel(MegatronModule):
     def set_input_tensor(self, hidden_SBH: Tensor) -> None:
         """Takes what the previous stage sent; the pipeline schedule calls it."""
         self.decoder.set_input_tensor(hidden_SBH)
+
+
+def _num_padding(language: LanguageConfig, topology: Topology) -> int:
+    """Counts the rows of the vocabulary that are padding among this rank's, which it ends with."""
+    if language.num_tokens is None:
+        return 0
+    own = language.vocab_size // topology.tensor_size
+    end = (topology.tensor_rank + 1) * own
+    return min(max(end - language.num_tokens, 0), own)
 
 
 def _output_layer(

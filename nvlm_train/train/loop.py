@@ -41,6 +41,7 @@ def train(recipe: Recipe) -> int:
     with process_group():
         rules.check(recipe, dist.get_world_size())
         announce.machine(recipe.precision)
+        announce.model(recipe)
         with run_lock.held(Path(recipe.run_dir)):
             return run_schedule(recipe)
 

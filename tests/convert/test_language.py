@@ -152,7 +152,7 @@ def test_a_padded_vocabulary_gets_zero_rows(qwen2: torch.nn.Module, qwen2_dir: P
     """Whole, and on ranks whose rows are partly or all in the padding."""
     stored = qwen2.state_dict()["lm_head.weight"]
     expected = torch.cat([stored, torch.zeros(64, LANGUAGE.hidden_size)])
-    padded = replace(LANGUAGE, weights=str(qwen2_dir), vocab_size=320)
+    padded = replace(LANGUAGE, weights=str(qwen2_dir), vocab_size=320, num_tokens=256)
     with language_source(padded) as source:
         for rows in (slice(0, 320), slice(240, 280), slice(256, 288), slice(288, 320)):
             assert torch.equal(

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from nvlm_train.cli import main
 from nvlm_train.config.schema import ModelConfig, ParallelConfig
 from nvlm_train.convert import check
 from nvlm_train.convert.language import language_problems, stored_rows
@@ -24,6 +25,7 @@ from nvlm_train.convert.names import to_hugging_face
 from nvlm_train.convert.vision import vision_problems
 from nvlm_train.convert.whole.projector import projector_problems
 from nvlm_train.doctor.weights import check_weights
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.vision.digest import encoder_digest
 from tests.convert import whole_runs
 from tests.hugging_face import sizes
@@ -129,6 +131,21 @@ def test_it_is_accepted_by_doctor_and_training(nvlm_d: Path) -> None:
     recipe = recipes.recipe(ParallelConfig(), model=whole_runs.model_from(nvlm_d))
     assert [each.level for each in check_weights(recipe)] == ["ok", "ok", "ok"]
     assert stored_rows(recipe.model.language) == LANGUAGE.vocab_size
+
+
+def test_its_sizes_make_a_recipe(nvlm_d: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One directory for both backbones; `nvlm convert inspect` says how."""
+    own = [f"model.{part}.from={nvlm_d}" for part in ("vision", "language")]
+    tokenizer = "model.tokenizer.path=package://demo/assets/language_model"
+    model = load_recipe(["experiment=smoke", "model=nvlm_d", tokenizer, *own]).model
+    expected = whole_runs.model_from(nvlm_d)
+    assert replace(model.vision, batch_tiles=expected.vision.batch_tiles) == expected.vision
+    assert replace(model.language, init_std=expected.language.init_std) == expected.language
+    assert main(["convert", "inspect", str(nvlm_d)]) == 0
+    output = capsys.readouterr().out
+    assert "in a whole NVLM_D" in output
+    for setting in (*own, f"model.projector.weights={nvlm_d}"):
+        assert setting in output
 
 
 @pytest.mark.parametrize("layout", ["TP2 x PP2", "one process"])

@@ -19,6 +19,8 @@ LANGUAGES: dict[str, LanguageConfig] = {
     "QK-norm, large heads": replace(LANGUAGE, head_dim=24, qk_norm=True, qkv_bias=False),
     "tied": replace(LANGUAGE, tied_embeddings=True),
     "stretched RoPE": replace(LANGUAGE, rope_scaling=STRETCH, qkv_bias=False),
+    # At TP2 the second rank has 59 tokens and 133 rows of padding.
+    "padded vocabulary": replace(LANGUAGE, vocab_size=384, num_tokens=251),
 }
 LAYOUTS = {
     "TP2 SP": (2, ParallelConfig(tensor=2, sequence_parallel=True)),

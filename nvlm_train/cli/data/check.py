@@ -103,7 +103,7 @@ def _plan(options: argparse.Namespace) -> tuple[list[ShardJob], CheckSettings]:
         jobs = [ShardJob(number, name, name) for number, name in enumerate(names)]
         recipe, stage, pixels = None, "", _MAX_IMAGE_PIXELS
     else:
-        from nvlm_train.config.load import load_recipe
+        from nvlm_train.recipe.load import load_recipe
 
         recipe = load_recipe(overrides, options.recipes)
         stage = options.stage or recipe.schedule[-1]

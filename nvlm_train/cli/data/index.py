@@ -52,9 +52,9 @@ def index(options: argparse.Namespace) -> int:
         ConfigError: the recipe, a data recipe or a pattern.
         ShardError: shards that cannot be indexed, all of them; the others are indexed.
     """
-    from nvlm_train.config.load import load_recipe
     from nvlm_train.data.index.build import WantedShard, index_shards
     from nvlm_train.data.index.files import IndexFiles
+    from nvlm_train.recipe.load import load_recipe
 
     overrides = [each for each in options.what if "=" in each]
     names = [each for each in options.what if "=" not in each and not _is_shards(each)]

@@ -40,7 +40,7 @@ def show(options: argparse.Namespace) -> int:
     Raises:
         NvlmError: the recipe, its shards, or a source or key that does not exist.
     """
-    from nvlm_train.config.load import load_recipe
+    from nvlm_train.recipe.load import load_recipe
 
     overrides = [each for each in options.what if "=" in each]
     names = [each for each in options.what if "=" not in each]

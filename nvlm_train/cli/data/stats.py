@@ -42,11 +42,11 @@ def stats(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from nvlm_train.config.load import load_recipe
     from nvlm_train.config.paths import data_recipes_dir
     from nvlm_train.data.dataset import build_data
     from nvlm_train.data.plan.data_recipe import read_blend
     from nvlm_train.data.plan.statistics import blend_statistics
+    from nvlm_train.recipe.load import load_recipe
 
     recipe = load_recipe(options.overrides, options.recipes)
     name = options.stage or recipe.schedule[-1]

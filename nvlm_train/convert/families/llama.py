@@ -33,7 +33,7 @@ LLAMA = Family(
         Fixed("attention_bias", (False,), False),
         Always("model_type", "qkv_bias", False),
         Always("model_type", "qk_norm", False),
-        Derived("head_dim", lambda language: (None, *head_dims(language))),
+        Derived("head_dim", lambda language: (None, *head_dims(language)), field="head_dim"),
         TokenId("pad_token_id", "vocab_size", 32_000),
     ),
     ignored=IGNORED,

@@ -32,9 +32,10 @@ QWEN2 = Family(
         Fixed("use_sliding_window", (False,), False),
         # Published Qwen2.5 configs have it; positions of several axes are Qwen2-VL's.
         Fixed("use_mrope", (False,), False),
+        Always("model_type", "qkv_bias", True),
         Always("model_type", "qk_norm", False),
         Derived("layer_types", lambda language: (None, ["full_attention"] * language.num_layers)),
-        Derived("head_dim", head_dims),
+        Derived("head_dim", head_dims, field="head_dim"),
         # A key of Llama's config that transformers' Qwen2 does not read, and NVLM-D's config.json has.
         # Qwen2 has biases on queries, keys and values and on nothing else.
         Derived("attention_bias", lambda language: (language.qkv_bias,)),

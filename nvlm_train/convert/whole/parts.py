@@ -24,7 +24,12 @@ PREFIXES: Mapping[PartName, tuple[str, ...]] = {
 }
 """What names of a part's tensors begin with; files of one part may have kept it."""
 
-_ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+_ARCHITECTURES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+}
 
 
 def _as_it_is(config: Config) -> Config:

@@ -14,6 +14,7 @@ from nvlm_train import costs, geometry
 from nvlm_train.config.schema import Recipe
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import device
+from nvlm_train.recipe import sizes
 from nvlm_train.train.checkpoint.run_state import Run
 from nvlm_train.train.engine import StageWork
 from nvlm_train.train.schedule import Position
@@ -54,6 +55,13 @@ def machine(precision: str) -> None:
             "precision=bf16: this CPU has no bf16 matrix products (AVX512-BF16 or AMX), so they are "
             "computed in fp32 and rounded; precision=fp32 is faster here"
         )
+
+
+def model(recipe: Recipe) -> None:
+    """Logs the sizes of both backbones, wherever the recipe has them from."""
+    if dist.get_rank() == 0:
+        logger.info("model.vision: %s", sizes.shown(recipe.model.vision))
+        logger.info("model.language: %s", sizes.shown(recipe.model.language))
 
 
 def stage(recipe: Recipe, position: Position, work: StageWork) -> None:

@@ -39,6 +39,28 @@ def llama_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen3_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model.safetensors and config.json of a Qwen3 with heads of a size of their own."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**sizes(LANGUAGE), head_dim=12, max_position_embeddings=64)
+    directory = tmp_path_factory.mktemp("tiny-qwen3")
+    randomise(Qwen3ForCausalLM(config)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def mistral_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model.safetensors and config.json of a Mistral without a window."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(**sizes(LANGUAGE), sliding_window=None, max_position_embeddings=64)
+    directory = tmp_path_factory.mktemp("tiny-mistral")
+    randomise(MistralForCausalLM(config)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def encoder_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.safetensors and config.json."""
     from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
@@ -60,6 +82,18 @@ def qwen2(qwen2_files: Path, tmp_path: Path) -> Write:
 def llama(llama_files: Path, tmp_path: Path) -> Write:
     """`llama(config)`: a directory with the same weights and that config.json."""
     return lambda config: _linked(llama_files, tmp_path, config)
+
+
+@pytest.fixture
+def qwen3(qwen3_files: Path, tmp_path: Path) -> Write:
+    """`qwen3(config)`: a directory with the same weights and that config.json."""
+    return lambda config: _linked(qwen3_files, tmp_path, config)
+
+
+@pytest.fixture
+def mistral(mistral_files: Path, tmp_path: Path) -> Write:
+    """`mistral(config)`: a directory with the same weights and that config.json."""
+    return lambda config: _linked(mistral_files, tmp_path, config)
 
 
 @pytest.fixture

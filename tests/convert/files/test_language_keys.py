@@ -146,6 +146,54 @@ def test_every_key_of_llama_that_changes_logits_is_named(
     assert passed_over(original, llama, logits(llama_files), qkv_bias=False) == []
 
 
+QWEN3 = {"qkv_bias": False, "qk_norm": True, "head_dim": 12}
+
+
+@pytest.mark.parametrize("style", [stored_by_5, stored_by_4])
+def test_every_key_of_qwen3_that_changes_logits_is_named(
+    qwen3: Write, qwen3_files: Path, style: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    original = style(json.loads((qwen3_files / "config.json").read_text()))
+    assert errors(qwen3(original), **QWEN3) == []
+    assert passed_over(original, qwen3, logits(qwen3_files), **QWEN3) == []
+
+
+@pytest.mark.parametrize("style", [stored_by_5, stored_by_4])
+def test_every_key_of_mistral_that_changes_logits_is_named(
+    mistral: Write, mistral_files: Path, style: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    original = style(json.loads((mistral_files / "config.json").read_text()))
+    assert errors(mistral(original), qkv_bias=False) == []
+    assert passed_over(original, mistral, logits(mistral_files), qkv_bias=False) == []
+
+
+def test_an_absent_head_size_of_qwen3_is_128(qwen3: Write, qwen3_files: Path) -> None:
+    original = json.loads((qwen3_files / "config.json").read_text())
+    del original["head_dim"]
+    message = "\n".join(errors(qwen3(original), **QWEN3))
+    assert "head_dim=12 but" in message and "no head_dim, which means head_dim=128" in message
+
+
+def test_a_window_that_nothing_looks_out_of_is_none(mistral: Write, mistral_files: Path) -> None:
+    """A shorter one is another model, and a sequence that is longer than the window looks out of it."""
+    original = json.loads((mistral_files / "config.json").read_text())
+    expected = logits(mistral_files)
+    for window in (64, 4096):
+        directory = mistral(original | {"sliding_window": window})
+        assert errors(directory, qkv_bias=False) == []
+        assert not changes_logits(directory, expected)
+    (problem,) = errors(mistral(original | {"sliding_window": 63}), qkv_bias=False)
+    assert "sliding_window=63" in problem and "max_position_embeddings=64" in problem
+    del original["sliding_window"]
+    original["max_position_embeddings"] = 8192
+    (problem,) = errors(mistral(original), qkv_bias=False)
+    assert "no sliding_window, which means sliding_window=4096" in problem
+    windowed = mistral(original | {"sliding_window": 64, "max_position_embeddings": 64})
+    language = replace(LANGUAGE, weights=str(windowed), qkv_bias=False)
+    found = [each for each in language_problems(language, {"sft": 65}) if each.level == "error"]
+    assert len(found) == 1 and "stages.sft.sequence_length=65 is longer than" in found[0].text
+
+
 def test_llama_has_no_biases(llama_files: Path) -> None:
     (problem,) = errors(llama_files, qkv_bias=True)
     assert "model.language.qkv_bias=true but" in problem and "model_type=llama" in problem

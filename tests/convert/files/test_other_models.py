@@ -79,7 +79,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[str], str]
     "Gemma": (gemma, {}, [NO_BIAS], "model_type=gemma"),
     "Gemma called Qwen2": (gemma, AS_QWEN2, [NO_BIAS], "hidden_act=gelu_pytorch_tanh"),
     "Mistral with a window": (
-        lambda: mistral(sliding_window=16), {}, [NO_BIAS], "model_type=mistral"
+        lambda: mistral(sliding_window=16), {}, [NO_BIAS], "sliding_window=16"
     ),
     "a window called Qwen2": (
         lambda: qwen2(use_sliding_window=True, sliding_window=16, max_window_layers=1), {}, [],

@@ -27,8 +27,8 @@ Moments = dict[str, dict[str, Tensor]]
 
 def train_and_save(parallel: ParallelConfig, directory: Path, is_fixed: bool) -> list[int]:
     """Trains three steps with several buckets and saves. Returns the padding between buckets."""
-    with _small_buckets():
-        engine = _trained(parallel)
+    with small_buckets():
+        engine = trained(parallel)
     with _fix(is_fixed):
         save_directly(engine, directory)
     buckets = [bucket for buffer in engine.model.buffers for bucket in buffer.buckets[:-1]]
@@ -44,13 +44,13 @@ def load(directory: Path) -> Moments:
 
 def trained_moments() -> Moments:
     """Returns moments of the same training in a single process, never saved."""
-    return _moments(_trained(ParallelConfig()))
+    return _moments(trained(ParallelConfig()))
 
 
-def _trained(parallel: ParallelConfig) -> Engine:
+def trained(parallel: ParallelConfig, **changes: object) -> Engine:
     # The bias of keys has next to no gradient (softmax does not see it), and Adam makes whole steps of
     # its rounding errors: with a small rate they stay rounding errors of the bias.
-    engine = start_engine(parallel, lr=1e-4)
+    engine = start_engine(parallel, lr=1e-4, **changes)
     for step in range(3):
         batch = recipes.step_batch(recipes.MIXED, engine.topology.share, step)
         run_step(engine, batch, num_sources=2)
@@ -70,7 +70,7 @@ def _moments(engine: Engine) -> Moments:
 
 
 @contextlib.contextmanager
-def _small_buckets() -> Iterator[None]:
+def small_buckets() -> Iterator[None]:
     original = engine_module.ddp_config
 
     def small(stage):

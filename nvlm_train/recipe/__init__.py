@@ -1,0 +1,1 @@
+"""Recipes whose sizes come from weights, and what a directory of weights is. No torch."""
