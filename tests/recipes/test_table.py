@@ -53,7 +53,7 @@ def test_a_command_starts_its_recipe_on_ranks_that_fit(name: str) -> None:
     words = shlex.split(lines[1].removeprefix("# "))
     assert f"experiment={name}" in words
     named = {word.partition("=")[0] for word in words if word.endswith("=DIR")}
-    assert {"model.language.weights", "model.vision.weights", "model.tokenizer.path"} <= named
+    assert {"model.language.from", "model.vision.from"} <= named
     assert any(word.startswith("loader.data_root=") for word in words)
     shipped = table.Shipped.read(name)
     recipe = load(name)
