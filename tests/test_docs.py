@@ -170,13 +170,13 @@ def train_commands() -> Iterator[str]:
 
 @pytest.mark.parametrize("command", sorted(set(train_commands())))
 def test_a_command_that_trains_composes(command: str) -> None:
-    from nvlm_train.config.load import load_recipe
+    from nvlm_train.recipe.load import load_recipe
 
     load_recipe(shlex.split(command))
 
 
 def test_the_example_of_an_experiment_composes(tmp_path: Path) -> None:
-    from nvlm_train.config.load import load_recipe
+    from nvlm_train.recipe.load import load_recipe
 
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     (tmp_path / "experiment").mkdir()

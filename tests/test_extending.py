@@ -149,7 +149,7 @@ def test_a_language_family(copy: Path) -> None:
     run(copy, "-c", SAVE_SEED_OSS, copy / "seed_oss")
     code = """
 from dataclasses import replace
-from nvlm_train.config.load import load_recipe
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.convert.language import language_problems
 language = load_recipe(["experiment=smoke", "language=seed_oss_smoke"]).model.language
 language = replace(language, vocab_size=512, weights="seed_oss")
@@ -177,7 +177,7 @@ def test_a_style_of_tile_tags(copy: Path) -> None:
     follow("A style of tile tags", copy)
     (command,) = code_lines("A style of tile tags")
     code = f"""
-from nvlm_train.config.load import load_recipe
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.tokens import tile_tags
 style = load_recipe({command.split()[2:]!r}).stages["sft"].tiling.tags
 print(*tile_tags(style, (2, 1), 2, 1, "<all>"))

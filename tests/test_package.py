@@ -23,7 +23,7 @@ SOURCES = (
 )
 CODE = """
 import importlib.metadata, json, pathlib, nvlm_train
-from nvlm_train.config.load import load_recipe
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.config.paths import find_data_recipe, launch_dir
 assert (launch_dir() / "slurm.sbatch").is_file()
 recipe = load_recipe(["experiment=smoke"])

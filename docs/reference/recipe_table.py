@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvlm_train import costs
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.paths import recipes_dir
 from nvlm_train.config.schema import Recipe, StageConfig
+from nvlm_train.recipe.load import load_recipe
 
 PAGE = Path(__file__).parent.parent / "recipes.md"
 SIZES = ("72b", "34b", "8b", "2b", "smollm2")

@@ -39,17 +39,10 @@ COMPLETED = ("model.vision", "model.language")
 FROM = "from"
 
 
-def nothing(group: str, stated: Mapping[str, Any], run_dir: str) -> Mapping[str, Any]:
-    """Completes no group: the recipe states all of it."""
-    return {}
-
-
-def load_recipe(
-    overrides: Sequence[str],
-    recipes_dir: str | Path | None = None,
-    complete: Complete = nothing,
+def compose_recipe(
+    overrides: Sequence[str], recipes_dir: str | Path | None, complete: Complete
 ) -> Recipe:
-    """Composes, builds and checks a recipe. `nvlm_train.recipe.load` completes it, too.
+    """Composes, builds and checks a recipe. Commands call `nvlm_train.recipe.load.load_recipe`.
 
     Args:
         overrides: Hydra's grammar: `experiment=smoke`, `stages.sft.steps=10`.

@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from nvlm_train.config import load
-from nvlm_train.config.load import FROM
+from nvlm_train.config.load import FROM, compose_recipe
 from nvlm_train.config.paths import resolve_path
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import ConfigError
@@ -34,7 +33,7 @@ def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None)
     Raises:
         ConfigError: everything that is wrong with the recipe, not only the first problem.
     """
-    return load.load_recipe(overrides, recipes_dir, complete)
+    return compose_recipe(overrides, recipes_dir, complete)
 
 
 def complete(group: str, stated: Mapping[str, Any], run_dir: str) -> Mapping[str, Any]:

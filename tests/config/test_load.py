@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from nvlm_train.config import rules
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.paths import PACKAGE, find_data_recipe, recipes_dir, resolve_path
 from nvlm_train.errors import ConfigError
+from nvlm_train.recipe.load import load_recipe
 
 EXPERIMENTS = sorted(path.stem for path in (recipes_dir() / "experiment").glob("*.yaml"))
 
@@ -135,7 +135,7 @@ def test_unknown_data_recipe_lists_the_known() -> None:
 def test_a_recipe_loads_without_torch_and_leaves_no_files(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from nvlm_train.config.load import load_recipe\n"
+        "from nvlm_train.recipe.load import load_recipe\n"
         "import nvlm_train.geometry, nvlm_train.batch, nvlm_train.tokens, nvlm_train.logs\n"
         "load_recipe(['experiment=smoke'])\n"
         "heavy = {'torch', 'megatron', 'numpy', 'wandb', 'transformers'}\n"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.rules import check
 from nvlm_train.errors import ConfigError
+from nvlm_train.recipe.load import load_recipe
 
 
 def problems_of(*overrides: str) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.convert.tokenizer import tokenizer_problems
 from nvlm_train.errors import ConfigError
+from nvlm_train.recipe.load import load_recipe
 
 VOCABULARY = "model.language.vocab_size=643"
 TP2 = ["parallel@stages.pretrain.parallel=tp2", "stages.sft.parallel.tensor=2"]

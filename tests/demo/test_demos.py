@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from nvlm_train.cli import main
-from nvlm_train.config.load import load_recipe
 from nvlm_train.demo import material, smollm2
 from nvlm_train.demo.captions import read_image_paths
 from nvlm_train.demo.report import write_before_after, write_report
 from nvlm_train.demo.run import DEMOS, Demo
 from nvlm_train.errors import TrainingError
+from nvlm_train.recipe.load import load_recipe
 
 
 @pytest.mark.parametrize("demo", DEMOS.values(), ids=lambda demo: demo.experiment)

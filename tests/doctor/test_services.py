@@ -20,7 +20,7 @@ Make = Callable[..., Recipe]
 
 LOOK = """
 import dataclasses, json, sys
-from nvlm_train.config.load import load_recipe
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.doctor.services import check_wandb
 (found,) = check_wandb(load_recipe(sys.argv[1:]))
 print(json.dumps(dataclasses.asdict(found)))
@@ -76,7 +76,7 @@ def test_exit_code_json_and_every_problem(
 def test_nothing_imports_torch_before_the_first_findings(recipe_arguments: list[str]) -> None:
     """The quick checks print before the seconds that torch takes."""
     program = (
-        "import sys; from nvlm_train.config.load import load_recipe; recipe = load_recipe(sys.argv[1:]);"
+        "import sys; from nvlm_train.recipe.load import load_recipe; recipe = load_recipe(sys.argv[1:]);"
         "from nvlm_train.doctor import checkup, storage, material, services;"
         "found = [*storage.check_run_dir(recipe), *storage.check_disk(recipe),"
         " *material.check_tokenizer(recipe), *material.check_shards(recipe),"

@@ -10,10 +10,10 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import ParallelConfig, Recipe
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.train.checkpoint import sharded_state
 from nvlm_train.train.engine import build_engine
 from nvlm_train.train.loop import train

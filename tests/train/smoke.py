@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import Recipe
+from nvlm_train.recipe.load import load_recipe
 
 _WORDS = [
     "red", "green", "blue", "left", "right", "big", "small", "cat", "dog", "tree", "house", "car"

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import OptimizerConfig, Recipe
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.train.schedule import Position, global_step, learning_rate, stages_to_run
 
 SETTINGS = OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=4)

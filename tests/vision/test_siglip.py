@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.rules import check
 from nvlm_train.convert.vision import vision_problems
 from nvlm_train.errors import ConfigError
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.vision.build import build_vision_encoder
 from tests.convert.files.alterations import alterations
 from tests.hugging_face import siglip_sizes, transformers_encoder

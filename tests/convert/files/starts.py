@@ -8,8 +8,8 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.errors import NvlmError
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.train import start
 from nvlm_train.train.loop import train
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import Recipe
 from nvlm_train.convert.reader import language_source
 from nvlm_train.doctor.weights import check_weights
 from nvlm_train.errors import CheckpointError
+from nvlm_train.recipe.load import load_recipe
 from tests.convert.files import starts
 from tests.convert.files.models import randomise
 from tests.workers import WorkerPool

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.paths import PACKAGE, recipes_dir
 from nvlm_train.config.schema import TokenizerConfig
 from nvlm_train.convert import check
 from nvlm_train.convert.tokenizer import vocabulary_of
 from nvlm_train.doctor.material import check_tokenizer
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.tokens import Tokenizer
 from tests.convert.files import starts
 from tests.workers import WorkerPool

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nvlm_train.cli import main
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import ParallelConfig, Recipe
 from nvlm_train.convert import check
 from nvlm_train.demo.smollm2 import find_gguf
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.tokens import IMAGE_END, IMAGE_START, Tokenizer
 from tests.convert import language_runs
 from tests.convert.test_language import expected_of

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from nvlm_train.cli import main
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.paths import data_recipes_dir
 from nvlm_train.data.dataset import build_data
 from nvlm_train.data.prepare.write import prepare_shards
 from nvlm_train.data.shards.tar import LocalShard
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.tokens import Tokenizer
 from tests.data.conftest import mixed_samples
 

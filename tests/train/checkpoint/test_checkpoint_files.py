@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import CheckpointConfig
 from nvlm_train.errors import CheckpointError
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.train.checkpoint import directory as files
 from nvlm_train.train.checkpoint.manifest import FILE_NAME, damage, digest_file, read_manifest
 from nvlm_train.train.checkpoint.run_state import RunState, plain_recipe, write_state

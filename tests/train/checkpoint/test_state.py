@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import CheckpointError, FormatError
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.train.checkpoint.resume import (
     TO_READ,
     TO_TRAIN,

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-from nvlm_train.config.load import load_recipe
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.train.tracking.dashboard import BY_SOURCE, SECTIONS, workspace
 from nvlm_train.train.tracking.step_record import SourceRecord, StepRecord
 

@@ -9,8 +9,8 @@ from typing import Literal
 
 import pytest
 
-from nvlm_train.config.load import load_recipe
 from nvlm_train.config.schema import Recipe
+from nvlm_train.recipe.load import load_recipe
 from nvlm_train.train.tracking.announce import (
     NumberRow,
     PartRow,
