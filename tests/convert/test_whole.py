@@ -221,7 +221,9 @@ LIES: list[tuple[dict[str, Any], str, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message", "parts"), LIES, ids=lambda each: str(each)[:30])
+@pytest.mark.parametrize(
+    ("changes", "message", "parts"), LIES, ids=[message for _, message, _ in LIES]
+)
 def test_a_config_that_lies_is_named_by_the_parts_that_it_changes(
     broken: Path, changes: dict[str, Any], message: str, parts: set[str]
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nvlm_train.config.schema import LanguageConfig, VisionConfig
-from tests.hugging_face import encoder_model, sizes
+from tests.hugging_face import sizes, transformers_encoder
 
 
 def write_qwen(directory: Path, language: LanguageConfig, tokenizer: Path) -> Path:
@@ -27,6 +27,5 @@ def write_qwen(directory: Path, language: LanguageConfig, tokenizer: Path) -> Pa
 
 def write_encoder(directory: Path, vision: VisionConfig) -> Path:
     """Writes an encoder of this kind and these sizes with random weights."""
-    torch.manual_seed(6)
-    encoder_model(vision).save_pretrained(directory)
+    transformers_encoder(vision).save_pretrained(directory)
     return directory
