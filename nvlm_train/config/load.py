@@ -31,8 +31,8 @@ _ADDITIVE = frozenset({"experiment"})
 """Groups that train.yaml does not choose: `experiment=demo` means `+experiment=demo`."""
 
 
-Complete = Callable[[str, Mapping[str, Any], str], Mapping[str, Any]]
-"""(group, what the recipe states of it, run_dir) -> dotted keys and values from the files that it names."""
+Complete = Callable[[str, Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
+"""(group, what is stated of it, the recipe) -> dotted keys and values from the files that it names."""
 
 COMPLETED = ("model.vision", "model.language")
 """Groups that files may complete: their key `from` names a directory of weights."""
@@ -87,7 +87,7 @@ def _completed(composed: DictConfig, sources: Sources, complete: Complete) -> So
             return is_there and sources.place(dotted) >= since
 
         stated = {key: content[key] for key in map(str, content) if stays(f"{group}.{key}")}
-        found = complete(group, stated, str(OmegaConf.select(composed, "run_dir")))
+        found = complete(group, stated, composed)
         with open_dict(composed):
             for dotted, value in found.items():
                 if not stays(dotted):

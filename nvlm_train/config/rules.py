@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from nvlm_train.config.schema import LanguageConfig, ModelConfig, Recipe, StageConfig, VisionConfig
 from nvlm_train.errors import ConfigError
@@ -233,13 +233,12 @@ def vocabulary_is_cut_evenly(recipe: Recipe) -> Problems:
     tokens = recipe.model.language.num_tokens or rows
     scheduled = [name for name in recipe.schedule if name in recipe.stages]
     sizes = {name: recipe.stages[name].parallel.tensor for name in scheduled}
-    # Multiples of 64 suit other layouts and matrix products, too.
-    unit = math.lcm(64, *(max(1, size) for size in sizes.values()))
+    use_rows = padded_rows(rows, sizes.values())
     for name, size in sizes.items():
         if size > 0 and rows % size:
             yield (
                 f"stages.{name}.parallel.tensor={size} does not divide model.language.vocab_size={rows}; "
-                f"use {-(-rows // unit) * unit}, with model.language.num_tokens={tokens}"
+                f"use {use_rows}, with model.language.num_tokens={tokens}"
             )
 
 
@@ -353,6 +352,16 @@ def divisors(number: int) -> list[int]:
     [1, 2, 3, 6]
     """
     return [value for value in range(1, number + 1) if number % value == 0]
+
+
+def padded_rows(rows: int, tensor_sizes: Iterable[int]) -> int:
+    """The rows of a table that all these sizes cut: multiples of 64 suit matrix products, too.
+
+    >>> padded_rows(641, [2, 3])
+    768
+    """
+    unit = math.lcm(64, *(max(1, size) for size in tensor_sizes))
+    return -(-rows // unit) * unit
 
 
 def use(values: list[int]) -> str:

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_train.config.build import build
-from nvlm_train.config.rules import divisors, language_shapes_fit, use, vision_shapes_fit
+from nvlm_train.config.rules import (
+    divisors,
+    language_shapes_fit,
+    padded_rows,
+    use,
+    vision_shapes_fit,
+)
 from nvlm_train.config.schema import LanguageConfig, VisionConfig
 from nvlm_train.convert.family import read_config
 from nvlm_train.convert.keys import Config, shown
@@ -155,8 +161,8 @@ def possible(group: Group) -> Iterator[str]:
     )
     uneven = [size for size in divisors(cut) if group.vocab_size % size]
     if uneven:
-        unit = math.lcm(64, cut)
+        padded = padded_rows(group.vocab_size, uneven)
         yield (
-            f"vocabulary: parallel.tensor={uneven[0]} does not divide its {group.vocab_size} rows; "
-            f"pad them with model.language.vocab_size={-(-group.vocab_size // unit) * unit}"
+            f"vocabulary: parallel.tensor {words(uneven)} does not divide its {group.vocab_size} rows; "
+            f"for all of these `from` pads them to {padded}, with rows that are never predicted"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import yaml
 
 from nvlm_train.config.load import FROM, compose_recipe
 from nvlm_train.config.paths import resolve_path
+from nvlm_train.config.rules import padded_rows
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import ConfigError
 from nvlm_train.recipe.sizes import SIZES, described
@@ -24,6 +25,7 @@ def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None)
 
     `model.language.from: DIRECTORY` and `model.vision.from: DIRECTORY` set every size from config.json there,
     and name the same directory as `weights`; for the language model also as the tokenizer's, if it has one.
+    A table that the tensor parallelism of a scheduled stage does not divide is padded.
     What is stated beside `from`, in the same file or later, stays.
 
     Args:
@@ -36,13 +38,14 @@ def load_recipe(overrides: Sequence[str], recipes_dir: str | Path | None = None)
     return compose_recipe(overrides, recipes_dir, complete)
 
 
-def complete(group: str, stated: Mapping[str, Any], run_dir: str) -> Mapping[str, Any]:
+def complete(group: str, stated: Mapping[str, Any], recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     """Finds what a group leaves to its weights.
 
     Args:
         group: `model.vision` or `model.language`.
         stated: its keys that stay, `from` among them.
-        run_dir: has the sizes of a run that was begun, when the directory has gone.
+        recipe: as composed. Its `run_dir` has the sizes of a run that was begun, its stages have the
+            layouts that a table is padded for.
 
     Returns:
         Values by dotted key.
@@ -50,13 +53,15 @@ def complete(group: str, stated: Mapping[str, Any], run_dir: str) -> Mapping[str
     Raises:
         ConfigError: there is no such directory, or nothing in it that can be read.
     """
+    run_dir = str(recipe.get("run_dir"))
     if stated.get(FROM) is None:
         return _padding(group, stated, run_dir)
     directory = Path(resolve_path(str(stated[FROM])))
     kept = None if (directory / "config.json").is_file() else _sizes_of_run(group, run_dir)
     sizes = kept or described(group, directory, f"{group}.{FROM}={directory}")
-    if "vocab_size" in sizes:
-        sizes = _padded(sizes, stated)
+    if kept is None and "vocab_size" in sizes:
+        asked = stated.get("vocab_size") or _rows(sizes["vocab_size"], group, recipe)
+        sizes = _padded(sizes, asked)
     found = {f"{group}.{name}": value for name, value in sizes.items()}
     found[f"{group}.weights"] = str(stated[FROM])
     if group == "model.language" and (directory / "tokenizer.json").is_file():
@@ -64,11 +69,33 @@ def complete(group: str, stated: Mapping[str, Any], run_dir: str) -> Mapping[str
     return found
 
 
-def _padded(sizes: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe may state a larger `vocab_size`: the rows beyond those of the weights are padding."""
-    rows, asked = sizes["vocab_size"], stated.get("vocab_size")
-    is_padded = type(asked) is int and type(rows) is int and asked > rows
-    return {"num_tokens": rows if is_padded else None, **sizes}
+def _padded(sizes: Mapping[str, Any], asked: Any) -> dict[str, Any]:
+    """A larger table than that of the weights: the rows beyond theirs are padding."""
+    rows = sizes["vocab_size"]
+    if type(asked) is not int or type(rows) is not int or asked <= rows:
+        return {"num_tokens": None, **sizes}
+    return {**sizes, "vocab_size": asked, "num_tokens": rows}
+
+
+def _rows(rows: Any, group: str, recipe: Mapping[str, Any]) -> Any:
+    """How large a table is made of the weights' one, so that the layouts of all scheduled stages cut it.
+
+    A run that was begun keeps its table: other layouts may continue it.
+    """
+    if type(rows) is not int:
+        return rows
+    begun = _group_of_run(group, str(recipe.get("run_dir")))
+    if begun is not None:
+        return begun.get("vocab_size", rows)
+    sizes = [size for size in _tensor_sizes(recipe) if type(size) is int and size > 0]
+    return rows if all(rows % size == 0 for size in sizes) else padded_rows(rows, sizes)
+
+
+def _tensor_sizes(recipe: Mapping[str, Any]) -> Iterator[Any]:
+    stages = recipe.get("stages") or {}
+    for name in recipe.get("schedule") or ():
+        stage = stages.get(name) or {}
+        yield (stage.get("parallel") or {}).get("tensor")
 
 
 def _padding(group: str, stated: Mapping[str, Any], run_dir: str) -> Mapping[str, Any]:

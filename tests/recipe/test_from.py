@@ -137,6 +137,25 @@ def test_rows_beyond_those_of_the_weights_are_padding(qwen2: Path, by: str) -> N
     assert (language.vocab_size, language.num_tokens) == (704, 641)
 
 
+def test_a_table_that_a_layout_does_not_divide_is_padded(qwen2: Path, tmp_path: Path) -> None:
+    """The first size that the layouts of all scheduled stages cut; a run keeps it in every other layout."""
+    tp2 = [f"stages.{name}.parallel.tensor=2" for name in ("pretrain", "sft")]
+    assert (from_(qwen2).vocab_size, from_(qwen2).num_tokens) == (641, None)
+    for layouts in (tp2, tp2[:1], tp2[1:]):
+        language = from_(qwen2, *layouts)
+        assert (language.vocab_size, language.num_tokens) == (704, 641)
+        assert list(language_problems(language, {})) == []
+    alone = from_(qwen2, "schedule=[pretrain]", tp2[1])
+    assert (alone.vocab_size, alone.num_tokens) == (641, None), "sft does not run"
+    with pytest.raises(ConfigError, match=r"vocab_size=643; use 704, .*num_tokens=641"):
+        from_(qwen2, *tp2, "model.language.vocab_size=643")
+
+    settings = [*START, f"run_dir={tmp_path / 'run'}", f"model.language.from={qwen2}"]
+    begun([*settings, *tp2], tmp_path / "run")
+    later = load_recipe(settings).model.language
+    assert (later.vocab_size, later.num_tokens) == (704, 641)
+
+
 def test_the_tokenizer_beside_the_weights_is_the_recipe_s(qwen2: Path) -> None:
     shipped = load_recipe(["experiment=smoke"]).model.tokenizer.path
     content = (Path(shipped) / "tokenizer.json").read_bytes()
