@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
-from nvlm_train.config.schema import LanguageConfig, ModelConfig, Recipe, StageConfig, VisionConfig
+from nvlm_train.config.layouts import layout_fits_model, layout_fits_world, vocabulary_is_cut_evenly
+from nvlm_train.config.remedies import Problems, below_one, in_range
+from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+from nvlm_train.config.shapes import (
+    language_shapes_fit,
+    rope_scaling_is_a_stretch,
+    vision_shapes_fit,
+)
 from nvlm_train.errors import ConfigError
-
-Problems = Iterator[str]
-"""What a rule yields: `name=value`, the rule, the remedy."""
 
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -57,60 +60,6 @@ def schedule_names_stages(recipe: Recipe) -> Problems:
             yield f"schedule=[{shown}]: {name} cannot name a directory; use letters, digits, _ and -"
         if recipe.schedule.count(name) > 1:
             yield f"schedule=[{shown}] runs {name} more than once; give the second run its own stage"
-
-
-def vision_shapes_fit(vision: VisionConfig) -> Problems:
-    """Patches cut a tile evenly, pixel shuffle finds pairs of them, heads cut the width evenly."""
-    name = "model.vision"
-    counts = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "patch_size")
-    for key in (*counts, "batch_tiles"):
-        yield from in_range(f"{name}.{key}", getattr(vision, key), 1)
-    if vision.patch_size < 1 or vision.num_heads < 1:
-        return
-    if vision.tile_size < 1 or vision.tile_size % vision.patch_size:
-        yield (
-            f"{name}.patch_size={vision.patch_size} does not divide {name}.tile_size={vision.tile_size}; "
-            f"use a multiple of {2 * vision.patch_size}, and weights of that size (SigLIP: 224/14, 384/16)"
-        )
-    elif vision.tile_size // vision.patch_size % 2:
-        side = vision.tile_size // vision.patch_size
-        yield (
-            f"{name}.tile_size={vision.tile_size} makes {side} patches a side; pixel shuffle "
-            f"joins 2 x 2: use a multiple of {2 * vision.patch_size}, and weights of that size"
-        )
-    if vision.hidden_size % vision.num_heads:
-        yield _heads(name, vision.num_heads, vision.hidden_size)
-
-
-def _heads(name: str, heads: int, hidden: int) -> str:
-    fitting = [value for value in divisors(hidden) if value <= heads]
-    return (
-        f"{name}.num_heads={heads} does not divide {name}.hidden_size={hidden}; {use(fitting[-4:])}"
-    )
-
-
-def language_shapes_fit(language: LanguageConfig) -> Problems:
-    """Heads cut the width evenly, KV groups cut the heads evenly, RoPE finds pairs of channels."""
-    name = "model.language"
-    counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size")
-    for key in (*counts, "vocab_size"):
-        yield from in_range(f"{name}.{key}", getattr(language, key), 1)
-    if language.num_tokens is not None:
-        yield from in_range(f"{name}.num_tokens", language.num_tokens, 1, language.vocab_size)
-    heads, groups, hidden = language.num_heads, language.num_kv_heads, language.hidden_size
-    if min(heads, groups, hidden) < 1:
-        return
-    if language.head_dim is not None:
-        yield from in_range(f"{name}.head_dim", language.head_dim, 2)
-        if language.head_dim % 2:
-            yield f"{name}.head_dim={language.head_dim}; RoPE needs an even number of channels"
-    elif hidden % heads:
-        yield f"{_heads(name, heads, hidden)}, or state {name}.head_dim"
-    elif hidden // heads % 2:
-        yield f"{name}.num_heads={heads} makes heads of {hidden // heads} channels; RoPE needs an even number"
-    if heads % groups:
-        remedy = use(divisors(heads))
-        yield f"{name}.num_kv_heads={groups} does not divide {name}.num_heads={heads}; {remedy}"
 
 
 def counters_are_positive(recipe: Recipe) -> Problems:
@@ -213,35 +162,6 @@ def gates_open_at_some_time(recipe: Recipe) -> Problems:
         )
 
 
-def rope_scaling_is_a_stretch(recipe: Recipe) -> Problems:
-    """Scaling slows channels down, and between its two bounds it passes from full to none."""
-    scaling, name = recipe.model.language.rope_scaling, "model.language.rope_scaling"
-    if scaling is None:
-        return
-    yield from in_range(f"{name}.factor", scaling.factor, 1.0)
-    yield from in_range(f"{name}.original_max_positions", scaling.original_max_positions, 1)
-    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
-        yield (
-            f"{name}.low_freq_factor={scaling.low_freq_factor} and {name}.high_freq_factor="
-            f"{scaling.high_freq_factor}; use a low one above 0 and a high one above that"
-        )
-
-
-def vocabulary_is_cut_evenly(recipe: Recipe) -> Problems:
-    """Tensor parallelism cuts the table; padding makes it fit, to one size for the layouts of all stages."""
-    rows = recipe.model.language.vocab_size
-    tokens = recipe.model.language.num_tokens or rows
-    scheduled = [name for name in recipe.schedule if name in recipe.stages]
-    sizes = {name: recipe.stages[name].parallel.tensor for name in scheduled}
-    use_rows = padded_rows(rows, sizes.values())
-    for name, size in sizes.items():
-        if size > 0 and rows % size:
-            yield (
-                f"stages.{name}.parallel.tensor={size} does not divide model.language.vocab_size={rows}; "
-                f"use {use_rows}, with model.language.num_tokens={tokens}"
-            )
-
-
 # ---- one stage ----
 
 
@@ -292,47 +212,6 @@ def batch_is_possible(path: str, stage: StageConfig, model: ModelConfig) -> Prob
         )
 
 
-def layout_fits_model(path: str, stage: StageConfig, model: ModelConfig) -> Problems:
-    """Tensor parallelism cuts heads, groups and feed-forward; the pipeline cuts layers."""
-    layout, language, name = stage.parallel, model.language, f"{path}.parallel"
-    for key in ("tensor", "pipeline", "max_tiles_in_flight"):
-        yield from in_range(f"{name}.{key}", getattr(layout, key), 1)
-    if layout.tensor < 1 or layout.pipeline < 1:
-        return
-    sizes = {
-        "model.language.num_heads": language.num_heads,
-        "model.language.num_kv_heads": language.num_kv_heads,
-        "model.language.ffn_hidden_size": language.ffn_hidden_size,
-    }
-    if model.projector.ffn_hidden_size is not None:
-        sizes["model.projector.ffn_hidden_size"] = model.projector.ffn_hidden_size
-    if layout.sequence_parallel:
-        sizes[f"{path}.sequence_length"] = stage.sequence_length
-    # Divisors of all sizes, so that following the remedy breaks no other rule.
-    remedy = use(divisors(max(1, math.gcd(*sizes.values()))))
-    for key, size in sizes.items():
-        if size % layout.tensor:
-            yield f"{name}.tensor={layout.tensor} does not divide {key}={size}; {remedy}"
-    if language.num_layers % layout.pipeline:
-        yield (
-            f"{name}.pipeline={layout.pipeline} does not divide model.language.num_layers="
-            f"{language.num_layers}; {use(divisors(max(1, language.num_layers)))}"
-        )
-    if layout.sequence_parallel and layout.tensor == 1:
-        yield f"{name}.sequence_parallel=true needs {name}.tensor above 1; set it to false or raise tensor"
-
-
-def layout_fits_world(path: str, stage: StageConfig, world_size: int) -> Problems:
-    """Ranks are whole model replicas; what remains of the world is data parallelism."""
-    layout = stage.parallel
-    replica = layout.tensor * layout.pipeline
-    if replica >= 1 and world_size % replica:
-        yield (
-            f"{path}.parallel: tensor={layout.tensor} x pipeline={layout.pipeline} = {replica} ranks do not "
-            f"divide the world of {world_size}; start a multiple of {replica} processes or change the layout"
-        )
-
-
 def thumbnail_is_there(path: str, stage: StageConfig, model: ModelConfig) -> Problems:
     """H's decoder sees an image through its thumbnail only."""
     if model.architecture == "h" and not stage.tiling.thumbnail:
@@ -340,51 +219,6 @@ def thumbnail_is_there(path: str, stage: StageConfig, model: ModelConfig) -> Pro
             f"{path}.tiling.thumbnail=false leaves nothing of a tiled image in the decoder of "
             "model.architecture=h; set it to true, or use x"
         )
-
-
-# ---- what rules are made of ----
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending.
-
-    >>> divisors(6)
-    [1, 2, 3, 6]
-    """
-    return [value for value in range(1, number + 1) if number % value == 0]
-
-
-def padded_rows(rows: int, tensor_sizes: Iterable[int]) -> int:
-    """The rows of a table that all these sizes cut: multiples of 64 suit matrix products, too.
-
-    >>> padded_rows(641, [2, 3])
-    768
-    """
-    unit = math.lcm(64, *(max(1, size) for size in tensor_sizes))
-    return -(-rows // unit) * unit
-
-
-def use(values: list[int]) -> str:
-    """The remedy that lists them.
-
-    >>> use([1, 2, 4])
-    'use 1, 2 or 4'
-    """
-    words = [str(value) for value in values]
-    return "use " + (f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0])
-
-
-def in_range(name: str, value: float, low: float, high: float = math.inf) -> Problems:
-    """A problem when `value` lies outside the range, which is closed at both ends."""
-    if not low <= value <= high:
-        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        yield f"{name}={value} is out of range; use {limits}"
-
-
-def below_one(name: str, value: float) -> Problems:
-    """A problem when `value` is no rate: 0 or more and less than 1."""
-    if not 0.0 <= value < 1.0:
-        yield f"{name}={value} is out of range; use 0 or more and less than 1"
 
 
 _RECIPE_RULES: tuple[Callable[[Recipe], Problems], ...] = (

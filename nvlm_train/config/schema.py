@@ -1,7 +1,7 @@
 """The recipe: one frozen dataclass per recipe group, the whole of it on this page. No torch, no megatron.
 
 A field without a default must be stated by a recipe file. `docs/recipes.md` explains how the YAML
-groups map onto these classes; `rules.py` holds the rules that span several fields.
+groups map onto these classes; `rules.py` runs the rules that span several fields.
 """
 
 from __future__ import annotations

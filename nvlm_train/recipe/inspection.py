@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_train.config.build import build
-from nvlm_train.config.rules import (
-    divisors,
-    language_shapes_fit,
-    padded_rows,
-    use,
-    vision_shapes_fit,
-)
+from nvlm_train.config.layouts import padded_rows
+from nvlm_train.config.remedies import divisors, use
 from nvlm_train.config.schema import LanguageConfig, VisionConfig
+from nvlm_train.config.shapes import language_shapes_fit, vision_shapes_fit
 from nvlm_train.convert.family import read_config
 from nvlm_train.convert.keys import Config, shown
 from nvlm_train.convert.language import FAMILIES, language_problems

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from nvlm_train.config.layouts import padded_rows
 from nvlm_train.config.load import FROM, compose_recipe
 from nvlm_train.config.paths import resolve_path
-from nvlm_train.config.rules import padded_rows
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import ConfigError
 from nvlm_train.recipe.sizes import SIZES, described

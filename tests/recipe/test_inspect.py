@@ -39,7 +39,7 @@ def test_a_language_model_that_fits(qwen2: Path, capsys: pytest.CaptureFixture[s
     assert "model.language: model_type=qwen2" in output
     assert "num_layers=4 hidden_size=64 num_heads=4 num_kv_heads=2" in output
     assert "parallel.tensor 1 or 2" in output and "parallel.pipeline 1, 2 or 4" in output
-    assert "parallel.tensor 2 does not divide its 641 rows; for all of these `from` pads them to 704" in output
+    assert "2 does not divide its 641 rows; for all of these `from` pads them to 704" in output
     assert f"model.language.from={qwen2}" in output
 
 
