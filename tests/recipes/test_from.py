@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from nvlm_train.recipe.load import load_recipe
 from tests.recipes import twin_runs
@@ -15,7 +17,7 @@ from tests.recipes.twin import twin_of, write_tokenizer
 from tests.train.smoke import make_smoke_data, read_metrics
 from tests.workers import WorkerPool
 
-STEPS = 3
+STEPS = 5
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +78,39 @@ def test_what_config_json_does_not_say_stays(overrides: list[str]) -> None:
     assert model.projector.ffn_hidden_size is None
 
 
+@pytest.fixture(scope="module")
+def eight() -> Iterator[WorkerPool]:
+    pool = WorkerPool(8)
+    yield pool
+    pool.close()
+
+
 @pytest.mark.slow
 def test_a_run_on_tied_directories_is_that_of_one_process(
-    workers: WorkerPool, overrides: list[str], tmp_path: Path
+    eight: WorkerPool, overrides: list[str], tmp_path: Path
 ) -> None:
-    """TP2 x PP2, where both ends of the pipeline hold the table, against one rank."""
-    losses = []
-    for world, layout in ((4, "tp2_pp2"), (1, "single")):
+    """TP2 x PP2 x DP2, where both ends of the pipeline hold the table, against one rank."""
+    losses, tables = [], []
+    for world, layout in ((8, "tp2_pp2"), (1, "single")):
         run_dir = tmp_path / layout
         places = [f"parallel@stages.{stage}.parallel={layout}" for stage in ("pretrain", "sft")]
         recipe = load_recipe([*overrides, *places, f"run_dir={run_dir}"])
         assert recipe.model.language.tied_embeddings
-        assert workers.run(world, twin_runs.run, recipe) == [0] * world
+        tables.append(eight.run(world, twin_runs.run_and_show_tables, recipe, timeout=550))
         losses.append([record["loss"] for record in read_metrics(run_dir)])
     split, alone = losses
     assert len(alone) == 2 * STEPS and len(set(alone)) == 2 * STEPS
     assert split == pytest.approx(alone, rel=1e-5)
+
+    # Ranks are in the order tensor, data, pipeline: 0 to 3 hold the first stage, 4 to 7 the last.
+    assert all(len(copies) == 2 for copies in tables[0])
+    for stage in range(2):
+        copies = [of_rank[stage] for of_rank in tables[0]]
+        for rank in range(4):
+            assert torch.equal(copies[rank], copies[rank + 4]) and torch.equal(
+                copies[rank], copies[rank ^ 2]
+            )
+        whole, (alone_table,) = torch.cat(copies[:2]), [each[stage] for each in tables[1]]
+        torch.testing.assert_close(whole, alone_table, rtol=0, atol=2e-5)
+    frozen, trained = tables[1][0]
+    assert not torch.equal(frozen, trained), "SFT trains the language model"
