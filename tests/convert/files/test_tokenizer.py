@@ -162,6 +162,8 @@ def test_a_row_of_zeros_is_no_token(tmp_path: Path) -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = torch.cat([state[name], torch.randn(64, state[name].shape[1])])
     save_file(state, taller / "model.safetensors")
+    config = json.loads((taller / "config.json").read_text())
+    (taller / "config.json").write_text(json.dumps(config | {"vocab_size": 704}))
     assert found("error", *arguments, f"model.language.weights={taller}") == ""
 
 
