@@ -20,7 +20,11 @@ from nvlm_train.recipe.load import load_recipe
 PAGE = Path(__file__).parent.parent / "recipes.md"
 SIZES = ("72b", "34b", "8b", "2b", "smollm2")
 RECIPES = tuple(f"nvlm_{architecture}_{size}" for size in SIZES for architecture in "dxh")
-STAND_IN = ("model.tokenizer.path=tokenizer.json",)
+STAND_IN = (
+    "model.tokenizer.path=tokenizer.json",
+    "model.language.weights=null",
+    "model.vision.weights=null",
+)
 """What the command of a recipe names and composing does not read."""
 PAPERS_LAYOUT = ("nvlm_x_72b", "nvlm_h_72b")
 """Recipes whose SFT has TP8 PP1 in Table 11 of NVLM 1.0, and more here."""

@@ -126,7 +126,7 @@ def _build_dataclass(cls: Any, raw: object, path: str, report: _Report) -> objec
         key = _join(path, each.name)
         if each.name in raw and raw[each.name] != MANDATORY:
             values[each.name] = _build(hints[each.name], raw[each.name], key, report)
-        elif _is_required(each):
+        elif _is_required(each) or each.name in raw:
             report.add(key, " is missing", f"state {_describe(hints[each.name])} for it")
     complete = all(each.name in values or not _is_required(each) for each in fields(cls))
     if not complete or any(value is _INVALID for value in values.values()):
@@ -190,4 +190,6 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in args)
     if kind is tuple:
         return "a list"
+    if type(None) in args:
+        return f"{_describe(next(each for each in args if each is not type(None)))} or null"
     return "a mapping"

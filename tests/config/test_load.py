@@ -22,9 +22,29 @@ def problems_of(*overrides: str, recipes: Path | None = None) -> list[str]:
     return list(caught.value.problems)
 
 
+NAMED = [
+    "model.tokenizer.path=tokenizer.json",
+    "model.language.weights=null",
+    "model.vision.weights=null",
+]
+"""What files of published sizes leave to the user."""
+
+
+def test_a_published_size_without_its_weights_is_no_recipe() -> None:
+    """A frozen backbone with random weights would train without a complaint."""
+    assert problems_of("experiment=nvlm_d_2b") == [
+        "model.vision.weights is missing (stated in recipes/vision/intern_vit_300m.yaml); "
+        "state a string or null for it",
+        "model.language.weights is missing (stated in recipes/language/qwen2_5_1_5b.yaml); "
+        "state a string or null for it",
+        "model.tokenizer.path is missing (stated in recipes/language/qwen2_5_1_5b.yaml); "
+        "state a string for it",
+    ]
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_shipped_experiments_are_valid(name: str) -> None:
-    named = ["model.tokenizer.path=tokenizer.json"] if name.startswith("nvlm_") else []
+    named = NAMED if name.startswith("nvlm_") else []
     recipe = load_recipe([f"experiment={name}", *named])
     assert recipe.name == name
     assert recipe.run_dir == f"runs/{name}"
@@ -219,10 +239,8 @@ def test_any_encoder_goes_with_any_language_model(
 ) -> None:
     parts = [f"model=nvlm_{architecture}", f"language={language}", f"vision={vision}"]
     small = ["model.cross_attention.every=2"] if architecture != "d" else []
-    recipe = load_recipe(
-        ["experiment=smoke", *parts, *small, *LONG, "model.tokenizer.path=tokenizer.json"]
-    )
-    alone = load_recipe(["experiment=smoke", f"vision={vision}", *LONG])
+    recipe = load_recipe(["experiment=smoke", *parts, *small, *LONG, *NAMED])
+    alone = load_recipe(["experiment=smoke", f"vision={vision}", *LONG, NAMED[-1]])
     assert recipe.model.vision == alone.model.vision, "files of a group state every field"
     assert recipe.model.architecture == architecture
     wide = recipe.model.language.ffn_hidden_size
