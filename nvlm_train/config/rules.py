@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
+from nvlm_train.config.ranges import Problems, above_zero, below_one, divisors, in_range, use
 from nvlm_train.config.schema import LanguageConfig, ModelConfig, Recipe, StageConfig, VisionConfig
 from nvlm_train.errors import ConfigError
 
-Problems = Iterator[str]
 """What a rule yields: `name=value`, the rule, the remedy."""
 
 _STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -62,10 +62,8 @@ def schedule_names_stages(recipe: Recipe) -> Problems:
 def vision_shapes_fit(vision: VisionConfig) -> Problems:
     """Patches cut a tile evenly, pixel shuffle finds pairs of them, heads cut the width evenly."""
     name = "model.vision"
-    counts = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "patch_size")
-    for key in (*counts, "batch_tiles"):
-        yield from in_range(f"{name}.{key}", getattr(vision, key), 1)
-    if vision.patch_size < 1 or vision.num_heads < 1:
+    yield from _sizes(name, vision, "patch_size", "batch_tiles")
+    if min(vision.patch_size, vision.num_heads, vision.hidden_size) < 1:
         return
     if vision.tile_size < 1 or vision.tile_size % vision.patch_size:
         yield (
@@ -82,6 +80,14 @@ def vision_shapes_fit(vision: VisionConfig) -> Problems:
         yield _heads(name, vision.num_heads, vision.hidden_size)
 
 
+def _sizes(name: str, group: VisionConfig | LanguageConfig, *others: str) -> Problems:
+    """Tensors are listed layer by layer, so a config.json with a wild number of them must not get far."""
+    yield from in_range(f"{name}.num_layers", group.num_layers, 1, 10_000)
+    for key in ("hidden_size", "num_heads", "ffn_hidden_size", *others):
+        yield from in_range(f"{name}.{key}", getattr(group, key), 1)
+    yield from above_zero(name, group, "norm_eps")
+
+
 def _heads(name: str, heads: int, hidden: int) -> str:
     fitting = [value for value in divisors(hidden) if value <= heads]
     return (
@@ -92,9 +98,8 @@ def _heads(name: str, heads: int, hidden: int) -> str:
 def language_shapes_fit(language: LanguageConfig) -> Problems:
     """Heads cut the width evenly, KV groups cut the heads evenly, RoPE finds pairs of channels."""
     name = "model.language"
-    counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size")
-    for key in (*counts, "vocab_size"):
-        yield from in_range(f"{name}.{key}", getattr(language, key), 1)
+    yield from _sizes(name, language, "num_kv_heads", "vocab_size")
+    yield from above_zero(name, language, "rope_theta")
     if language.num_tokens is not None:
         yield from in_range(f"{name}.num_tokens", language.num_tokens, 1, language.vocab_size)
     heads, groups, hidden = language.num_heads, language.num_kv_heads, language.hidden_size
@@ -122,9 +127,7 @@ def counters_are_positive(recipe: Recipe) -> Problems:
     yield from in_range("loader.read_attempts", loader.read_attempts, 1)
     yield from in_range("loader.max_skipped_fraction", loader.max_skipped_fraction, 0, 1)
     yield from in_range("loader.max_image_pixels", loader.max_image_pixels, 1)
-    for key in ("prefetch_gib", "cache_gib"):
-        if getattr(loader, key) <= 0:
-            yield f"loader.{key}={getattr(loader, key)} is out of range; use more than 0"
+    yield from above_zero("loader", loader, "prefetch_gib", "cache_gib")
     yield from in_range("checkpoint.interval_steps", checkpoint.interval_steps, 1)
     yield from in_range("checkpoint.keep_last", checkpoint.keep_last, 1)
     yield from in_range("checkpoint.max_failed_saves", checkpoint.max_failed_saves, 0)
@@ -180,6 +183,7 @@ def architecture_has_its_parts(recipe: Recipe) -> Problems:
         yield f"{name} sends every tile to the decoder; remove model.cross_attention, or use x or h"
     if model.architecture != "d" and cross is None:
         yield f"{name} needs model.cross_attention; state model.cross_attention.every, or use d"
+    yield from above_zero("model.projector", model.projector, "norm_eps")
     if model.projector.ffn_hidden_size is not None:
         yield from in_range("model.projector.ffn_hidden_size", model.projector.ffn_hidden_size, 1)
     if model.resampler is not None:
@@ -270,9 +274,7 @@ def steps_and_rates_fit(path: str, stage: StageConfig, model: ModelConfig) -> Pr
         )
     if optimizer.lr < optimizer.min_lr:
         yield f"{name}.min_lr={optimizer.min_lr} is above {name}.lr={optimizer.lr}; use at most lr"
-    for key in ("lr", "eps", "clip_grad"):
-        if getattr(optimizer, key) <= 0:
-            yield f"{name}.{key}={getattr(optimizer, key)} is out of range; use more than 0"
+    yield from above_zero(name, optimizer, "lr", "eps", "clip_grad")
 
 
 def batch_is_possible(path: str, stage: StageConfig, model: ModelConfig) -> Problems:
@@ -341,41 +343,6 @@ def thumbnail_is_there(path: str, stage: StageConfig, model: ModelConfig) -> Pro
             f"{path}.tiling.thumbnail=false leaves nothing of a tiled image in the decoder of "
             "model.architecture=h; set it to true, or use x"
         )
-
-
-# ---- what rules are made of ----
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending.
-
-    >>> divisors(6)
-    [1, 2, 3, 6]
-    """
-    return [value for value in range(1, number + 1) if number % value == 0]
-
-
-def use(values: list[int]) -> str:
-    """The remedy that lists them.
-
-    >>> use([1, 2, 4])
-    'use 1, 2 or 4'
-    """
-    words = [str(value) for value in values]
-    return "use " + (f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0])
-
-
-def in_range(name: str, value: float, low: float, high: float = math.inf) -> Problems:
-    """A problem when `value` lies outside the range, which is closed at both ends."""
-    if not low <= value <= high:
-        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        yield f"{name}={value} is out of range; use {limits}"
-
-
-def below_one(name: str, value: float) -> Problems:
-    """A problem when `value` is no rate: 0 or more and less than 1."""
-    if not 0.0 <= value < 1.0:
-        yield f"{name}={value} is out of range; use 0 or more and less than 1"
 
 
 _RECIPE_RULES: tuple[Callable[[Recipe], Problems], ...] = (

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_train.config.build import build
-from nvlm_train.config.rules import divisors, language_shapes_fit, use, vision_shapes_fit
+from nvlm_train.config.ranges import divisors, use
+from nvlm_train.config.rules import language_shapes_fit, vision_shapes_fit
 from nvlm_train.config.schema import LanguageConfig, VisionConfig
 from nvlm_train.convert.family import read_config
 from nvlm_train.convert.keys import Config, shown
@@ -61,7 +62,7 @@ def _has(part: str, config: Config) -> bool:
     whole, named = whole_of(config), config.get("model_type")
     if whole is not None:
         return part in whole.sections
-    return named in KNOWN[part]
+    return isinstance(named, str) and named in KNOWN[part]
 
 
 KNOWN: Mapping[str, frozenset[str]] = {
