@@ -12,7 +12,7 @@ from nvlm_train.config.build import build
 from nvlm_train.config.ranges import divisors, use
 from nvlm_train.config.rules import language_shapes_fit, vision_shapes_fit
 from nvlm_train.config.schema import LanguageConfig, VisionConfig
-from nvlm_train.convert.family import read_config
+from nvlm_train.convert.family import has_model_type, read_config
 from nvlm_train.convert.keys import Config, shown
 from nvlm_train.convert.language import FAMILIES, language_problems
 from nvlm_train.convert.problem import Problem, error
@@ -78,11 +78,10 @@ def _has_projector(config: Config) -> bool:
 
 
 def _unknown(directory: Path, config: Config) -> str:
-    has = f"model_type={shown(config['model_type'])}" if "model_type" in config else "no model_type"
     known = "; ".join(f"{part}: {', '.join(sorted(names))}" for part, names in KNOWN.items())
     return (
-        f"{directory}/config.json has {has}, which is read neither as a language model nor as a vision "
-        f"encoder; use one of these ({known}; whole models: {', '.join(sorted(WHOLES))})"
+        f"{directory}/config.json has {has_model_type(config)}, which is read neither as a "
+        f"language model nor as a vision encoder; use one of these ({known}; whole models: {', '.join(sorted(WHOLES))})"
     )
 
 
