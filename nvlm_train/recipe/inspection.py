@@ -81,7 +81,8 @@ def _unknown(directory: Path, config: Config) -> str:
     known = "; ".join(f"{part}: {', '.join(sorted(names))}" for part, names in KNOWN.items())
     return (
         f"{directory}/config.json has {has_model_type(config)}, which is read neither as a "
-        f"language model nor as a vision encoder; use one of these ({known}; whole models: {', '.join(sorted(WHOLES))})"
+        f"language model nor as a vision encoder; use one of these ({known}; "
+        f"whole models: {', '.join(sorted(WHOLES))})"
     )
 
 
