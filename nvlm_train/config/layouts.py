@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from nvlm_train.config.remedies import Problems, divisors, in_range, use
+from nvlm_train.config.ranges import Problems, divisors, in_range, use
 from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from nvlm_train.config.layouts import layout_fits_model, layout_fits_world, vocabulary_is_cut_evenly
-from nvlm_train.config.remedies import Problems, below_one, in_range
+from nvlm_train.config.ranges import Problems, above_zero, below_one, in_range
 from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
 from nvlm_train.config.shapes import (
     language_shapes_fit,
@@ -71,9 +71,7 @@ def counters_are_positive(recipe: Recipe) -> Problems:
     yield from in_range("loader.read_attempts", loader.read_attempts, 1)
     yield from in_range("loader.max_skipped_fraction", loader.max_skipped_fraction, 0, 1)
     yield from in_range("loader.max_image_pixels", loader.max_image_pixels, 1)
-    for key in ("prefetch_gib", "cache_gib"):
-        if getattr(loader, key) <= 0:
-            yield f"loader.{key}={getattr(loader, key)} is out of range; use more than 0"
+    yield from above_zero("loader", loader, "prefetch_gib", "cache_gib")
     yield from in_range("checkpoint.interval_steps", checkpoint.interval_steps, 1)
     yield from in_range("checkpoint.keep_last", checkpoint.keep_last, 1)
     yield from in_range("checkpoint.max_failed_saves", checkpoint.max_failed_saves, 0)
@@ -129,6 +127,7 @@ def architecture_has_its_parts(recipe: Recipe) -> Problems:
         yield f"{name} sends every tile to the decoder; remove model.cross_attention, or use x or h"
     if model.architecture != "d" and cross is None:
         yield f"{name} needs model.cross_attention; state model.cross_attention.every, or use d"
+    yield from above_zero("model.projector", model.projector, "norm_eps")
     if model.projector.ffn_hidden_size is not None:
         yield from in_range("model.projector.ffn_hidden_size", model.projector.ffn_hidden_size, 1)
     if model.resampler is not None:
@@ -189,9 +188,7 @@ def steps_and_rates_fit(path: str, stage: StageConfig, model: ModelConfig) -> Pr
         )
     if optimizer.lr < optimizer.min_lr:
         yield f"{name}.min_lr={optimizer.min_lr} is above {name}.lr={optimizer.lr}; use at most lr"
-    for key in ("lr", "eps", "clip_grad"):
-        if getattr(optimizer, key) <= 0:
-            yield f"{name}.{key}={getattr(optimizer, key)} is out of range; use more than 0"
+    yield from above_zero(name, optimizer, "lr", "eps", "clip_grad")
 
 
 def batch_is_possible(path: str, stage: StageConfig, model: ModelConfig) -> Problems:

@@ -185,6 +185,9 @@ class TilingConfig:
     """The whole image follows as one more tile, last, when it has more than one."""
     tags: TileTags = "1d"
     """Each tile is named in the text: not at all, by number, by column and row, or by its box."""
+    tag_tokens: Literal["joined", "separate"] = "joined"
+    """A tag is tokenised with the text around it, as in NVIDIA's code for Hugging Face, or by itself, as in
+    the released training code; Qwen2 has a token for `><`, so `<Image><tile_1>` differs."""
 
 
 @dataclass(frozen=True)

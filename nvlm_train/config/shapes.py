@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from nvlm_train.config.remedies import Problems, divisors, in_range, use
+from nvlm_train.config.ranges import Problems, above_zero, divisors, in_range, use
 from nvlm_train.config.schema import LanguageConfig, Recipe, VisionConfig
 
 
 def vision_shapes_fit(vision: VisionConfig) -> Problems:
     """Patches cut a tile evenly, pixel shuffle finds pairs of them, heads cut the width evenly."""
     name = "model.vision"
-    counts = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "patch_size")
-    for key in (*counts, "batch_tiles"):
-        yield from in_range(f"{name}.{key}", getattr(vision, key), 1)
-    if vision.patch_size < 1 or vision.num_heads < 1:
+    yield from _sizes(name, vision, "patch_size", "batch_tiles")
+    if min(vision.patch_size, vision.num_heads, vision.hidden_size) < 1:
         return
     if vision.tile_size < 1 or vision.tile_size % vision.patch_size:
         yield (
@@ -29,6 +27,14 @@ def vision_shapes_fit(vision: VisionConfig) -> Problems:
         yield _heads(name, vision.num_heads, vision.hidden_size)
 
 
+def _sizes(name: str, group: VisionConfig | LanguageConfig, *others: str) -> Problems:
+    """Tensors are listed layer by layer, so a config.json with a wild number of them must not get far."""
+    yield from in_range(f"{name}.num_layers", group.num_layers, 1, 10_000)
+    for key in ("hidden_size", "num_heads", "ffn_hidden_size", *others):
+        yield from in_range(f"{name}.{key}", getattr(group, key), 1)
+    yield from above_zero(name, group, "norm_eps")
+
+
 def _heads(name: str, heads: int, hidden: int) -> str:
     fitting = [value for value in divisors(hidden) if value <= heads]
     return (
@@ -39,9 +45,8 @@ def _heads(name: str, heads: int, hidden: int) -> str:
 def language_shapes_fit(language: LanguageConfig) -> Problems:
     """Heads cut the width evenly, KV groups cut the heads evenly, RoPE finds pairs of channels."""
     name = "model.language"
-    counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size")
-    for key in (*counts, "vocab_size"):
-        yield from in_range(f"{name}.{key}", getattr(language, key), 1)
+    yield from _sizes(name, language, "num_kv_heads", "vocab_size")
+    yield from above_zero(name, language, "rope_theta")
     if language.num_tokens is not None:
         yield from in_range(f"{name}.num_tokens", language.num_tokens, 1, language.vocab_size)
     heads, groups, hidden = language.num_heads, language.num_kv_heads, language.hidden_size

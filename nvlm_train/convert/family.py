@@ -100,14 +100,30 @@ def read_config(path: Path, setting: str) -> Config | Problem:
     return config
 
 
+_NOT_READ: Mapping[str, str] = dict.fromkeys(
+    ("siglip2", "siglip2_vision_model"),
+    "a SigLIP 2 that stretches its positions to images of any shape (NaFlex), while tiles are square; "
+    "one of a fixed size has model_type=siglip",
+)
+"""Models that look like one that is read, and why they are not."""
+
+
+def has_model_type(config: Config) -> str:
+    """What a config.json says of its family, for messages, and the reason where that one is not read."""
+    name = config.get("model_type")
+    reason = _NOT_READ.get(name) if isinstance(name, str) else None
+    has = f"model_type={shown(name)}" if "model_type" in config else "no model_type"
+    return f"{has} ({reason})" if reason else has
+
+
 def family_of(families: Mapping[str, Family], config: Config, place: Place) -> Family | Problem:
     """The family that a config.json names."""
     name = config.get("model_type")
     if isinstance(name, str) and name in families:
         return families[name]
-    has = f"model_type={shown(name)}" if "model_type" in config else "no model_type"
     return error(
-        f"{place.config} has {has}, {place.model} reads model_type={' or '.join(families)}",
+        f"{place.config} has {has_model_type(config)}, {place.model} reads "
+        f"model_type={' or '.join(families)}",
         "give weights of such a model: another one has the same sizes and computes something else",
     )
 

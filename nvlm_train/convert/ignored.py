@@ -8,8 +8,9 @@ a new one that matters is never passed over.
 from __future__ import annotations
 
 BOOKKEEPING = frozenset({
-    # Who wrote the file, from what, and for which tokenizer.
+    # Who wrote the file, from what, and for which tokenizer; what transformers.js does with it.
     "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "tokenizer_class",
+    "transformers.js_config",
     # How attention is computed, not what: the kernels agree up to rounding.
     "attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
     # What else a forward pass returns.

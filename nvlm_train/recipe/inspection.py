@@ -10,10 +10,10 @@ from typing import Any
 
 from nvlm_train.config.build import build
 from nvlm_train.config.layouts import padded_rows
-from nvlm_train.config.remedies import divisors, use
+from nvlm_train.config.ranges import divisors, use
 from nvlm_train.config.schema import LanguageConfig, VisionConfig
 from nvlm_train.config.shapes import language_shapes_fit, vision_shapes_fit
-from nvlm_train.convert.family import read_config
+from nvlm_train.convert.family import has_model_type, read_config
 from nvlm_train.convert.keys import Config, shown
 from nvlm_train.convert.language import FAMILIES, language_problems
 from nvlm_train.convert.problem import Problem, error
@@ -63,7 +63,7 @@ def _has(part: str, config: Config) -> bool:
     whole, named = whole_of(config), config.get("model_type")
     if whole is not None:
         return part in whole.sections
-    return named in KNOWN[part]
+    return isinstance(named, str) and named in KNOWN[part]
 
 
 KNOWN: Mapping[str, frozenset[str]] = {
@@ -79,11 +79,11 @@ def _has_projector(config: Config) -> bool:
 
 
 def _unknown(directory: Path, config: Config) -> str:
-    has = f"model_type={shown(config['model_type'])}" if "model_type" in config else "no model_type"
     known = "; ".join(f"{part}: {', '.join(sorted(names))}" for part, names in KNOWN.items())
     return (
-        f"{directory}/config.json has {has}, which is read neither as a language model nor as a vision "
-        f"encoder; use one of these ({known}; whole models: {', '.join(sorted(WHOLES))})"
+        f"{directory}/config.json has {has_model_type(config)}, which is read neither as a "
+        f"language model nor as a vision encoder; use one of these ({known}; "
+        f"whole models: {', '.join(sorted(WHOLES))})"
     )
 
 

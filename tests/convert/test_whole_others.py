@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,13 +69,32 @@ def test_an_earlier_layer_of_it_is_refused(internvl: nn.Module, tmp_path: Path) 
     assert "vision_feature_layer=-2" in str(problem)
 
 
+EXPERTS = {
+    "_name_or_path": "OpenGVLab/InternViT-6B-448px-V1-5", "capacity_factor": 1.2, "use_bfloat16": True,
+    "eval_capacity_factor": 1.4, "laux_allreduce": "all_nodes", "moe_coeff_ratio": 0.5,
+    "moe_intermediate_size": 768, "moe_output_scale": 4.0, "noisy_gate_policy": "RSample_before",
+    "num_experts": 8, "num_routed_experts": 4, "num_shared_experts": 4, "use_rts": False,
+    "shared_expert_intermediate_size": 3072, "use_moe": False, "use_residual": True,
+    "use_weighted_residual": False,
+}  # fmt: skip
+"""Keys beside the encoder's own in vision_config of InternVL 2.5 and 3."""
+
+
 @pytest.fixture
 def chat(qwen2: nn.Module, tmp_path: Path) -> Path:
     """OpenGVLab's whole InternVL: 25 heads without dummies, and a projector with biases."""
     config = whole_config() | {
         "model_type": "internvl_chat",
         "architectures": ["InternVLChatModel"],
+        "hidden_size": LANGUAGE.hidden_size,
+        "image_fold": None,
+        "output_attentions": False,
+        "pad2square": False,
+        "system_message": None,
+        "tie_word_embeddings": False,
     }
+    config["vision_config"] = VISION_CONFIG | EXPERTS
+    config["llm_config"] |= {"moe_config": None, "use_bfloat16": True}
     mlp1 = nn.Sequential(
         nn.LayerNorm(FEATURES), nn.Linear(FEATURES, FFN), nn.GELU(), nn.Linear(FFN, 64)
     )
@@ -97,3 +117,18 @@ def test_its_language_model_is_read_and_its_projector_refused(chat: Path) -> Non
     assert [str(each) for each in language_problems(model.language, {"sft": 96})] == []
     (problem,) = projector_problems(model)
     assert "unexpected=['mlp1.1.bias'], 2 in all" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [("vision_config", "use_moe", True), ("llm_config", "moe_config", {"num_experts": 8})],
+)
+def test_experts_are_refused(chat: Path, group: str, key: str, value: object) -> None:
+    """OpenGVLab's keys for them are passed over only where they say that there are none."""
+    path = chat / "config.json"
+    config = json.loads(path.read_text())
+    config[group][key] = value
+    path.write_text(json.dumps(config))
+    model = whole_runs.model_from(chat)
+    problems = [*vision_problems(model.vision), *language_problems(model.language, {"sft": 96})]
+    assert [key in str(each) for each in problems] == [True]

@@ -147,7 +147,20 @@ def test_an_ablation_differs_in_what_its_table_says(name: str) -> None:
     assert ("language_model" in sft.trainable) != frozen
     assert replace(pretrain, blend="") == replace(base.stages["pretrain"], blend="")
     assert pretrain.blend == ("llava_pretrain" if llava else "nvlm_pretrain")
-    same = replace(sft, steps=0, tiling=base.stages["sft"].tiling, trainable=())
+    layout = base.stages["sft"].parallel
+    if frozen:
+        # Without an optimizer of the language model the paper's layout fits at 72B, too.
+        assert (sft.parallel.tensor, sft.parallel.pipeline) == (8, 1)
+        assert costs.rank_memory(recipe.model, sft, "bf16", 16) < 0.6 * 80e9
+        layout = replace(layout, pipeline=1)
+    assert sft.parallel == layout
+    same = replace(
+        sft,
+        steps=0,
+        tiling=base.stages["sft"].tiling,
+        trainable=(),
+        parallel=base.stages["sft"].parallel,
+    )
     assert same == replace(base.stages["sft"], steps=0, trainable=())
 
 

@@ -78,6 +78,14 @@ def test_the_names_of_transformers_4(weights: Path) -> None:
         torch.testing.assert_close(build(weights)(tiles(2)), expected, rtol=0, atol=1e-4)
 
 
+def test_images_of_any_shape_are_refused_with_the_reason(weights: Path) -> None:
+    """The config.json of google/siglip2-so400m-patch16-naflex, in short."""
+    config = json.loads((weights / "config.json").read_text())
+    config |= {"model_type": "siglip2_vision_model", "num_patches": 256}
+    (weights / "config.json").write_text(json.dumps(config))
+    assert "NaFlex" in "\n".join(errors(weights))
+
+
 @pytest.mark.parametrize("head", [True, False])
 def test_the_pooling_head_may_be_there(head: bool, tmp_path: Path) -> None:
     from transformers import SiglipVisionConfig, SiglipVisionModel

@@ -33,11 +33,23 @@ _COMPUTED: tuple[Rule, ...] = (
     Fixed("is_encoder_decoder", (False,), False),
     Fixed("add_cross_attention", (False,), False),
     Fixed("return_dict", (True,), True),
+    # The configs of InternVL 2.5 and 3 have it, with the sizes in `_EXPERTS`.
+    Fixed("use_moe", (False,), False),
 )
 """Keys that mean the same for both kinds. Defaults are those of OpenGVLab's InternVisionConfig."""
 
+_EXPERTS = frozenset({
+    "capacity_factor", "eval_capacity_factor", "laux_allreduce", "moe_coeff_ratio",
+    "moe_intermediate_size", "moe_output_scale", "noisy_gate_policy", "num_experts",
+    "num_routed_experts", "num_shared_experts", "shared_expert_intermediate_size", "use_residual",
+    "use_rts", "use_weighted_residual",
+})  # fmt: skip
+"""Sizes and habits of experts that an encoder with `use_moe: false` does not have; the published code reads
+none of them."""
+
 _IGNORED = (
     BOOKKEEPING
+    | _EXPERTS
     | GENERATION
     # Dropout is off in a frozen encoder; a layer's scale is in its weights, this is their start.
     | {"dropout", "drop_path_rate", "initializer_factor"}

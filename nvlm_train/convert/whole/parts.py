@@ -38,6 +38,8 @@ def _as_it_is(config: Config) -> Config:
 
 def _by_architecture(config: Config) -> Config:
     """OpenGVLab's and NVIDIA's code look at `architectures`: NVLM-D's Qwen2 has model_type=llama."""
+    # InternVL 2.5 and 3 say so of their Qwen2, which has no experts.
+    config = {key: value for key, value in config.items() if (key, value) != ("moe_config", None)}
     named = config.get("architectures")
     first = named[0] if isinstance(named, list) and named else None
     decided = _ARCHITECTURES.get(first) if isinstance(first, str) else None

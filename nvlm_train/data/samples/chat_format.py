@@ -5,7 +5,8 @@ The format is Megatron-LM's ChatML, which trained the released model:
 models; the `chat()` of the released Hugging Face code writes no newline after `<|im_end|>`). An
 assistant's content, its `<|im_end|>` and the newline after it are trained. An image is `<Image>`, for
 each tile its tag and its slots, `</Image>`; tags are ordinary text, tokenised with what stands around
-them, so `<Image><tile_1>` is one string, as in the released Hugging Face code.
+them, so `<Image><tile_1>` is one string, as in the released Hugging Face code, unless the recipe has them
+separate, as the released training code does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-from nvlm_train.config.schema import TileTags
+from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.samples.messages import Message
 from nvlm_train.routes import Route, Routes
 from nvlm_train.tiling import ImageLayout
@@ -64,9 +65,10 @@ class ChatFormat:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, tags: TileTags, tokens_per_tile: int, routes: Routes
+        self, tokenizer: Tokenizer, tiling: TilingConfig, tokens_per_tile: int, routes: Routes
     ) -> None:
-        self._tags = tags
+        self._tags = tiling.tags
+        self._has_joined_tags = tiling.tag_tokens == "joined"
         self._routes = routes
         self._thumbnail_tag = tokenizer.thumbnail_tag
         self._opening = tokenizer.opening
@@ -140,7 +142,7 @@ class ChatFormat:
     def _with_images(self, text: str, images: Sequence[ImageLayout], seen: int) -> list[Piece]:
         """Returns a text whose markers became images; `seen` cross-routed tiles came before.
 
-        Only slots, and tags of cross-routed tiles, divide the text. The last piece is text.
+        Only slots, separate tags and those of cross-routed tiles divide the text. The last piece is text.
         """
         head, *rest = text.split(IMAGE_MARKER)
         pieces: list[Piece] = []
@@ -150,7 +152,10 @@ class ChatFormat:
             before, num_cross = (0, seen), 0
             for tile in self.tiles(image):
                 if tile.route == "decoder":
-                    pieces += _text(pending + tile.tag, before)
+                    if self._has_joined_tags:
+                        pieces += _text(pending + tile.tag, before)
+                    else:
+                        pieces += _text(pending, before) + _text(tile.tag, before)
                     pieces.append(Piece("", self._slots, "image", before))
                     pending = ""
                     continue

@@ -78,7 +78,7 @@ class SampleEncoder:
     def __init__(self, tokenizer: Tokenizer, spec: EncodingSpec) -> None:
         self.tokenizer = tokenizer
         self.spec = spec
-        self.format = ChatFormat(tokenizer, spec.tiling.tags, spec.tokens_per_tile, spec.routes)
+        self.format = ChatFormat(tokenizer, spec.tiling, spec.tokens_per_tile, spec.routes)
         self._remembered = lru_cache(maxsize=4096)(tokenizer.encode)
         self._remembered_after = lru_cache(maxsize=4096)(tokenizer.encode_after)
 

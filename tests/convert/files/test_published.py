@@ -1,7 +1,7 @@
 """config.json files as they are published, with their keys, beside tensors of their sizes: accepted.
 
 Sizes are made small; every other key is as it lies on the hub (Qwen2 and Qwen2.5, Yi-34B, InternVL's
-conversion of InternViT-6B to transformers' layout, NVLM-D 72B's language model).
+conversion of InternViT-6B to transformers' layout, NVLM-D 72B's language model, SmolLM2-135M-Instruct).
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ YI = {
     "pretraining_tp": 1, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float32",
     "transformers_version": "4.34.0", "use_cache": False,
 }  # fmt: skip
+SMOLLM2 = YI | {
+    "attention_bias": False, "attention_dropout": 0.0, "is_llama_config": True, "mlp_bias": False,
+    "rope_interleaved": False, "pad_token_id": 2, "initializer_range": 0.041666666666666664,
+    "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
+}  # fmt: skip
 INTERN_VIT = {
     "architectures": ["InternVisionModel"], "attention_bias": False, "attention_dropout": 0.0,
     "dropout": 0.0, "drop_path_rate": 0.0, "hidden_act": "gelu", "hidden_dropout_prob": 0.0,
@@ -57,15 +62,26 @@ INTERN_VIT = {
 }  # fmt: skip
 
 
+LLAMAS = {"Yi-34B": YI, "SmolLM2-135M-Instruct": SMOLLM2}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_qwens_are_accepted(qwen2: Write, name: str) -> None:
     language = replace(LANGUAGE, weights=str(qwen2(PUBLISHED[name] | SMALL)))
     assert [str(each) for each in language_problems(language, {"sft": 4096})] == []
 
 
-def test_published_yis_are_accepted(llama: Write) -> None:
-    language = replace(LANGUAGE, weights=str(llama(YI | SMALL)), qkv_bias=False)
+@pytest.mark.parametrize("name", LLAMAS)
+def test_published_llamas_are_accepted(llama: Write, name: str) -> None:
+    language = replace(LANGUAGE, weights=str(llama(LLAMAS[name] | SMALL)), qkv_bias=False)
     assert [str(each) for each in language_problems(language, {"sft": 4096})] == []
+
+
+def test_channels_in_another_order_are_refused(llama: Write) -> None:
+    language = replace(LANGUAGE, qkv_bias=False)
+    weights = str(llama(SMOLLM2 | SMALL | {"rope_interleaved": True}))
+    (problem,) = language_problems(replace(language, weights=weights), {"sft": 4096})
+    assert "rope_interleaved=true" in problem.text
 
 
 def test_the_published_encoder_is_accepted(encoder: Write) -> None:

@@ -195,3 +195,23 @@ def test_no_two_tiles_of_an_image_share_a_tag(style: TileTags) -> None:
         tags = tile_tags(style, *image, THUMBNAIL)
         assert len(set(tags)) == len(tags) == image.num_tiles
         assert (THUMBNAIL in tags) == bool(num_thumbnails)
+
+
+@pytest.mark.parametrize("architecture", ["d", "x", "h"])
+def test_separate_tags_are_tokenised_each_by_itself(make_encoder: Make, architecture: str) -> None:
+    """As in Megatron-LM's training code; joined, the first is one text with what stands before it."""
+    separate = make_encoder(routes=ROUTES[architecture], tiling=TilingConfig(tag_tokens="separate"))
+    joined = make_encoder(routes=ROUTES[architecture], tiling=TilingConfig())
+    messages = separate.messages("k", record("look at <image> well"), [TWO_TILES])
+    tags = {tile.tag for tile in separate.format.tiles(lay_out((2, 1), 1))}
+    apart, together = (
+        [piece.text for piece in next(each.layouts(messages, [TWO_TILES])).pieces]
+        for each in (separate, joined)
+    )
+    assert "".join(apart) == "".join(together)
+    assert not [text for text in apart if text not in tags and any(tag in text for tag in tags)]
+    in_decoder = [
+        tile for tile in separate.format.tiles(lay_out((2, 1), 1)) if tile.route == "decoder"
+    ]
+    assert len(apart) == len(together) + bool(in_decoder)
+    assert separate.fingerprint != joined.fingerprint

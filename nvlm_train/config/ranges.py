@@ -1,4 +1,4 @@
-"""What rules are made of: ranges, and the values that a remedy lists."""
+"""What rules are made of: ranges, and the divisors that a remedy lists."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ Problems = Iterator[str]
 def divisors(number: int) -> list[int]:
     """All divisors, ascending.
 
-    >>> divisors(6)
-    [1, 2, 3, 6]
+    >>> divisors(6), divisors(9)
+    ([1, 2, 3, 6], [1, 3, 9])
     """
-    return [value for value in range(1, number + 1) if number % value == 0]
+    small = [value for value in range(1, math.isqrt(number) + 1) if number % value == 0]
+    return small + [number // value for value in reversed(small) if value * value != number]
 
 
 def use(values: list[int]) -> str:
@@ -39,3 +40,11 @@ def below_one(name: str, value: float) -> Problems:
     """A problem when `value` is no rate: 0 or more and less than 1."""
     if not 0.0 <= value < 1.0:
         yield f"{name}={value} is out of range; use 0 or more and less than 1"
+
+
+def above_zero(path: str, group: object, *keys: str) -> Problems:
+    """A problem for each field of a group that is 0 or less."""
+    for key in keys:
+        value = getattr(group, key)
+        if value <= 0:
+            yield f"{path}.{key}={value} is out of range; use more than 0"
