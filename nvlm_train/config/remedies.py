@@ -15,7 +15,10 @@ def divisors(number: int) -> list[int]:
     >>> divisors(6)
     [1, 2, 3, 6]
     """
-    return [value for value in range(1, number + 1) if number % value == 0]
+    # Sizes are below 2**31 (shapes.py); of a larger number, which is refused, not all are looked for.
+    most = min(math.isqrt(number), 2**16) if number > 0 else 0
+    small = [value for value in range(1, most + 1) if number % value == 0]
+    return small + [number // value for value in reversed(small) if value * value != number]
 
 
 def use(values: list[int]) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from nvlm_train.config.remedies import Problems, divisors, in_range, use
-from nvlm_train.config.schema import LanguageConfig, Recipe, VisionConfig
+from nvlm_train.config.schema import LanguageConfig, VisionConfig
+
+MOST_LAYERS, MOST_CHANNELS = 10_000, 2**31 - 1
+"""No model comes near these: a config.json that says more is damaged, and its lists would never end."""
 
 
 def vision_shapes_fit(vision: VisionConfig) -> Problems:
     """Patches cut a tile evenly, pixel shuffle finds pairs of them, heads cut the width evenly."""
     name = "model.vision"
-    counts = ("num_layers", "hidden_size", "num_heads", "ffn_hidden_size", "patch_size")
-    for key in (*counts, "batch_tiles"):
-        yield from in_range(f"{name}.{key}", getattr(vision, key), 1)
+    yield from in_range(f"{name}.num_layers", vision.num_layers, 1, MOST_LAYERS)
+    counts = ("hidden_size", "num_heads", "ffn_hidden_size", "patch_size", "batch_tiles")
+    for key in counts:
+        yield from in_range(f"{name}.{key}", getattr(vision, key), 1, MOST_CHANNELS)
+    yield from in_range(f"{name}.norm_eps", vision.norm_eps, 0)
     if vision.patch_size < 1 or vision.num_heads < 1:
         return
     if vision.tile_size < 1 or vision.tile_size % vision.patch_size:
@@ -39,16 +44,19 @@ def _heads(name: str, heads: int, hidden: int) -> str:
 def language_shapes_fit(language: LanguageConfig) -> Problems:
     """Heads cut the width evenly, KV groups cut the heads evenly, RoPE finds pairs of channels."""
     name = "model.language"
-    counts = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size")
-    for key in (*counts, "vocab_size"):
-        yield from in_range(f"{name}.{key}", getattr(language, key), 1)
+    yield from in_range(f"{name}.num_layers", language.num_layers, 1, MOST_LAYERS)
+    counts = ("hidden_size", "num_heads", "num_kv_heads", "ffn_hidden_size", "vocab_size")
+    for key in counts:
+        yield from in_range(f"{name}.{key}", getattr(language, key), 1, MOST_CHANNELS)
+    yield from in_range(f"{name}.norm_eps", language.norm_eps, 0)
+    yield from _rope_turns(language)
     if language.num_tokens is not None:
         yield from in_range(f"{name}.num_tokens", language.num_tokens, 1, language.vocab_size)
     heads, groups, hidden = language.num_heads, language.num_kv_heads, language.hidden_size
     if min(heads, groups, hidden) < 1:
         return
     if language.head_dim is not None:
-        yield from in_range(f"{name}.head_dim", language.head_dim, 2)
+        yield from in_range(f"{name}.head_dim", language.head_dim, 2, MOST_CHANNELS)
         if language.head_dim % 2:
             yield f"{name}.head_dim={language.head_dim}; RoPE needs an even number of channels"
     elif hidden % heads:
@@ -60,9 +68,11 @@ def language_shapes_fit(language: LanguageConfig) -> Problems:
         yield f"{name}.num_kv_heads={groups} does not divide {name}.num_heads={heads}; {remedy}"
 
 
-def rope_scaling_is_a_stretch(recipe: Recipe) -> Problems:
-    """Scaling slows channels down, and between its two bounds it passes from full to none."""
-    scaling, name = recipe.model.language.rope_scaling, "model.language.rope_scaling"
+def _rope_turns(language: LanguageConfig) -> Problems:
+    """The base is a number above 0; scaling slows channels down, from full to none between its two bounds."""
+    scaling, name = language.rope_scaling, "model.language.rope_scaling"
+    if language.rope_theta <= 0:
+        yield f"model.language.rope_theta={language.rope_theta} is out of range; use more than 0"
     if scaling is None:
         return
     yield from in_range(f"{name}.factor", scaling.factor, 1.0)

@@ -259,7 +259,9 @@ def test_everything_that_is_wrong_is_said_at_once(qwen2: Path) -> None:
     file = qwen2 / "config.json"
     found = problems_of(f"model.vision.from={file}", "model.language.from=/no/where", "sead=1")
     assert found[0].startswith(f"model.vision.from={file}: no config.json there: that is a file")
-    assert found[1].startswith("model.language.from=/no/where: no config.json there: no such directory")
+    assert found[1].startswith(
+        "model.language.from=/no/where: no config.json there: no such directory"
+    )
     assert found[2].startswith("sead=1 is an unknown key") and len(found) == 3
 
 
@@ -277,6 +279,19 @@ def test_a_size_that_no_model_has_is_named_at_once(qwen2: Path, key: str, value:
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     found = problems_of(f"model.language.from={qwen2}")
     assert any(f"={value} is out of range; use from 1 to" in each for each in found)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rms_norm_eps", -1.0), ("rope_parameters", {"rope_type": "default", "rope_theta": 0.0})],
+)
+def test_a_number_that_gives_none_is_named(qwen2: Path, key: str, value: Any) -> None:
+    path = qwen2 / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    (problem,) = problems_of(f"model.language.from={qwen2}")
+    assert "is out of range" in problem and (
+        "norm_eps=-1.0" in problem or "rope_theta=0.0" in problem
+    )
 
 
 def test_the_home_directory_is_not_looked_up() -> None:
