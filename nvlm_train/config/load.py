@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -54,22 +55,57 @@ def compose_recipe(
     """
     directories = _directories(recipes_dir)
     composed, files = _compose([_normalise(each, directories) for each in overrides], directories)
-    sources = Sources.read(files, overrides, directories)
+    keys = [key for each in overrides for key in _keys(each)]
+    sources = Sources.read(files, keys, directories)
+    incomplete: dict[str, Sequence[str]] = {}
     try:
-        sources = _completed(composed, sources, complete)
+        sources = _completed(composed, sources, complete, incomplete)
         plain = OmegaConf.to_container(composed, resolve=True)
     except InterpolationKeyError as error:
-        raise ConfigError([_unresolved(error)]) from error
+        raise ConfigError(_problems(incomplete) or [_unresolved(error)]) from error
     except OmegaConfBaseException as error:
-        raise ConfigError([_first_line(error)]) from error
+        raise ConfigError(_problems(incomplete) or [_first_line(error)]) from error
     _check_format(plain, sources)
-    recipe = build(Recipe, _resolve_paths(plain), origin=sources.find)
+    try:
+        recipe = build(Recipe, _resolve_paths(plain), origin=sources.find)
+    except ConfigError as error:
+        own = tuple(f"{group}." for group in incomplete)
+        others = [each for each in error.problems if not each.startswith(own)]
+        raise ConfigError([*_problems(incomplete), *others]) from error
+    if incomplete:
+        raise ConfigError(_problems(incomplete))
     check(recipe)
     return recipe
 
 
-def _completed(composed: DictConfig, sources: Sources, complete: Complete) -> Sources:
+def _problems(incomplete: Mapping[str, Sequence[str]]) -> list[str]:
+    return [each for problems in incomplete.values() for each in problems]
+
+
+def _keys(override: str) -> list[str]:
+    """The dotted keys that an override states: those inside of a mapping, which Hydra merges."""
+    parsed = OverridesParser.create().parse_override(override)
+    value = None if parsed.is_delete() else parsed.value()
+    return list(_leaves(str(parsed.key_or_group), value))
+
+
+def _leaves(key: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, dict) or not value:
+        yield key
+        return
+    for name, inside in value.items():
+        yield from _leaves(f"{key}.{name}", inside)
+
+
+def _completed(
+    composed: DictConfig,
+    sources: Sources,
+    complete: Complete,
+    incomplete: dict[str, Sequence[str]],
+) -> Sources:
     """Adds what files say to a recipe, before its references are resolved.
+
+    Why a group cannot be completed is added to `incomplete`.
 
     A key that is stated at least as late as `from` stays: the command line, or the same file. An earlier
     one gives way, as it does to every later value.
@@ -80,6 +116,11 @@ def _completed(composed: DictConfig, sources: Sources, complete: Complete) -> So
         if not isinstance(content, DictConfig):
             continue
         directory = OmegaConf.select(content, FROM)
+        is_missing = OmegaConf.is_missing(content, FROM)
+        if is_missing or not (directory is None or isinstance(directory, str) and directory):
+            shown = MANDATORY if is_missing else directory
+            incomplete[group] = [f"{group}.{FROM}={shown} is no directory; give its path, or null"]
+            continue
         since = sources.place(f"{group}.{FROM}") if directory is not None else -1
 
         def stays(dotted: str, since: int = since) -> bool:
@@ -87,13 +128,17 @@ def _completed(composed: DictConfig, sources: Sources, complete: Complete) -> So
             return is_there and sources.place(dotted) >= since
 
         stated = {key: content[key] for key in map(str, content) if stays(f"{group}.{key}")}
-        found = complete(group, stated, composed)
+        try:
+            found = complete(group, stated, composed)
+        except ConfigError as error:
+            incomplete[group] = error.problems
+            continue
         with open_dict(composed):
             for dotted, value in found.items():
                 if not stays(dotted):
                     OmegaConf.update(composed, dotted, value, merge=False, force_add=True)
                     read[dotted] = f"{directory or stated.get('weights')}/config.json"
-            if directory is not None:
+            if FROM in content:
                 del content[FROM]
     return replace(sources, completed=read)
 
@@ -156,6 +201,8 @@ def _unresolved(error: InterpolationKeyError) -> str:
 def _not_an_override(error: OverrideParseException) -> str:
     reason = error.message.splitlines()[0]
     shown = str(error.override).lstrip("+")
+    if "=~" in shown:
+        return f"{shown}: not an override, because ~ is not replaced by the home directory; write $HOME"
     return f"{shown}: not an override ({reason}); write KEY=VALUE, with quotes where needed"
 
 

@@ -33,14 +33,16 @@ class Sources:
 
     @staticmethod
     def read(
-        composed: Sequence[tuple[str, str]], overrides: Sequence[str], directories: Sequence[Path]
+        composed: Sequence[tuple[str, str]],
+        command_line: Sequence[str],
+        directories: Sequence[Path],
     ) -> Sources:
         """Reads the files of a recipe.
 
         Args:
             composed: each file's path below a directory of recipes, without .yaml, and the dotted place of
                 its keys, empty for the root; in the order in which Hydra merges them.
-            overrides: the command line.
+            command_line: the dotted keys that are set there.
             directories: where groups lie.
         """
         found: list[SourceFile] = []
@@ -51,8 +53,7 @@ class Sources:
                     name = file.relative_to(directory.parent).as_posix()
                     content = yaml.safe_load(file.read_text(encoding="utf-8"))
                     found.append(SourceFile(mount, name, content))
-        keys = tuple(each.lstrip("+~").partition("=")[0] for each in overrides)
-        return Sources(tuple(found), keys)
+        return Sources(tuple(found), tuple(command_line))
 
     def find(self, dotted: str) -> str | None:
         """The last one to state a dotted key, or none when nobody does."""
@@ -66,7 +67,7 @@ class Sources:
 
     def place(self, dotted: str) -> int:
         """Where a key is stated last: later places win over earlier ones; -1 where nobody states it."""
-        # `model.language={...}` states all below it; `model=NAME` is the choice of a file.
+        # `model.language=null` states all below it; `model=NAME` is the choice of a file.
         above = (key for key in self.command_line if "." in key)
         if dotted in self.command_line or any(dotted.startswith(f"{key}.") for key in above):
             return len(self.files)

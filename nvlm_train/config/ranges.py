@@ -15,7 +15,9 @@ def divisors(number: int) -> list[int]:
     >>> divisors(6), divisors(9)
     ([1, 2, 3, 6], [1, 3, 9])
     """
-    small = [value for value in range(1, math.isqrt(number) + 1) if number % value == 0]
+    # Sizes are below 2**31 (shapes.py); of a larger number, which is refused, not all are looked for.
+    most = min(math.isqrt(number), 2**16) if number > 0 else 0
+    small = [value for value in range(1, most + 1) if number % value == 0]
     return small + [number // value for value in reversed(small) if value * value != number]
 
 

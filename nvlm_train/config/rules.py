@@ -10,7 +10,6 @@ from nvlm_train.config.ranges import Problems, above_zero, below_one, in_range
 from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
 from nvlm_train.config.shapes import (
     language_shapes_fit,
-    rope_scaling_is_a_stretch,
     vision_shapes_fit,
 )
 from nvlm_train.errors import ConfigError
@@ -220,7 +219,6 @@ def thumbnail_is_there(path: str, stage: StageConfig, model: ModelConfig) -> Pro
 
 _RECIPE_RULES: tuple[Callable[[Recipe], Problems], ...] = (
     schedule_names_stages,
-    rope_scaling_is_a_stretch,
     vocabulary_is_cut_evenly,
     counters_are_positive,
     health_is_usable,

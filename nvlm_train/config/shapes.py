@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from nvlm_train.config.ranges import Problems, above_zero, divisors, in_range, use
-from nvlm_train.config.schema import LanguageConfig, Recipe, VisionConfig
+from nvlm_train.config.schema import LanguageConfig, VisionConfig
+
+MOST_LAYERS, MOST_CHANNELS = 10_000, 2**31 - 1
+"""No model comes near these: a config.json that says more is damaged, and its lists would never end."""
 
 
 def vision_shapes_fit(vision: VisionConfig) -> Problems:
@@ -28,10 +31,9 @@ def vision_shapes_fit(vision: VisionConfig) -> Problems:
 
 
 def _sizes(name: str, group: VisionConfig | LanguageConfig, *others: str) -> Problems:
-    """Tensors are listed layer by layer, so a config.json with a wild number of them must not get far."""
-    yield from in_range(f"{name}.num_layers", group.num_layers, 1, 10_000)
+    yield from in_range(f"{name}.num_layers", group.num_layers, 1, MOST_LAYERS)
     for key in ("hidden_size", "num_heads", "ffn_hidden_size", *others):
-        yield from in_range(f"{name}.{key}", getattr(group, key), 1)
+        yield from in_range(f"{name}.{key}", getattr(group, key), 1, MOST_CHANNELS)
     yield from above_zero(name, group, "norm_eps")
 
 
@@ -46,14 +48,14 @@ def language_shapes_fit(language: LanguageConfig) -> Problems:
     """Heads cut the width evenly, KV groups cut the heads evenly, RoPE finds pairs of channels."""
     name = "model.language"
     yield from _sizes(name, language, "num_kv_heads", "vocab_size")
-    yield from above_zero(name, language, "rope_theta")
+    yield from _rope_turns(language)
     if language.num_tokens is not None:
         yield from in_range(f"{name}.num_tokens", language.num_tokens, 1, language.vocab_size)
     heads, groups, hidden = language.num_heads, language.num_kv_heads, language.hidden_size
     if min(heads, groups, hidden) < 1:
         return
     if language.head_dim is not None:
-        yield from in_range(f"{name}.head_dim", language.head_dim, 2)
+        yield from in_range(f"{name}.head_dim", language.head_dim, 2, MOST_CHANNELS)
         if language.head_dim % 2:
             yield f"{name}.head_dim={language.head_dim}; RoPE needs an even number of channels"
     elif hidden % heads:
@@ -65,9 +67,11 @@ def language_shapes_fit(language: LanguageConfig) -> Problems:
         yield f"{name}.num_kv_heads={groups} does not divide {name}.num_heads={heads}; {remedy}"
 
 
-def rope_scaling_is_a_stretch(recipe: Recipe) -> Problems:
-    """Scaling slows channels down, and between its two bounds it passes from full to none."""
-    scaling, name = recipe.model.language.rope_scaling, "model.language.rope_scaling"
+def _rope_turns(language: LanguageConfig) -> Problems:
+    """The base is a number above 0; scaling slows channels down, from full to none between its two bounds."""
+    scaling, name = language.rope_scaling, "model.language.rope_scaling"
+    if language.rope_theta <= 0:
+        yield f"model.language.rope_theta={language.rope_theta} is out of range; use more than 0"
     if scaling is None:
         return
     yield from in_range(f"{name}.factor", scaling.factor, 1.0)

@@ -86,6 +86,12 @@ class Family:
 
 def read_config(path: Path, setting: str) -> Config | Problem:
     """The config.json, or why there is none."""
+    if not path.parent.is_dir():
+        why = "that is a file" if path.parent.exists() else "no such directory"
+        return error(
+            f"{setting}: no config.json there: {why}",
+            "give the whole path of a directory that save_pretrained or the hub left",
+        )
     if not path.is_file():
         return error(
             f"{setting}: no config.json there, so its sizes cannot be checked",

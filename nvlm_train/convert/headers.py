@@ -59,7 +59,7 @@ def read_headers(directory: Path, setting: str) -> Headers:
         setting: how messages name the directory: `model.language.weights=DIRECTORY`.
     """
     found = Headers()
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in _files(directory):
         _read_file(path, setting, found)
     if not found.tensors and not found.problems:
         found.problems.append(_nothing(directory, setting))
@@ -73,6 +73,16 @@ def read_headers(directory: Path, setting: str) -> Headers:
             )
         )
     return found
+
+
+def _files(directory: Path) -> list[Path]:
+    """The files that transformers would read.
+
+    Repositories of Mistral have the same weights once more, under names of their own, in
+    `consolidated.safetensors`. Where nothing else is there, it is read, and its names are refused.
+    """
+    there = sorted(directory.glob("*.safetensors"))
+    return [path for path in there if not path.name.startswith("consolidated")] or there
 
 
 def _nothing(directory: Path, setting: str) -> Problem:
@@ -100,11 +110,13 @@ def _read_file(path: Path, setting: str, found: Headers) -> None:
         text = f"{setting}: {path.name} is not a whole safetensors file: {problem}"
         found.problems.append(error(text, _AGAIN))
         return
-    for name in tensors.keys() & found.tensors.keys():
-        first = found.tensors[name].path.name
+    twice: dict[str, list[str]] = {}
+    for name in sorted(tensors.keys() & found.tensors.keys()):
+        twice.setdefault(found.tensors[name].path.name, []).append(name)
+    for first, names in twice.items():
         found.problems.append(
             error(
-                f"{setting}: {name} is in two files, {first} and {path.name}",
+                f"{setting}: {names[0]} is in two files, {first} and {path.name}{_others(names)}",
                 "leave the files of one checkpoint in the directory",
             )
         )
@@ -123,7 +135,7 @@ def _index_problems(directory: Path, setting: str, found: Headers) -> Iterator[P
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         yield error(f"{setting}: {INDEX} cannot be read: {problem!r}", _AGAIN)
         return
-    there = {path.name for path in directory.glob("*.safetensors")}
+    there = {path.name for path in _files(directory)}
     for file in sorted(set(files.values()) - there):
         found.unread.append(file)
         yield error(f"{setting}: {INDEX} names {file}, which is not there", _AGAIN)

@@ -8,9 +8,12 @@ a new one that matters is never passed over.
 from __future__ import annotations
 
 BOOKKEEPING = frozenset({
-    # Who wrote the file, from what, and for which tokenizer; what transformers.js does with it.
+    # Who wrote the file, from what, and for which tokenizer.
     "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "tokenizer_class",
-    "transformers.js_config",
+    # Published SmolLM2's: nanotron's name for Llama's config, and settings of its exports to ONNX.
+    "is_llama_config", "transformers.js_config",
+    # Unsloth's copies of Llamas and Qwens: who saved the file.
+    "unsloth_fixed", "unsloth_version",
     # How attention is computed, not what: the kernels agree up to rounding.
     "attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
     # What else a forward pass returns.

@@ -15,7 +15,7 @@ from nvlm_train.convert.families.llama import LLAMA
 from nvlm_train.convert.families.mistral import MISTRAL
 from nvlm_train.convert.families.qwen2 import QWEN2
 from nvlm_train.convert.families.qwen3 import QWEN3
-from nvlm_train.convert.family import Family, family_of, key_problems, tensor_problems
+from nvlm_train.convert.family import FLOATS, Family, family_of, key_problems, tensor_problems
 from nvlm_train.convert.headers import Headers, read_headers
 from nvlm_train.convert.keys import Config, Place, same, stated
 from nvlm_train.convert.problem import Problem, Problems, error, warning
@@ -79,6 +79,39 @@ def _table_problems(
                 f"{stored.shape[0]} rows",
                 "give the config.json that belongs to these weights",
             )
+    if language.tied_embeddings and not headers.problems:
+        yield from _second_table(headers, place)
+
+
+def _second_table(headers: Headers, place: Place) -> Problems:
+    """A table of the output layer beside a tied one must be the same: Qwen3's repositories have it twice.
+
+    transformers does not tie two that differ, whatever config.json says. Reads both, in pieces.
+    """
+    embedding, output = (headers.tensors.get(name) for name in TABLES)
+    if embedding is None or output is None or embedding.shape != output.shape:
+        return
+    if not {embedding.dtype, output.dtype} <= FLOATS.keys() or not embedding.shape:
+        return
+    # Only weights with such a table need torch for their check.
+    from nvlm_train.convert.weight_files import WeightFiles
+
+    with WeightFiles(headers.tensors, place.setting) as files:
+        for start in range(0, embedding.shape[0], _ROWS):
+            rows = slice(start, min(start + _ROWS, embedding.shape[0]))
+            first, second = (files.read(name, (rows,)) for name in TABLES)
+            if not first.equal(second.to(first.dtype)):
+                yield error(
+                    f"{place.config} has tie_word_embeddings=true, but {TABLES[1]} is not "
+                    f"{TABLES[0]}: they differ in rows {rows.start} to {rows.stop - 1}",
+                    "set tie_word_embeddings to false in a copy of config.json, or leave the one table "
+                    "that the model has",
+                )
+                return
+
+
+_ROWS = 4096
+"""Rows of a table that are compared at a time."""
 
 
 def _padding_problems(size: Any, language: LanguageConfig, place: Place) -> Problems:

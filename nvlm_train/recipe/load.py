@@ -92,10 +92,14 @@ def _rows(rows: Any, group: str, recipe: Mapping[str, Any]) -> Any:
 
 
 def _tensor_sizes(recipe: Mapping[str, Any]) -> Iterator[Any]:
-    stages = recipe.get("stages") or {}
-    for name in recipe.get("schedule") or ():
-        stage = stages.get(name) or {}
-        yield (stage.get("parallel") or {}).get("tensor")
+    """Those of the scheduled stages, as stated; what is no group or no list is refused later."""
+    names = recipe.get("schedule")
+    for name in names if isinstance(names, Sequence) else ():
+        group: Any = recipe
+        for key in ("stages", name, "parallel"):
+            group = group.get(key) if isinstance(group, Mapping) else None
+        if isinstance(group, Mapping):
+            yield group.get("tensor")
 
 
 def _padding(group: str, stated: Mapping[str, Any], run_dir: str) -> Mapping[str, Any]:
@@ -140,6 +144,13 @@ def _group_of_run(group: str, run_dir: str) -> dict[str, Any] | None:
 
 
 def as_yaml(recipe: Recipe) -> str:
-    """The whole recipe with its defaults, as YAML that can be composed again."""
+    """The whole recipe with its defaults, as YAML that can be composed again: an experiment's file."""
     plain = json.loads(json.dumps(asdict(recipe), default=dict))
-    return yaml.safe_dump(plain, sort_keys=False, width=120)
+    return _HEADER + yaml.safe_dump(plain, sort_keys=False, width=120)
+
+
+_HEADER = """\
+# @package _global_
+# The same recipe again, with this as DIRECTORY/experiment/NAME.yaml:
+# nvlm train experiment=NAME model=nvlm_d --recipes DIRECTORY
+"""

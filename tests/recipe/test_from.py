@@ -227,3 +227,82 @@ def test_cfg_prints_the_whole_recipe_without_torch(qwen2: Path) -> None:
     printed = yaml.safe_load(ended.stdout)
     assert printed["model"]["language"]["num_layers"] == LANGUAGE.num_layers
     assert "from" not in printed["model"]["language"]
+
+
+def test_a_mapping_on_the_command_line_states_what_is_in_it(qwen2: Path) -> None:
+    """Hydra merges it: sizes that are not in it come from the weights."""
+    own = f"model.language={{from: {qwen2}, vocab_size: 704}}"
+    language = load_recipe(["experiment=smoke", own]).model.language
+    assert (language.vocab_size, language.num_tokens) == (704, 641)
+    assert language.weights == str(qwen2) and language.rope_theta == 10_000.0
+
+
+def problems_of(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(["experiment=smoke", *overrides])
+    return list(caught.value.problems)
+
+
+def test_null_is_no_directory() -> None:
+    assert load_recipe(["experiment=smoke", "model.language.from=null"]) == load_recipe(
+        ["experiment=smoke"]
+    )
+
+
+@pytest.mark.parametrize("value", ["[a,b]", "{a: b}", "3", "true", "", "'???'"])
+def test_what_is_no_path_is_refused(value: str) -> None:
+    (problem,) = problems_of(f"model.language.from={value}")
+    assert problem.startswith("model.language.from=") and "give its path, or null" in problem
+
+
+def test_everything_that_is_wrong_is_said_at_once(qwen2: Path) -> None:
+    file = qwen2 / "config.json"
+    found = problems_of(f"model.vision.from={file}", "model.language.from=/no/where", "sead=1")
+    assert found[0].startswith(f"model.vision.from={file}: no config.json there: that is a file")
+    assert found[1].startswith(
+        "model.language.from=/no/where: no config.json there: no such directory"
+    )
+    assert found[2].startswith("sead=1 is an unknown key") and len(found) == 3
+
+
+@pytest.mark.parametrize("key", ["stages", "stages.sft", "stages.sft.parallel", "schedule"])
+def test_what_is_no_group_is_named(qwen2: Path, key: str) -> None:
+    found = problems_of(f"model.language.from={qwen2}", f"{key}=5")
+    assert any(each.startswith(f"{key}=5 (int) has the wrong type") for each in found)
+
+
+@pytest.mark.parametrize("value", [10**12, 10**18])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_a_size_that_no_model_has_is_named_at_once(qwen2: Path, key: str, value: int) -> None:
+    """Lists of so many layers, or divisors of so many channels, would never end."""
+    path = qwen2 / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    found = problems_of(f"model.language.from={qwen2}")
+    assert any(f"={value} is out of range; use from 1 to" in each for each in found)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rms_norm_eps", -1.0), ("rope_parameters", {"rope_type": "default", "rope_theta": 0.0})],
+)
+def test_a_number_that_gives_none_is_named(qwen2: Path, key: str, value: Any) -> None:
+    path = qwen2 / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    (problem,) = problems_of(f"model.language.from={qwen2}")
+    assert "is out of range" in problem and (
+        "norm_eps=-1.0" in problem or "rope_theta=0.0" in problem
+    )
+
+
+def test_the_home_directory_is_not_looked_up() -> None:
+    (problem,) = problems_of("model.language.from=~/weights")
+    assert "~ is not replaced" in problem and "write $HOME" in problem
+
+
+def test_what_cfg_prints_is_the_recipe_again(qwen2: Path, tmp_path: Path) -> None:
+    settings = [*START, f"model.language.from={qwen2}", "stages.sft.parallel.tensor=2"]
+    recipe = load_recipe(settings)
+    assert (recipe.model.language.vocab_size, recipe.model.language.num_tokens) == (704, 641)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/again.yaml").write_text(as_yaml(recipe))
+    assert load_recipe(["experiment=again", "model=nvlm_x"], tmp_path) == recipe

@@ -55,6 +55,8 @@ def test_an_encoder_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"num_hidden_layers": 3}, "unexpected=['model.layers.3."),
         ({"num_attention_heads": 3}, "model.language.num_heads=3 does not divide"),
+        ({"num_hidden_layers": 10**12}, "num_layers=1000000000000 is out of range"),
+        ({"rms_norm_eps": -1}, "model.language.norm_eps=-1.0 is out of range"),
         ({"hidden_size": "wide"}, "model.language.hidden_size=wide (str) has the wrong type"),
         ({"num_hidden_layers": 10**7}, "num_layers=10000000 is out of range; use from 1 to 10000"),
         ({"hidden_size": 10**14 + 1}, "num_heads=4 does not divide model.language.hidden_size"),

@@ -45,7 +45,9 @@ COMPUTED: tuple[Rule, ...] = (
     Sized("tie_word_embeddings", "tied_embeddings", False),
     Fixed("hidden_act", ("silu", "swish"), "silu"),
     Fixed("mlp_bias", (False,), False),
-    Fixed("pretraining_tp", (1,), 1),
+    # nanotron's, in published SmolLM2s. transformers does not read it: weights whose channels turn in
+    # neighbouring pairs would be read wrongly by both.
+    Fixed("rope_interleaved", (False,), False),
     Fixed("quantization_config", (None,), None),
     Fixed("pruned_heads", ({}, None), None),
     Fixed("is_encoder_decoder", (False,), False),
@@ -53,9 +55,11 @@ COMPUTED: tuple[Rule, ...] = (
     # transformers then returns tuples without names: no model is saved like this.
     Fixed("return_dict", (True,), True),
 )
-"""Keys that mean the same in all of them. `mlp_bias` and `pretraining_tp` are Llama's, and NVLM-D's."""
-IGNORED = BOOKKEEPING | GENERATION | {"vocab_size", "is_decoder"}
-"""Keys that change nothing. The recipe may pad the table, so the rows of the files are compared instead."""
+"""Keys that mean the same in all of them. `mlp_bias` is Llama's, and NVLM-D's."""
+IGNORED = BOOKKEEPING | GENERATION | {"vocab_size", "is_decoder", "pretraining_tp"}
+"""Keys that change nothing. The recipe may pad the table, so the rows of the files are compared instead.
+`pretraining_tp` (2 in first copies of Llama 2 13B) adds the same products up in slices; transformers 5
+does not read it."""
 
 
 def sizes(language: LanguageConfig) -> dict[str, int]:

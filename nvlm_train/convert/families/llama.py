@@ -34,12 +34,9 @@ LLAMA = Family(
         Always("model_type", "qkv_bias", False),
         Always("model_type", "qk_norm", False),
         Derived("head_dim", lambda language: (None, *head_dims(language)), field="head_dim"),
-        # nanotron's, which trained SmolLM2; transformers does not read it, and turns halves of a head.
-        Fixed("rope_interleaved", (False,), False),
         TokenId("pad_token_id", "vocab_size", 32_000),
     ),
-    # SmolLM2's config.json has it from nanotron.
-    ignored=IGNORED | {"is_llama_config"},
+    ignored=IGNORED,
     tensors=TENSORS,
     sizes=sizes,
     # A recipe that says otherwise is told so by the key, not by every tensor.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nvlm_train.convert.language import language_problems
 from tests.convert.files.alterations import alterations
@@ -266,3 +267,29 @@ def test_a_config_that_is_no_config_is_named(qwen2: Write) -> None:
         (directory / "config.json").write_text(text)
         (problem,) = errors(directory)
         assert message in problem
+
+
+@pytest.mark.parametrize("row", [None, 0, 63])
+def test_a_second_table_beside_a_tied_one_must_be_the_same(
+    qwen2: Write, qwen2_files: Path, row: int | None
+) -> None:
+    """Qwen3-0.6B's files have both. transformers does not tie two that differ, whatever the key says."""
+    config = json.loads((qwen2_files / "config.json").read_text()) | {"tie_word_embeddings": True}
+    directory = qwen2(config)
+    state = load_file(qwen2_files / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    if row is not None:
+        state["lm_head.weight"][row] += 1.0
+    (directory / "model.safetensors").unlink()
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    found = errors(directory, tied_embeddings=True)
+    if row is None:
+        assert found == []
+        return
+    (problem,) = found
+    assert (
+        "tie_word_embeddings=true, but lm_head.weight is not model.embed_tokens.weight" in problem
+    )
+    tied = logits(directory)
+    (directory / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert torch.equal(tied, logits(directory))

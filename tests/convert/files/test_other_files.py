@@ -61,3 +61,14 @@ def test_pickles_beside_safetensors_are_passed_over(tmp_path: Path) -> None:
     found = read_headers(tmp_path, "weights")
     assert not found.problems and found.tensors.keys() == {"table"}
     assert not (tmp_path / "opened").exists()
+
+
+def test_two_checkpoints_in_one_directory_are_one_problem(tmp_path: Path) -> None:
+    """A line for two files, however many tensors they share."""
+    tensors = {f"layers.{number}.weight": torch.zeros(2) for number in range(20)}
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(tensors, tmp_path / name)
+    (problem,) = read_headers(tmp_path, "weights").problems
+    assert "layers.0.weight is in two files, a.safetensors and b.safetensors (19 more)" in str(
+        problem
+    )

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from nvlm_train.convert.language import language_problems
 from nvlm_train.convert.vision import vision_problems
@@ -45,10 +47,35 @@ YI = {
     "pretraining_tp": 1, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float32",
     "transformers_version": "4.34.0", "use_cache": False,
 }  # fmt: skip
-SMOLLM2 = YI | {
-    "attention_bias": False, "attention_dropout": 0.0, "is_llama_config": True, "mlp_bias": False,
-    "rope_interleaved": False, "pad_token_id": 2, "initializer_range": 0.041666666666666664,
-    "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 1, "eos_token_id": [2, 3], "hidden_act": "silu", "initializer_range": 0.02,
+    "max_position_embeddings": 8192, "mlp_bias": False, "model_type": "llama", "pretraining_tp": 1,
+    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float32",
+    "transformers_version": "4.43.0.dev0", "use_cache": True,
+}  # fmt: skip
+LLAMAS: dict[str, dict[str, Any]] = {
+    "Nous-Hermes-2-Yi-34B": YI
+    | {"_name_or_path": "01-ai/Yi-34B", "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 7},
+    # Copies of before meta-llama's own were corrected.
+    "Llama-2-13b": YI | {"pretraining_tp": 2, "max_length": 4096, "_name_or_path": "meta-llama/Llama-2"},
+    "Llama-3.2-1B, Unsloth's": LLAMA | {"head_dim": 8, "unsloth_fixed": True, "pad_token_id": 4},
+    "SmolLM2-135M": LLAMA | {"is_llama_config": True, "rope_interleaved": False},
+    "SmolLM2-135M-Instruct": LLAMA
+    | {
+        "is_llama_config": True, "rope_interleaved": False, "pad_token_id": 2,
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+    },
+}  # fmt: skip
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 32768,
+    "model_type": "mistral", "sliding_window": None, "tie_word_embeddings": False,
+    "torch_dtype": "float32", "transformers_version": "4.42.0.dev0", "use_cache": True,
+}  # fmt: skip
+QWEN3 = QWEN2 | {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 12, "rope_scaling": None,
+    "max_window_layers": 36, "model_type": "qwen3", "sliding_window": None,
 }  # fmt: skip
 INTERN_VIT = {
     "architectures": ["InternVisionModel"], "attention_bias": False, "attention_dropout": 0.0,
@@ -62,26 +89,50 @@ INTERN_VIT = {
 }  # fmt: skip
 
 
-LLAMAS = {"Yi-34B": YI, "SmolLM2-135M-Instruct": SMOLLM2}
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_qwens_are_accepted(qwen2: Write, name: str) -> None:
     language = replace(LANGUAGE, weights=str(qwen2(PUBLISHED[name] | SMALL)))
     assert [str(each) for each in language_problems(language, {"sft": 4096})] == []
 
 
-@pytest.mark.parametrize("name", LLAMAS)
-def test_published_llamas_are_accepted(llama: Write, name: str) -> None:
-    language = replace(LANGUAGE, weights=str(llama(LLAMAS[name] | SMALL)), qkv_bias=False)
+@pytest.mark.parametrize("config", [YI, *LLAMAS.values()], ids=["Yi-34B", *LLAMAS])
+def test_published_llamas_are_accepted(llama: Write, config: dict[str, Any]) -> None:
+    language = replace(LANGUAGE, weights=str(llama(config | SMALL)), qkv_bias=False)
     assert [str(each) for each in language_problems(language, {"sft": 4096})] == []
 
 
-def test_channels_in_another_order_are_refused(llama: Write) -> None:
-    language = replace(LANGUAGE, qkv_bias=False)
-    weights = str(llama(SMOLLM2 | SMALL | {"rope_interleaved": True}))
-    (problem,) = language_problems(replace(language, weights=weights), {"sft": 4096})
-    assert "rope_interleaved=true" in problem.text
+def test_channels_that_turn_in_neighbouring_pairs_are_refused(llama: Write) -> None:
+    weights = llama(LLAMAS["SmolLM2-135M"] | SMALL | {"rope_interleaved": True})
+    language = replace(LANGUAGE, weights=str(weights), qkv_bias=False)
+    (problem,) = language_problems(language, {})
+    assert problem.level == "error" and "rope_interleaved=true" in problem.text
+
+
+@pytest.mark.parametrize("head_dim", [{}, {"head_dim": 8}], ids=["7B-v0.3", "NeMo"])
+def test_published_mistrals_are_accepted(mistral: Write, head_dim: dict[str, int]) -> None:
+    weights = mistral(MISTRAL | head_dim | SMALL)
+    language = replace(LANGUAGE, weights=str(weights), qkv_bias=False)
+    assert [str(each) for each in language_problems(language, {"sft": 4096})] == []
+
+
+def test_published_qwen3s_are_accepted(qwen3: Write) -> None:
+    weights = str(qwen3(QWEN3 | SMALL))
+    language = replace(LANGUAGE, weights=weights, qkv_bias=False, qk_norm=True, head_dim=12)
+    assert [str(each) for each in language_problems(language, {"sft": 4096})] == []
+
+
+def test_the_same_weights_in_mistral_s_own_form_lie_beside_them(
+    mistral: Write, mistral_files: Path
+) -> None:
+    """Repositories of Mistral: consolidated.safetensors has other names. Alone it is refused by them."""
+    weights = mistral(MISTRAL | SMALL)
+    language = replace(LANGUAGE, weights=str(weights), qkv_bias=False)
+    own = {"layers.0.attention.wq.weight": torch.zeros(32, 32)}
+    save_file(own, weights / "consolidated.safetensors")
+    assert [str(each) for each in language_problems(language, {})] == []
+    (weights / "model.safetensors").unlink()
+    texts = "\n".join(each.text for each in language_problems(language, {}))
+    assert "no tensor named model.embed_tokens.weight" in texts and "attention.wq" in texts
 
 
 def test_the_published_encoder_is_accepted(encoder: Write) -> None:
