@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from nvlm_train.config.ranges import Problems, above_zero, divisors, in_range, use
 from nvlm_train.config.schema import LanguageConfig, VisionConfig
 
@@ -33,7 +35,9 @@ def vision_shapes_fit(vision: VisionConfig) -> Problems:
 def _sizes(name: str, group: VisionConfig | LanguageConfig, *others: str) -> Problems:
     yield from in_range(f"{name}.num_layers", group.num_layers, 1, MOST_LAYERS)
     for key in ("hidden_size", "num_heads", "ffn_hidden_size", *others):
-        yield from in_range(f"{name}.{key}", getattr(group, key), 1, MOST_CHANNELS)
+        value = getattr(group, key)
+        # Who wrote -1 has no use for a bound of two thousand millions.
+        yield from in_range(f"{name}.{key}", value, 1, math.inf if value < 1 else MOST_CHANNELS)
     yield from above_zero(name, group, "norm_eps")
 
 
