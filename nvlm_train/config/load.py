@@ -185,6 +185,9 @@ def _compose(
         raise ConfigError([_not_an_override(error)]) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_first_line(error)]) from error
+    except ValueError as error:
+        # Hydra's answer to a choice that is no name.
+        raise ConfigError([_no_choice(error, overrides)]) from error
 
     return composed, [(str(file.config_path), file.package or "") for file in merged]
 
@@ -213,6 +216,12 @@ def _missing_choice(error: MissingConfigException) -> str:
     near = difflib.get_close_matches(choice, known, n=1)
     remedy = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
     return f"{group}={choice}: no such recipe file; {remedy}"
+
+
+def _no_choice(error: ValueError, overrides: Sequence[str]) -> str:
+    """`model=null` among the overrides of groups."""
+    groups = ", ".join(each.lstrip("+") for each in overrides if not each.startswith("++"))
+    return f"{groups}: {error}; choose a file by its name, as in model=nvlm_d"
 
 
 def _first_line(error: Exception) -> str:

@@ -42,6 +42,12 @@ def test_a_published_size_without_its_weights_is_no_recipe() -> None:
     ]
 
 
+@pytest.mark.parametrize("choice", ["model=null", "parallel@stages.sft.parallel=3"])
+def test_a_choice_that_is_no_name(choice: str) -> None:
+    (problem,) = problems_of("experiment=smoke", choice)
+    assert choice in problem and "choose a file by its name" in problem
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_shipped_experiments_are_valid(name: str) -> None:
     named = NAMED if name.startswith("nvlm_") else []

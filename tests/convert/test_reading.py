@@ -19,7 +19,7 @@ from nvlm_train.config.schema import LanguageConfig, ParallelConfig, RopeScaling
 from nvlm_train.convert.families.decoder import EMBEDDING
 from nvlm_train.convert.language import FAMILIES
 from nvlm_train.convert.names import GlobalSlice, pieces_of
-from nvlm_train.convert.vision import KINDS
+from nvlm_train.convert.vision import kind_of
 from tests.convert import reading_runs
 from tests.hugging_face import encoder_sizes, sizes
 from tests.parity.recipes import LANGUAGE
@@ -100,6 +100,9 @@ BIG = LanguageConfig(
 """Qwen2.5-1.5B with a padded vocabulary: 3.1 GB in bf16."""
 ROWS = 151_936
 SHARDS = 5
+LEAST = 0.9
+"""Less than its weights would mean that memory is not measured. A few hundredths less is possible: the kernel
+takes back pages of libraries, which were counted before, while the weights are read."""
 
 
 @pytest.fixture
@@ -161,7 +164,7 @@ def test_a_rank_takes_its_own_share_of_a_big_checkpoint(big_dir: Path, fresh: Wo
     for each in run:
         logger.info("own=%d asked=%d peak=%.3f", each.own, each.asked, each.peak / each.own)
         assert each.asked <= each.own <= each.asked + padding
-        assert each.own <= each.peak <= 1.2 * each.own
+        assert LEAST * each.own <= each.peak <= 1.2 * each.own
         for wanted, found in each.sample.values():
             assert torch.equal(found, expected_of(wanted)[: len(found)]), wanted
 
@@ -185,12 +188,12 @@ ENCODER = VisionConfig(
 def test_an_encoder_takes_its_own_memory_only(tmp_path: Path, fresh: WorkerPool) -> None:
     """InternViT-300M; built in fp32 first it took more than twice as much."""
     path = tmp_path / "model.safetensors"
-    shapes = KINDS[ENCODER.kind].shapes(ENCODER)
+    shapes = kind_of(ENCODER).shapes(ENCODER)
     save_file({name: numbers(name, shape) for name, shape in shapes.items()}, path)
     stored = encoder_sizes(ENCODER) | {"model_type": "internvl_vision"}
     (tmp_path / "config.json").write_text(json.dumps(stored))
     ((own, peak),) = fresh.run(1, reading_runs.memory_of_encoder, tmp_path, ENCODER)
     logger.info("own=%d peak=%.3f", own, peak / own)
     assert own == sum(math.prod(shape) * 2 for shape in shapes.values())
-    assert own <= peak <= 1.2 * own
+    assert LEAST * own <= peak <= 1.2 * own
     path.unlink()
