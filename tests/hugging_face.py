@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from nvlm_train.config.schema import LanguageConfig, VisionConfig
+from tests.convert.files.models import randomise
 
 
 def sizes(language: LanguageConfig) -> dict[str, Any]:
@@ -45,13 +46,7 @@ def encoder_sizes(vision: VisionConfig) -> dict[str, Any]:
 
 def transformers_encoder(vision: VisionConfig) -> torch.nn.Module:
     """Builds transformers' encoder of the recipe's kind, with weights away from zero and one everywhere."""
-    model = _initialised_encoder(vision).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            offset = 1.0 if "norm" in name and name.endswith("weight") or "lambda" in name else 0.0
-            parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return randomise(_initialised_encoder(vision))
 
 
 def _initialised_encoder(vision: VisionConfig) -> torch.nn.Module:

@@ -92,7 +92,7 @@ def _rows(rows: Any, group: str, recipe: Mapping[str, Any]) -> Any:
 
 
 def _tensor_sizes(recipe: Mapping[str, Any]) -> Iterator[Any]:
-    """Those of the scheduled stages, as stated; what is no group or no list is refused later."""
+    """Yields those of the scheduled stages, as stated; what is no group or no list is refused later."""
     names = recipe.get("schedule")
     for name in names if isinstance(names, Sequence) else ():
         group: Any = recipe

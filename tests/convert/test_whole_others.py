@@ -15,6 +15,7 @@ from nvlm_train.convert.vision import vision_problems
 from nvlm_train.convert.whole.projector import projector_problems
 from nvlm_train.vision.build import build_vision_encoder
 from tests.convert import whole_runs
+from tests.convert.files.models import randomise
 from tests.convert.test_whole import FEATURES, FFN, VISION_CONFIG, tiles, whole_config
 from tests.hugging_face import encoder_sizes, sizes
 from tests.parity.recipes import LANGUAGE, VISION
@@ -41,13 +42,7 @@ def internvl() -> nn.Module:
         image_token_id=250,
         image_seq_length=4,
     )
-    model = InternVLForConditionalGeneration(config).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            offset = 1.0 if "norm" in name and name.endswith("weight") or "lambda" in name else 0.0
-            parameter.copy_(offset + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return randomise(InternVLForConditionalGeneration(config))
 
 
 @pytest.mark.parametrize("shard_size", ["50GB", "100KB"])

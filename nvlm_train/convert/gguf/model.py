@@ -235,7 +235,7 @@ def _llama_3(file: GgufFile, language: LanguageConfig) -> dict[str, Any] | None:
 
 
 def token_ids(file: GgufFile) -> dict[str, int]:
-    """Those of `bos`, `eos` and `pad` that the file names, with their ids."""
+    """Returns those of `bos`, `eos` and `pad` that the file names, with their ids."""
     return dict(_token_ids(file))
 
 

@@ -16,15 +16,19 @@ from tests.hugging_face import encoder_sizes, sizes
 Write = Callable[[dict[str, Any]], Path]
 
 
+def saved(model: torch.nn.Module, directory: Path) -> Path:
+    """Gives a model weights that count, and saves it."""
+    randomise(model).save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def qwen2_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.safetensors and config.json."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(**sizes(LANGUAGE), max_position_embeddings=64, max_window_layers=1)
-    directory = tmp_path_factory.mktemp("tiny-qwen2")
-    randomise(Qwen2ForCausalLM(config)).save_pretrained(directory)
-    return directory
+    return saved(Qwen2ForCausalLM(config), tmp_path_factory.mktemp("tiny-qwen2"))
 
 
 @pytest.fixture(scope="session")
@@ -33,9 +37,7 @@ def llama_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**sizes(LANGUAGE), max_position_embeddings=64)
-    directory = tmp_path_factory.mktemp("tiny-llama")
-    randomise(LlamaForCausalLM(config)).save_pretrained(directory)
-    return directory
+    return saved(LlamaForCausalLM(config), tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +46,7 @@ def qwen3_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(**sizes(LANGUAGE), head_dim=12, max_position_embeddings=64)
-    directory = tmp_path_factory.mktemp("tiny-qwen3")
-    randomise(Qwen3ForCausalLM(config)).save_pretrained(directory)
-    return directory
+    return saved(Qwen3ForCausalLM(config), tmp_path_factory.mktemp("tiny-qwen3"))
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +55,7 @@ def mistral_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(**sizes(LANGUAGE), sliding_window=None, max_position_embeddings=64)
-    directory = tmp_path_factory.mktemp("tiny-mistral")
-    randomise(MistralForCausalLM(config)).save_pretrained(directory)
-    return directory
+    return saved(MistralForCausalLM(config), tmp_path_factory.mktemp("tiny-mistral"))
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +65,7 @@ def encoder_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 
     config = InternVLVisionConfig(**encoder_sizes(VISION))
-    directory = tmp_path_factory.mktemp("tiny-encoder")
-    randomise(InternVLVisionModel(config)).save_pretrained(directory)
-    return directory
+    return saved(InternVLVisionModel(config), tmp_path_factory.mktemp("tiny-encoder"))
 
 
 @pytest.fixture
