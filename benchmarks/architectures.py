@@ -38,8 +38,8 @@ from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology, start_process_group
 from nvlm_train.train.engine import Engine, build_engine
-from nvlm_train.train.start import initial_weights
 from nvlm_train.train.placing import place
+from nvlm_train.train.start import initial_weights
 from nvlm_train.train.step import run_step
 
 VISION = VisionConfig(

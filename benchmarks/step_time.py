@@ -46,8 +46,8 @@ from nvlm_train.model import global_weights
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology, start_process_group
 from nvlm_train.train.engine import Engine, build_engine
-from nvlm_train.train.start import initial_weights
 from nvlm_train.train.placing import place
+from nvlm_train.train.start import initial_weights
 from nvlm_train.train.step import run_step
 from nvlm_train.vision.features import IMAGENET_MEAN, IMAGENET_STD
 

@@ -105,9 +105,7 @@ def _selecting(attention: type) -> type:
 class SdpaOfWanted(SdpaAttention):
     """`SdpaAttention` computes only the wanted rows here."""
 
-    def attend(
-        self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: Pack
-    ) -> Tensor:
+    def attend(self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: Pack) -> Tensor:
         """Computes attention of the wanted rows, [N, L, D]."""
         bounds = list(accumulate(packed.lengths, initial=0))
         edges = [bisect.bisect_left(packed.wanted, bound) for bound in bounds]

@@ -18,8 +18,8 @@ from nvlm_train.parallel.topology import build_topology
 from nvlm_train.pipeline.placing import place_packs
 from nvlm_train.pipeline.round import run_round
 from nvlm_train.train.engine import Engine, build_engine
-from nvlm_train.train.start import initial_weights
 from nvlm_train.train.placing import place
+from nvlm_train.train.start import initial_weights
 from nvlm_train.train.step import run_step
 from tests.parity import recipes
 from tests.parity.gradients import gather

@@ -12,8 +12,8 @@ from nvlm_train.config.schema import ModelConfig, ParallelConfig
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
 from nvlm_train.train.engine import build_engine
-from nvlm_train.train.start import initial_weights
 from nvlm_train.train.placing import place
+from nvlm_train.train.start import initial_weights
 from nvlm_train.train.step import run_step
 from tests.parity import recipes
 from tests.parity.gradients import gather

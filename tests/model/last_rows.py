@@ -34,7 +34,9 @@ def of_wanted_and_of_all(
         for row in sorted(draw.sample(range(length), round(share * length)))
     ]
     pack = Pack(
-        lengths=tuple(lengths), wanted=tuple(wanted), wanted_L=torch.tensor(wanted, dtype=torch.int64)
+        lengths=tuple(lengths),
+        wanted=tuple(wanted),
+        wanted_L=torch.tensor(wanted, dtype=torch.int64),
     )
     states = [
         torch.randn(sum(lengths), heads, 8, generator=generator, dtype=torch.float64)

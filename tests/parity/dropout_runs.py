@@ -133,9 +133,7 @@ def _loss_function(
             training_loss(trained, placed.failed),
             forward_only=True,
         )
-        own = sum(
-            float((report.losses_L.double() * report.weights_L).sum()) for report in reports
-        )
+        own = sum(float((report.losses_L.double() * report.weights_L).sum()) for report in reports)
         total = torch.tensor(own / engine.topology.tensor_size, dtype=torch.float64)
         dist.all_reduce(total)
         return float(total) / float(trained)
