@@ -38,6 +38,7 @@ from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology, start_process_group
 from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.start import initial_weights
 from nvlm_train.train.step import run_step
 
@@ -115,12 +116,12 @@ def main() -> int:
     start_process_group()
     runs = {name: prepare(name) for name in ("d", "x", "h")}  # type: ignore[arg-type]
     for engine, batch, _ in runs.values():
-        run_step(engine, batch, num_sources=1)
+        run_step(engine, place(batch, engine.topology), num_sources=1)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.repeats):
         for name, (engine, batch, _) in runs.items():
             started = time.perf_counter()
-            run_step(engine, batch, num_sources=1)
+            run_step(engine, place(batch, engine.topology), num_sources=1)
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result: dict[str, float] = {}

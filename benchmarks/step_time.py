@@ -46,6 +46,7 @@ from nvlm_train.model import global_weights
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology, start_process_group
 from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.start import initial_weights
 from nvlm_train.train.step import run_step
 from nvlm_train.vision.features import IMAGENET_MEAN, IMAGENET_STD
@@ -167,7 +168,7 @@ def own_step(model: InternVLForConditionalGeneration, directory: Path, precision
     batch = _step_batch()
     for group in engine.optimizer.param_groups:
         group["lr"] = LR
-    return lambda: run_step(engine, batch, num_sources=1).loss
+    return lambda: run_step(engine, place(batch, engine.topology), num_sources=1).loss
 
 
 def _build_engine(directory: Path, precision: str) -> Engine:

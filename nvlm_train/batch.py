@@ -6,12 +6,10 @@ A *pack* is one sequence of `sequence_length` tokens made of whole samples; it i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from torch import Tensor
 
 
@@ -120,20 +118,6 @@ class Microbatch:
     num_tiles: int
     context: CrossContext | None = None
     """None when no tile of the pack is cross-routed."""
-
-    def without_labels_of(self, failed: Collection[int]) -> Microbatch:
-        """Returns the same pack, in which the samples at these indices are not trained on."""
-        if not failed:
-            return self
-        keep_L = self.label_samples_L.new_tensor(
-            [sample not in failed for sample in self.label_samples_L.tolist()]
-        ).bool()
-        return replace(
-            self,
-            label_positions_L=self.label_positions_L[keep_L],
-            label_ids_L=self.label_ids_L[keep_L],
-            label_samples_L=self.label_samples_L[keep_L],
-        )
 
 
 @dataclass(frozen=True)

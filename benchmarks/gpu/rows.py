@@ -33,6 +33,7 @@ from nvlm_train.costs import StepWork
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import build_topology, collect_engines, device
 from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.step import run_step
 from nvlm_train.vision.intern_vit import InternViT
 from nvlm_train.vision.tile_parallel import encode_tiles
@@ -77,10 +78,12 @@ def _train(
     engine: Engine, recipe: Recipe, batch: StepBatch, repeats: Repeats, keep: Path | None
 ) -> Row:
     stage = recipe.stages["sft"]
-    results = [run_step(engine, batch, num_sources=1)]
+    # Training places a step while the one before it runs.
+    placed = place(batch, engine.topology)
+    results = [run_step(engine, placed, num_sources=1)]
 
     def step() -> None:
-        results.append(run_step(engine, batch, num_sources=1))
+        results.append(run_step(engine, placed, num_sources=1))
 
     seconds = seconds_of(step, repeats.timed, repeats.warm_up)
     peak = peak_gib()

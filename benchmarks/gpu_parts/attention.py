@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -28,6 +27,7 @@ from benchmarks.gpu_parts.variants import (
     with_gradients,
 )
 from nvlm_train.model.layers import SdpaAttention
+from nvlm_train.model.pack import Pack
 from nvlm_train.parallel.topology import device
 
 
@@ -51,9 +51,11 @@ class Segments:
     def total(self) -> int:
         return sum(self.lengths)
 
-    def packed(self) -> PackedSeqParams:
-        return PackedSeqParams(
+    def packed(self) -> Pack:
+        return Pack(
             qkv_format="thd",
+            lengths=self.lengths,
+            wanted_L=self.cu_seqlens.new_empty(0).long(),
             cu_seqlens_q=self.cu_seqlens,
             cu_seqlens_kv=self.cu_seqlens,
             max_seqlen_q=self.longest,

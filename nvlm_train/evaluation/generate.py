@@ -12,20 +12,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from nvlm_train.batch import Microbatch, Round, SampleInfo
+from nvlm_train.batch import Microbatch, SampleInfo
 from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.data.loading.loader import split_tiles
 from nvlm_train.data.plan.packing import best_fit_decreasing
 from nvlm_train.data.samples.encoded import EncodedSample
+from nvlm_train.device_batch import DevicePack
 from nvlm_train.errors import PromptError
 from nvlm_train.parallel.topology import Topology, device
-from nvlm_train.pipeline.round import OutputHead, Replica, run_features
-from nvlm_train.vision.tile_parallel import encode_round
+from nvlm_train.pipeline.placing import place_packs, relayed_rows
+from nvlm_train.pipeline.round import Replica, run_features
+from nvlm_train.vision.tile_parallel import encode_share
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,10 @@ def _make_pack(
         for number, start, each in zip(numbers, starts, encoded, strict=False)
     ]
     tiles = torch.cat([prompts[number].tiles_TCEE for number in numbers])
-    return _Pack(microbatch, _encode(replica, microbatch, tiles), slots)
+    return _Pack(microbatch, _encode(replica, tiles), slots)
 
 
-def _encode(replica: Replica, microbatch: Microbatch, tiles_TCEE: Tensor) -> Tensor | None:
+def _encode(replica: Replica, tiles_TCEE: Tensor) -> Tensor | None:
     """Encodes a pack's tiles, of which every rank of the replica encodes a share.
 
     Returns:
@@ -145,26 +148,23 @@ def _encode(replica: Replica, microbatch: Microbatch, tiles_TCEE: Tensor) -> Ten
     topology = replica.topology
     split = split_tiles(len(tiles_TCEE), topology.replica_size)
     own = tiles_TCEE.split(split)[topology.replica_rank]
-    features = encode_round(replica.encoder, Round((microbatch,), split, own), topology)
-    return features[0] if features else None
+    return encode_share(replica.encoder, own, split, topology)
 
 
 def _next_tokens(replica: Replica, packs: list[_Pack]) -> list[list[int]]:
     """Returns the most likely next token of every slot by pack, on every rank of the replica."""
-    wanted = {id(pack.microbatch): pack for pack in packs}
 
-    def positions(microbatch: Microbatch) -> Tensor:
-        slots = wanted[id(microbatch)].slots
-        return torch.tensor([slot.next - 1 for slot in slots], device=device())
-
-    def finish(microbatch: Microbatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(pack: DevicePack, logits: Tensor) -> tuple[Tensor, Tensor]:
         return logits.sum(), vocab_parallel_argmax(logits[:, 0], replica.topology)
 
+    microbatches = [pack.microbatch for pack in packs]
+    wanted = [np.array([slot.next - 1 for slot in pack.slots]) for pack in packs]
     results = run_features(
         replica,
-        [pack.microbatch for pack in packs],
+        place_packs(microbatches, wanted),
         [pack.features for pack in packs],
-        OutputHead(positions, finish),
+        relayed_rows(microbatches, replica.topology),
+        finish,
         forward_only=True,
     )
     counts = [len(pack.slots) for pack in packs]

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from nvlm_train.config.schema import CrossAttentionConfig
 from nvlm_train.model.cross_attention import (
+    CrossLayer,
     CrossSubmodules,
     GatedCrossAttention,
     GatedFeedForwardLayer,
@@ -64,7 +65,7 @@ def _cross_layer(
         module=GatedCrossAttention, submodules=CrossSubmodules(column, row)
     )
     submodules.cross_attn_bda = get_bias_dropout_add
-    kind = GatedFeedForwardLayer if cross.feed_forward == "gated" else TransformerLayer
+    kind = GatedFeedForwardLayer if cross.feed_forward == "gated" else CrossLayer
     return ModuleSpec(module=kind, submodules=submodules)
 
 

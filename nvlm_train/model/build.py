@@ -53,9 +53,10 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         bias_activation_fusion=True,
-        # The context of a pack is as long as its tiles need.
-        variable_seq_lengths=recipe.model.cross_attention is not None and parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # what variable lengths want, though there are no experts
+        # By default every transfer between stages ends with a synchronisation of the whole device.
+        batch_p2p_sync=False,
+        # Its kernel turns all segments of a pack at once.
+        apply_rope_fusion=kernels.attention == "transformer_engine",
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,

@@ -26,7 +26,9 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nvlm_train.device_batch import Spans
 from nvlm_train.model.layers import RMSNorm, drawing_for_heads, grouped_attention
+from nvlm_train.model.pack import Pack
 from nvlm_train.model.zero_grads import zeros_for
 
 
@@ -84,7 +86,7 @@ class GatedCrossAttention(MegatronModule):
     def forward(
         self,
         hidden_SBH: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Spans,
         key_value_states: Tensor | None,
         inference_context: None = None,
     ) -> tuple[Tensor, None]:
@@ -92,7 +94,7 @@ class GatedCrossAttention(MegatronModule):
 
         Args:
             hidden_SBH: normed; this rank's part of the sequence under sequence parallelism.
-            attention_mask: spans, int32 [V, 4] (`nvlm_train.batch.CrossContext.spans`).
+            attention_mask: who sees what; megatron-core's name for it.
             key_value_states: the context [C, 1, H], whole; None when the pack has none.
             inference_context: unused.
 
@@ -101,14 +103,13 @@ class GatedCrossAttention(MegatronModule):
         """
         if key_value_states is None:
             return zeros_for(hidden_SBH, self), None
-        assert attention_mask is not None, "a context comes with its spans"
         query_SBH, _ = self.linear_q(hidden_SBH)
         states_CBH = self._keys_and_values(key_value_states)
         query_SGRD = query_SBH[:, 0].unflatten(-1, (-1, self._heads_per_group, self._channels))
         key_CGD, value_CGD = states_CBH[:, 0].unflatten(-1, (-1, 2, self._channels)).unbind(dim=2)
         dropout = self.config.attention_dropout if self.training else 0.0
         with drawing_for_heads(self.config, dropout):
-            attended = attend(query_SGRD, key_CGD, value_CGD, attention_mask.tolist(), dropout)
+            attended = attend(query_SGRD, key_CGD, value_CGD, attention_mask, dropout)
         output_SBH, _ = self.linear_proj(attended.flatten(1).unsqueeze(1))
         return self.gate(output_SBH), None
 
@@ -164,7 +165,7 @@ def attend(
     query_SGRD: Tensor,
     key_CGD: Tensor,
     value_CGD: Tensor,
-    spans: list[list[int]],
+    spans: Spans,
     dropout: float = 0.0,
 ) -> Tensor:
     """Lets each span's tokens attend to its part of the context; the result is zero outside the spans.
@@ -176,7 +177,7 @@ def attend(
         query_SGRD: [S, G, R, D].
         key_CGD: [C, G, D].
         value_CGD: [C, G, D].
-        spans: rows (start, stop, first, last), ascending and disjoint in start and stop.
+        spans: ascending and disjoint in their tokens.
         dropout: probability, on attention weights.
 
     Returns:
@@ -199,7 +200,7 @@ def attend(
     return torch.cat(parts)
 
 
-def _runs(spans: list[list[int]]) -> list[tuple[int, int, int, int, int]]:
+def _runs(spans: Spans) -> list[tuple[int, int, int, int, int]]:
     """Joins spans of one shape that follow each other on both sides, such as an image's tags, to one batch.
 
     Returns:
@@ -217,7 +218,28 @@ def _runs(spans: list[list[int]]) -> list[tuple[int, int, int, int, int]]:
     return runs
 
 
-class GatedFeedForwardLayer(TransformerLayer):
+class CrossLayer(TransformerLayer):
+    """megatron-core's layer with cross-attention, which reads its spans where every layer knows its pack."""
+
+    def _forward_attention(
+        self,
+        hidden_states: Tensor,
+        packed_seq_params: Pack,
+        context: Tensor | None = None,
+        context_mask: None = None,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        outputs: tuple[Tensor, Tensor | None] = super()._forward_attention(
+            hidden_states,
+            packed_seq_params=packed_seq_params,
+            context=context,
+            context_mask=packed_seq_params.spans,
+            **others,
+        )
+        return outputs
+
+
+class GatedFeedForwardLayer(CrossLayer):
     """The layer runs self-attention, gated cross-attention, a gated feed-forward and the feed-forward.
 
     A token that sees no tile passes both gates unchanged.
@@ -230,16 +252,24 @@ class GatedFeedForwardLayer(TransformerLayer):
         self.cross_feed_forward = GatedFeedForward(config, submodules.mlp.submodules)
 
     def _forward_attention(
-        self, *args: Any, context: Tensor | None = None, context_mask: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        packed_seq_params: Pack,
+        context: Tensor | None = None,
+        **others: Any,
     ) -> tuple[Tensor, Tensor | None]:
         hidden_SBH, _ = super()._forward_attention(
-            *args, context=context, context_mask=context_mask, **kwargs
+            hidden_states, packed_seq_params, context, **others
         )
-        spans = None if context is None else context_mask.tolist()
+        spans = None if context is None else self.spans_of(packed_seq_params)
         output_SBH = self.cross_feed_forward(hidden_SBH, spans)
         # As behind every other branch: megatron-core's bias-dropout-add, without a bias.
         output_SBH = F.dropout(output_SBH, self.hidden_dropout, self.training)
         return hidden_SBH + output_SBH, context
+
+    def spans_of(self, pack: Pack) -> Spans:
+        """Returns the spans of the rows that this layer's feed-forward sees."""
+        return pack.spans
 
 
 class GatedFeedForward(MegatronModule):
@@ -251,14 +281,14 @@ class GatedFeedForward(MegatronModule):
         self.mlp = MLP(config, submodules)
         self.gate = Gate(config)
 
-    def forward(self, hidden_SBH: Tensor, spans: list[list[int]] | None) -> Tensor:
+    def forward(self, hidden_SBH: Tensor, spans: Spans | None) -> Tensor:
         """Computes what is added to the residual stream: zero outside the spans."""
         if spans is None:
             return zeros_for(hidden_SBH, self)
         output_SBH, _ = self.mlp(self.norm(hidden_SBH))
         return self.gate(output_SBH) * self._sees(hidden_SBH, spans)
 
-    def _sees(self, hidden_SBH: Tensor, spans: list[list[int]]) -> Tensor:
+    def _sees(self, hidden_SBH: Tensor, spans: Spans) -> Tensor:
         sharded = self.config.sequence_parallel
         length = len(hidden_SBH) * (self.config.tensor_model_parallel_size if sharded else 1)
         sees_SBH = hidden_SBH.new_zeros(length, 1, 1)

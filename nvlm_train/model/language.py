@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nvlm_train.config.schema import CrossAttentionConfig, LanguageConfig
+from nvlm_train.device_batch import DevicePack
 from nvlm_train.model.block import decoder_block_spec
-from nvlm_train.model.last_layer import Pack, wanted_positions
-from nvlm_train.model.rope import rotary_embedding
+from nvlm_train.model.pack import pack_for_layers
+from nvlm_train.model.rope import angles, rotary_embedding
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
 
@@ -42,6 +43,7 @@ class LanguageModel(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.sequence_length = sequence_length
+        self.kernels = kernels
         if topology.is_first_pp_stage:
             self.embedding = LanguageModelEmbedding(
                 config,
@@ -90,45 +92,25 @@ class LanguageModel(MegatronModule):
         return tensor_parallel.scatter_to_sequence_parallel_region(hidden_SBH).clone()
 
     def forward(
-        self,
-        hidden_SBH: Tensor | None,
-        cu_seqlens: Tensor,
-        logit_positions_L: Tensor,
-        context_CBH: Tensor | None = None,
-        spans: Tensor | None = None,
+        self, hidden_SBH: Tensor | None, pack: DevicePack, context_CBH: Tensor | None = None
     ) -> Tensor:
         """Runs this stage's layers.
 
         Args:
             hidden_SBH: embeddings on the first stage; None elsewhere (the schedule set the input).
-            cu_seqlens: int32 [segments + 1], ends with S.
-            logit_positions_L: int64 [L], ascending, whose logits are wanted.
+            pack: the microbatch.
             context_CBH: what cross-attention reads, whole on every tensor-parallel rank.
-            spans: int32 [V, 4], who reads what of it.
 
         Returns:
             [S, 1, H]; on the last stage [L, 1, H], normalised. Under sequence parallelism this
             rank's part of it, with rows at the end that fill L up to a multiple of TP.
         """
-        longest = int(cu_seqlens.diff().max())
-        packed = Pack(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-            wanted_L=wanted_positions(self.config, logit_positions_L),
-        )
-        # One row more than a pack has tokens: with exactly S rows megatron-core would take row i for
-        # position i of the whole pack; otherwise positions restart with every sample, as they must.
-        rotary = self.rotary(self.sequence_length + 1, packed_seq=True)
         return self.decoder(
             hidden_SBH,
             None,
             context=context_CBH,
-            context_mask=spans,
-            rotary_pos_emb=rotary,
-            packed_seq_params=packed,
+            rotary_pos_emb=angles(self.rotary, pack, self.kernels),
+            packed_seq_params=pack_for_layers(self.config, pack, self.kernels),
         )
 
     def logits(self, hidden_LBH: Tensor, length: int) -> Tensor:

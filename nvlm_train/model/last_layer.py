@@ -10,45 +10,32 @@ head size.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from nvlm_train.model.cross_attention import GatedFeedForwardLayer
+from nvlm_train.device_batch import Spans
+from nvlm_train.model.cross_attention import CrossLayer, GatedFeedForwardLayer
 from nvlm_train.model.layers import SdpaAttention, grouped_attention
+from nvlm_train.model.pack import Pack
 
 _ROWS_AT_ONCE = 256
 """Asking positions that share a mask of [256, S]: 8 MiB at 8,192 tokens."""
-
-
-@dataclass(kw_only=True)
-class Pack(PackedSeqParams):
-    """megatron-core hands this to every layer, through recomputation too; the last reads `wanted_L`."""
-
-    wanted_L: Tensor
-    """int64, ascending: positions whose logits are wanted, on the last pipeline stage."""
-
-
-def wanted_positions(config: TransformerConfig, positions_L: Tensor) -> Tensor:
-    """Returns ascending positions; under sequence parallelism the last is repeated up to a multiple of TP."""
-    if not config.sequence_parallel:
-        return positions_L
-    filling = -len(positions_L) % config.tensor_model_parallel_size
-    return torch.cat([positions_L, positions_L[-1:].expand(filling)])
 
 
 def as_last(layer: ModuleSpec) -> ModuleSpec:
     """Turns the spec of a layer of block.py into that of the same layer as the model's last."""
     layer.module = {
         TransformerLayer: LastLayer,
+        CrossLayer: LastLayer,
         GatedFeedForwardLayer: LastGatedFeedForwardLayer,
     }[layer.module]
     attention = layer.submodules.self_attention.submodules
@@ -62,35 +49,24 @@ def as_last(layer: ModuleSpec) -> ModuleSpec:
 class LastLayer(TransformerLayer):
     """megatron-core's layer takes [S, 1, H] to [L, 1, H] here."""
 
-    def forward(
-        self, *args: Any, packed_seq_params: Pack, context_mask: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        if context_mask is not None:
-            context_mask = spans_of_wanted(context_mask, packed_seq_params.wanted_L)
-        return super().forward(
-            *args, packed_seq_params=packed_seq_params, context_mask=context_mask, **kwargs
-        )
-
     def _forward_attention(
         self,
         hidden_states: Tensor,
         packed_seq_params: Pack,
         context: Tensor | None = None,
-        context_mask: Tensor | None = None,
-        rotary_pos_emb: Tensor | None = None,
-        **unused: Any,
+        **others: Any,
     ) -> tuple[Tensor, Tensor | None]:
         attended = self.self_attention(
             self.input_layernorm(hidden_states),
             attention_mask=None,
-            rotary_pos_emb=rotary_pos_emb,
+            rotary_pos_emb=others["rotary_pos_emb"],
             packed_seq_params=packed_seq_params,
         )
         wanted_LBH = _at_positions(self.config, hidden_states, packed_seq_params.wanted_L)
         hidden_LBH = self._add(self.self_attn_bda, attended, wanted_LBH)
         crossed = self.cross_attention(
             self.pre_cross_attn_layernorm(hidden_LBH),
-            attention_mask=context_mask,
+            attention_mask=packed_seq_params.of_wanted().spans,
             key_value_states=context,
             inference_context=None,
         )
@@ -104,6 +80,9 @@ class LastLayer(TransformerLayer):
 
 class LastGatedFeedForwardLayer(GatedFeedForwardLayer, LastLayer):
     """The last layer may have cross-attention with its gated feed-forward."""
+
+    def spans_of(self, pack: Pack) -> Spans:
+        return pack.of_wanted().spans
 
 
 class _SelectsWanted:
@@ -126,31 +105,39 @@ def _selecting(attention: type) -> type:
 class SdpaOfWanted(SdpaAttention):
     """`SdpaAttention` computes only the wanted rows here."""
 
-    def attend(
-        self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: PackedSeqParams
-    ) -> Tensor:
+    def attend(self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: Pack) -> Tensor:
         """Computes attention of the wanted rows, [N, L, D]."""
-        assert isinstance(packed, Pack)
-        bounds = packed.cu_seqlens_q.long()
-        counts = torch.searchsorted(packed.wanted_L, bounds).diff().tolist()
+        bounds = list(accumulate(packed.lengths, initial=0))
+        edges = [bisect.bisect_left(packed.wanted, bound) for bound in bounds]
+        counts = [last - first for first, last in pairwise(edges)]
         segments = zip(
             packed.wanted_L.split(counts),
-            bounds.tolist(),
+            pairwise(edges),
+            bounds,
             self.segments(query_NSD, key_GSD, value_GSD, packed),
             strict=False,
         )
-        outputs = [self._of_segment(*states, wanted - start) for wanted, start, states in segments]
+        outputs = [
+            self._of_segment(*states, wanted_L - start, [row - start for row in packed.wanted[a:b]])
+            for wanted_L, (a, b), start, states in segments
+        ]
         return torch.cat(outputs, dim=1)
 
     def _of_segment(
-        self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, wanted_L: Tensor
+        self,
+        query_NSD: Tensor,
+        key_GSD: Tensor,
+        value_GSD: Tensor,
+        wanted_L: Tensor,
+        wanted: list[int],
     ) -> Tensor:
         # With most rows wanted the causal kernel is faster; on GPUs a mask would cost it.
-        if 2 * len(wanted_L) > query_NSD.shape[1] or query_NSD.is_cuda:
+        if 2 * len(wanted) > query_NSD.shape[1] or query_NSD.is_cuda:
             return self.causal(query_NSD, key_GSD, value_GSD).index_select(1, wanted_L)
         outputs = [query_NSD[:, :0]]
-        for rows in wanted_L.split(_ROWS_AT_ONCE) if len(wanted_L) else ():
-            stop = int(rows[-1]) + 1
+        for first in range(0, len(wanted), _ROWS_AT_ONCE):
+            rows = wanted_L[first : first + _ROWS_AT_ONCE]
+            stop = wanted[first : first + _ROWS_AT_ONCE][-1] + 1
             output = grouped_attention(
                 query_NSD.index_select(1, rows)[None],
                 key_GSD[None, :, :stop],
@@ -161,16 +148,6 @@ class SdpaOfWanted(SdpaAttention):
             )
             outputs.append(output[0])
         return torch.cat(outputs, dim=1)
-
-
-def spans_of_wanted(spans: Tensor, wanted_L: Tensor) -> Tensor:
-    """Turns spans (start, stop, first, last) of tokens into spans of wanted rows.
-
-    A span in which nothing is wanted stays, with no rows: its keys and values then have gradients, of
-    zeros.
-    """
-    rows = torch.searchsorted(wanted_L.to(spans.device), spans[:, :2].long().contiguous())
-    return torch.cat([rows.to(spans.dtype), spans[:, 2:]], dim=1)
 
 
 def _at_positions(config: TransformerConfig, hidden_SBH: Tensor, wanted_L: Tensor) -> Tensor:

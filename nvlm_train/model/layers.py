@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -20,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nvlm_train.model.pack import Pack
 from nvlm_train.parallel import cpu_kernels
 from nvlm_train.parallel.kernels import Kernels
 
@@ -74,10 +74,10 @@ class SdpaAttention(nn.Module):
         key_SGD: Tensor,
         value_SGD: Tensor,
         attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: Pack | None = None,
         **unused: Any,
     ) -> Tensor:
-        """Attends within each segment of `packed_seq_params.cu_seqlens_q`.
+        """Attends within each segment of `packed_seq_params.lengths`.
 
         Returns:
             [S, N * D].
@@ -95,22 +95,19 @@ class SdpaAttention(nn.Module):
         """The probability of dropout on attention weights is zero outside training."""
         return self.dropout if self.training else 0.0
 
-    def attend(
-        self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: PackedSeqParams
-    ) -> Tensor:
+    def attend(self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: Pack) -> Tensor:
         """Computes attention of all tokens within their segments, [N, S, D]."""
         segments = self.segments(query_NSD, key_GSD, value_GSD, packed)
         return torch.cat([self.causal(*states) for states in segments], dim=1)
 
     def segments(
-        self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: PackedSeqParams
+        self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: Pack
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields views of each segment's queries, keys and values."""
-        lengths = packed.cu_seqlens_q.diff().tolist()
         return zip(
-            query_NSD.split(lengths, dim=1),
-            key_GSD.split(lengths, dim=1),
-            value_GSD.split(lengths, dim=1),
+            query_NSD.split(packed.lengths, dim=1),
+            key_GSD.split(packed.lengths, dim=1),
+            value_GSD.split(packed.lengths, dim=1),
             strict=True,
         )
 

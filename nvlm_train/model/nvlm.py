@@ -11,8 +11,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nvlm_train.batch import CrossContext
 from nvlm_train.config.schema import ModelConfig
+from nvlm_train.device_batch import DevicePack
 from nvlm_train.geometry import tile_feature_size
 from nvlm_train.model import context_p2p
 from nvlm_train.model.language import LanguageModel
@@ -50,70 +50,47 @@ class NVLM(MegatronModule):
         )
         self._received: Tensor | None = None
 
-    def forward(
-        self,
-        token_ids_S: Tensor,
-        image_positions: Tensor,
-        features: Tensor | None,
-        context: CrossContext | None,
-        cu_seqlens: Tensor,
-        logit_positions_L: Tensor,
-    ) -> Tensor:
+    def forward(self, pack: DevicePack, features: Tensor | None, relayed: int) -> Tensor:
         """Runs one pack through this stage.
 
         Args:
-            token_ids_S: int64 [S].
-            image_positions: int64 [n]: where the decoder-routed tiles' features go, in tile order.
+            pack: the microbatch.
             features: [T, tokens per tile, feature size]; None past the first stage.
-            context: the layout of the pack's cross-attention context, if it has one.
-            cu_seqlens: int32 [segments + 1].
-            logit_positions_L: int64 [L], ascending.
+            relayed: rows of context that stages send with each pack of the round.
 
         Returns:
             Last stage: logits [L, 1, V / TP]. Others: what the next stage needs (`context_p2p.join`).
         """
-        embedded, states_CBH, spans = None, None, None if context is None else context.spans
+        embedded, states_CBH = None, None
         if features is not None:
-            embedded, states_CBH = self._enter(token_ids_S, image_positions, features, context)
+            embedded, states_CBH = self._enter(pack, features)
         else:
             assert self._received is not None, "the schedule sets a later stage's input"
-            hidden_SBH, self._received = self._received, None
-            if context is not None:
-                hidden_SBH, states_CBH = context_p2p.split(self.config, hidden_SBH, context.length)
+            received, self._received = self._received, None
+            hidden_SBH, states_CBH = context_p2p.split(self.config, received, pack.context, relayed)
             self.language_model.set_input_tensor(hidden_SBH)
-        hidden_SBH = self.language_model(embedded, cu_seqlens, logit_positions_L, states_CBH, spans)
+        hidden_SBH = self.language_model(embedded, pack, states_CBH)
         if self.post_process:
-            return self.language_model.logits(hidden_SBH, len(logit_positions_L))
-        if states_CBH is None:
-            return hidden_SBH
-        return context_p2p.join(self.config, hidden_SBH, states_CBH)
+            return self.language_model.logits(hidden_SBH, len(pack.wanted))
+        return context_p2p.join(self.config, hidden_SBH, states_CBH, relayed)
 
-    def _enter(
-        self,
-        token_ids_S: Tensor,
-        image_positions: Tensor,
-        features: Tensor,
-        context: CrossContext | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def _enter(self, pack: DevicePack, features: Tensor) -> tuple[Tensor, Tensor | None]:
         """Splices decoder-routed features into the sequence, and builds the context of the others."""
         # A text-only pack runs the projector on no rows: its gradients are then zeros instead of
         # missing, which is what overlapped gradient reduction and a frozen language model need.
         projected = self.projector(features.flatten(0, 1)).unflatten(0, features.shape[:2])
         if self.resampler is not None:
             projected = self.resampler(projected)
-        text_SBH = self.language_model.embed(token_ids_S)
-        states_CBH = None
+        text_SBH = self.language_model.embed(pack.token_ids_S)
+        states_CBH, context = None, pack.context
         if context is not None:
-            place = projected.device
-            tiles = projected.index_select(0, context.cross_tiles.to(place)).flatten(0, 1)
-            tags = self.language_model.embed(context.tag_ids.to(place))
+            tiles = projected.index_select(0, context.cross_tiles).flatten(0, 1)
+            tags = self.language_model.embed(context.tag_ids)
             states_CBH = text_SBH.new_zeros(context.length, *text_SBH.shape[1:])
-            states_CBH = states_CBH.index_copy(
-                0, context.tile_positions.to(place), tiles.unsqueeze(1)
-            )
-            states_CBH = states_CBH.index_copy(0, context.tag_positions.to(place), tags)
-            projected = projected.index_select(0, context.decoder_tiles.to(place))
-        spliced = text_SBH.index_copy(0, image_positions, projected.flatten(0, 1).unsqueeze(1))
+            states_CBH = states_CBH.index_copy(0, context.tile_positions, tiles.unsqueeze(1))
+            states_CBH = states_CBH.index_copy(0, context.tag_positions, tags)
+            projected = projected.index_select(0, context.decoder_tiles)
+        spliced = text_SBH.index_copy(0, pack.image_positions, projected.flatten(0, 1).unsqueeze(1))
         return self.language_model.scatter(spliced), states_CBH
 
     def shared_embedding_or_output_weight(self) -> nn.Parameter:

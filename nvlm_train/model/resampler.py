@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from nvlm_train.config.schema import ResamplerConfig
+from nvlm_train.device_batch import Span
 from nvlm_train.model.cross_attention import CrossSubmodules, attend, column_linear, row_linear
 from nvlm_train.model.layers import RMSNorm, implementations, mlp_spec
 from nvlm_train.model.zero_grads import zeros_for
@@ -81,15 +82,15 @@ class ResamplerLayer(MegatronModule):
         query, _ = self.linear_q(latents.flatten(0, 1).unsqueeze(1))
         states, _ = self.linear_kv(both.flatten(0, 1).unsqueeze(1))
         key, value = states[:, 0].unflatten(-1, (-1, 2, self._channels)).unbind(dim=2)
-        spans = [
-            [
-                tile * num_latents,
-                (tile + 1) * num_latents,
-                tile * both.shape[1],
-                (tile + 1) * both.shape[1],
-            ]
+        spans = tuple(
+            Span(
+                start=tile * num_latents,
+                stop=(tile + 1) * num_latents,
+                first=tile * both.shape[1],
+                last=(tile + 1) * both.shape[1],
+            )
             for tile in range(num_tiles)
-        ]
+        )
         attended = attend(
             query[:, 0].unflatten(-1, (-1, self._heads_per_group, self._channels)),
             key,

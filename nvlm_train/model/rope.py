@@ -10,7 +10,9 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor
 
 from nvlm_train.config.schema import LanguageConfig, RopeScalingConfig
+from nvlm_train.device_batch import DevicePack
 from nvlm_train.geometry import head_size
+from nvlm_train.parallel.kernels import Kernels
 
 
 def rotary_embedding(language: LanguageConfig) -> RotaryEmbedding:
@@ -26,6 +28,19 @@ def rotary_embedding(language: LanguageConfig) -> RotaryEmbedding:
             rotary.inv_freq, language.rope_scaling
         )
     return rotary
+
+
+def angles(rotary: RotaryEmbedding, pack: DevicePack, kernels: Kernels) -> Tensor:
+    """Makes the angles of a pack, whose positions restart with every sample.
+
+    Returns:
+        fp32. By token, [S, 1, D]; for Transformer Engine's kernel, which finds the positions by itself, by
+        position, [S, 1, 1, D].
+    """
+    if kernels.attention == "transformer_engine":
+        return rotary(sum(pack.lengths), packed_seq=True)
+    half_SD = torch.outer(pack.position_ids_S.to(rotary.inv_freq), rotary.inv_freq)
+    return torch.cat([half_SD, half_SD], dim=-1)[:, None]
 
 
 def _linear(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:

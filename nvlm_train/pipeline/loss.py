@@ -4,57 +4,50 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from nvlm_train.batch import Microbatch
-from nvlm_train.parallel.topology import device
-from nvlm_train.pipeline.round import OutputHead
+from nvlm_train.device_batch import DevicePack
+from nvlm_train.pipeline.round import Finish
 
 
 @dataclass(frozen=True)
 class LabelLosses:
-    """Holds the detached losses of one microbatch by label."""
+    """Holds the detached losses of one pack by label, on the device."""
 
     losses_L: Tensor
     """fp32 [L]."""
-    sources: list[int]
-    """Source of each label's sample, as an index into the blend."""
+    weights_L: Tensor
+    """fp32 [L]: 1 where the label is trained, 0 elsewhere."""
+    sources_L: Tensor
+    """int64 [L]: source of the label's sample, as an index into the blend."""
 
 
-def loss_head(trained_tokens: int) -> OutputHead:
-    """Returns the head that computes the training loss.
+def training_loss(trained_tokens: Tensor, failed: Tensor) -> Finish:
+    """Returns what computes the training loss of a pack.
 
     Args:
-        trained_tokens: labels of the whole step over all data-parallel ranks; the sum of
-            cross-entropies is divided by it, so that packing, rounds and layout do not matter.
+        trained_tokens: labels of the whole step over all data-parallel ranks, a scalar on the device; the sum
+            of cross-entropies is divided by it, so that packing, rounds and layout do not matter.
+        failed: int32 [samples of the replica]: 1 where a sample is not trained on (`kept_weights`).
     """
 
-    def finish(microbatch: Microbatch, logits: Tensor) -> tuple[Tensor, LabelLosses]:
-        labels_L, weights_L = _labels(microbatch)
-        losses_L = vocab_parallel_cross_entropy(logits.float(), labels_L[:, None])[:, 0]
-        numbers = microbatch.label_samples_L.tolist()
-        sources = [microbatch.samples[number].source for number in numbers]
-        report = LabelLosses(losses_L.detach()[: len(sources)], sources)
+    def finish(pack: DevicePack, logits: Tensor) -> tuple[Tensor, LabelLosses]:
+        labels = pack.labels
+        assert labels is not None, "packs of a step have labels"
+        weights_L = kept_weights(pack, failed)
+        losses_L = vocab_parallel_cross_entropy(logits.float(), labels.ids_L[:, None])[:, 0]
+        report = LabelLosses(losses_L.detach(), weights_L, labels.sources_L)
         return (losses_L * weights_L).sum() / trained_tokens, report
 
-    return OutputHead(_positions, finish)
+    return finish
 
 
-def _positions(microbatch: Microbatch) -> Tensor:
-    """Returns the trained positions. A pack without labels keeps position 0, with weight zero.
+def kept_weights(pack: DevicePack, failed: Tensor) -> Tensor:
+    """Returns the weight of each label, fp32 [L]: none in a sample with an image that cannot be decoded.
 
-    So every pack has a backward, and no pipeline stage and no collective waits for one in vain.
+    Only the rank that decodes an image knows that it is broken, and all learn it on the device, where a
+    weight of zero takes the label out of the loss and of every gradient.
     """
-    if len(microbatch.label_positions_L):
-        return microbatch.label_positions_L.to(device())
-    return torch.zeros(1, dtype=torch.int64, device=device())
-
-
-def _labels(microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-    """Returns the label at each of `_positions`, int64 [L], and its weight in the loss, fp32 [L]."""
-    if len(microbatch.label_ids_L):
-        labels_L = microbatch.label_ids_L.to(device())
-        return labels_L, torch.ones(len(labels_L), device=device())
-    return torch.zeros(1, dtype=torch.int64, device=device()), torch.zeros(1, device=device())
+    assert pack.labels is not None, "packs of a step have labels"
+    return pack.labels.weights_L * (1 - failed.index_select(0, pack.labels.samples_L))

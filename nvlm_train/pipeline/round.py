@@ -1,7 +1,6 @@
 """Runs one round: tile-parallel encoding, then the 1F1B schedule over its microbatches.
 
-Training and generation differ in the positions that they need logits of, and in what they do with
-the logits: each brings its own `OutputHead`.
+Training and generation differ in what they do with the logits: each brings its own `Finish`.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from nvlm_train.batch import Microbatch, Round
-from nvlm_train.parallel.topology import Topology, device
+from nvlm_train.device_batch import DevicePack, DeviceRound
+from nvlm_train.parallel.topology import Topology
 from nvlm_train.vision.encoder import VisionEncoder
 from nvlm_train.vision.tile_parallel import encode_round
 
@@ -31,82 +30,74 @@ class Replica:
     sequence_length: int
 
 
-@dataclass(frozen=True)
-class OutputHead:
-    """Says what the last pipeline stage does with a microbatch."""
-
-    positions: Callable[[Microbatch], Tensor]
-    """Returns the positions whose logits are computed: int64 [L], at least one."""
-    finish: Callable[[Microbatch, Tensor], tuple[Tensor, Any]]
-    """Takes vocabulary-parallel logits [L, 1, V / TP]. Returns a scalar for the backward, and a result."""
+Finish = Callable[[DevicePack, Tensor], tuple[Tensor, Any]]
+"""What the last pipeline stage does with a pack: it takes vocabulary-parallel logits of the wanted positions,
+[L, 1, V / TP], and returns a scalar for the backward, and a result."""
 
 
-def run_round(replica: Replica, round_: Round, head: OutputHead, forward_only: bool) -> list[Any]:
-    """Encodes a round's tiles and runs its microbatches. Called by every rank of a replica.
+def run_round(
+    replica: Replica, round_: DeviceRound, finish: Finish, forward_only: bool
+) -> list[Any]:
+    """Encodes a round's tiles and runs its packs. Called by every rank of a replica.
 
     Args:
         replica: the model and its place.
-        round_: the microbatches and this rank's tiles.
-        head: what the last pipeline stage does with each microbatch.
+        round_: the packs and this rank's tiles.
+        finish: what the last pipeline stage does with each pack.
         forward_only: whether to leave out the backward; otherwise gradients are accumulated.
 
     Returns:
-        On the last pipeline stage the head's result of each microbatch, in order; elsewhere an empty
-        list.
+        On the last pipeline stage the result of each pack, in order; elsewhere an empty list.
     """
     encoded = encode_round(replica.encoder, round_, replica.topology)
-    features: Sequence[Tensor | None] = encoded or [None] * len(round_.microbatches)
-    return run_features(replica, round_.microbatches, features, head, forward_only)
+    features: Sequence[Tensor | None] = encoded or [None] * len(round_.packs)
+    return run_features(replica, round_.packs, features, round_.relayed, finish, forward_only)
 
 
 def run_features(
     replica: Replica,
-    microbatches: Sequence[Microbatch],
+    packs: Sequence[DevicePack],
     features: Sequence[Tensor | None],
-    head: OutputHead,
+    relayed: int,
+    finish: Finish,
     forward_only: bool,
 ) -> list[Any]:
     """Does what `run_round` does, with features that were encoded before.
 
     Args:
         replica: the model and its place.
-        microbatches: the round's.
-        features: by microbatch, [T, tokens per tile, feature size]; None past the first pipeline stage.
-        head: what the last pipeline stage does with each microbatch.
+        packs: the round's.
+        features: by pack, [T, tokens per tile, feature size]; None past the first pipeline stage.
+        relayed: rows of context that stages send with each pack.
+        finish: what the last pipeline stage does with each pack.
         forward_only: whether to leave out the backward.
     """
-    inputs = zip(microbatches, features, strict=True)
+    inputs = zip(packs, features, strict=True)
     results: list[Any] = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, head=head),
+        forward_step_func=partial(_forward_step, relayed=relayed, finish=finish),
         data_iterator=iter(inputs),
         model=[replica.model],
-        num_microbatches=len(microbatches),
-        seq_length=replica.sequence_length,
+        num_microbatches=len(packs),
+        # What a stage sends: one shape for all packs, so that the receiver knows it.
+        seq_length=replica.sequence_length + relayed,
         micro_batch_size=1,
         forward_only=forward_only,
     )
     return results
 
 
-Inputs = Iterator[tuple[Microbatch, Tensor | None]]
+Inputs = Iterator[tuple[DevicePack, Tensor | None]]
 
 
 def _forward_step(
-    inputs: Inputs, model: nn.Module, head: OutputHead
+    inputs: Inputs, model: nn.Module, relayed: int, finish: Finish
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
-    """Runs one microbatch through this pipeline stage, as megatron-core's `forward_step_func`."""
-    microbatch, features = next(inputs)
-    output = model(
-        microbatch.token_ids_S.to(device()),
-        microbatch.image_positions.to(device()),
-        features,
-        microbatch.context,
-        microbatch.cu_seqlens.to(device()),
-        head.positions(microbatch),
-    )
+    """Runs one pack through this pipeline stage, as megatron-core's `forward_step_func`."""
+    pack, features = next(inputs)
+    output = model(pack, features, relayed)
 
     def loss_function(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
-        scalar, result = head.finish(microbatch, logits)
+        scalar, result = finish(pack, logits)
         # Returning a token count tells megatron-core not to divide by the number of microbatches.
         # Nobody reads it, because the scalar is normalised already.
         return scalar, torch.tensor(1, dtype=torch.int), result

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from nvlm_train.config import rules
 from nvlm_train.config.schema import Recipe
 from nvlm_train.parallel.topology import process_group
-from nvlm_train.train import run_lock, start
+from nvlm_train.train import placing, run_lock, start
 from nvlm_train.train.checkpoint.run_state import Run
 from nvlm_train.train.checkpoint.saver import Saver
 from nvlm_train.train.health import memory
@@ -100,7 +100,7 @@ def run_stage(
     timer, skips = StepTimer(), SkipBudget(recipe.loader.max_skipped_fraction)
     examples = ExampleSet(recipe, position.stage, plan, work.encoder)
     with start.open_loader(recipe, position, work, left_out) as loader:
-        for batch in loader:
+        for batch in placing.ahead(loader, engine.topology):
             timer.loaded()
             rate = learning_rate(stage.optimizer, batch.step, stage.steps)
             engine.set_learning_rate(rate)

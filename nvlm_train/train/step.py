@@ -7,37 +7,35 @@ data-parallel ranks. It is therefore the same for every layout, packing and numb
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
-import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
 
-from nvlm_train.batch import StepBatch
+from nvlm_train.device_batch import DeviceStep
 from nvlm_train.errors import TrainingError
-from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.parallel.waiting import waiting
-from nvlm_train.pipeline.loss import LabelLosses, loss_head
+from nvlm_train.pipeline.loss import LabelLosses, training_loss
 from nvlm_train.pipeline.round import run_round
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.optimizer import gradient_norm, update
 from nvlm_train.train.reduce_metrics import StepResult, count_trained_tokens, reduce_step
 
-logger = logging.getLogger(__name__)
 
-
-def run_step(engine: Engine, batch: StepBatch, num_sources: int) -> StepResult:
+def run_step(engine: Engine, batch: DeviceStep, num_sources: int) -> StepResult:
     """Trains on one step's batch. Called by every rank; the learning rate must have been set.
+
+    The host reads the device twice: the gradient norm, which decides about the update, and at the end what
+    is reported. Everything else is in the queue before.
 
     When the loss or the gradient norm is not finite on some rank, no rank changes its weights or its
     optimizer.
 
     Args:
         engine: this rank's model, encoder and optimizer.
-        batch: this rank's view of the step.
+        batch: this rank's view of the step, on the device.
         num_sources: sources of the stage's blend, for losses per source.
 
     Returns:
@@ -45,7 +43,8 @@ def run_step(engine: Engine, batch: StepBatch, num_sources: int) -> StepResult:
     """
     topology = engine.topology
     with waiting():
-        batch, skipped = drop_failures(batch, topology)
+        if topology.replica_size > 1:
+            dist.all_reduce(batch.failed, op=dist.ReduceOp.MAX, group=topology.replica_group)
         trained_tokens = count_trained_tokens(batch, topology)
     engine.model.zero_grad_buffer()
     engine.optimizer.zero_grad()
@@ -53,26 +52,28 @@ def run_step(engine: Engine, batch: StepBatch, num_sources: int) -> StepResult:
     # Called without a token count, it rescales nothing: the loss was normalised before the backward.
     finalize_model_grads([engine.model])
     grad_norm = gradient_norm(engine.optimizer)
-    result = reduce_step(batch, label_losses, grad_norm, skipped, num_sources, topology)
+    result = reduce_step(batch, label_losses, grad_norm, num_sources, topology)
     if result.is_finite:
         update(engine.optimizer, grad_norm)
     return result
 
 
-def forward_backward(engine: Engine, batch: StepBatch, trained_tokens: int) -> list[LabelLosses]:
+def forward_backward(
+    engine: Engine, batch: DeviceStep, trained_tokens: Tensor
+) -> list[LabelLosses]:
     """Runs the rounds and accumulates gradients. Their data-parallel reduction starts in the last round.
 
     Returns:
-        On the last pipeline stage the losses by label of this rank's microbatches; elsewhere an empty
+        On the last pipeline stage the losses by label of this rank's packs; elsewhere an empty
         list.
     """
-    head = loss_head(trained_tokens)
+    finish = training_loss(trained_tokens, batch.failed)
     losses: list[LabelLosses] = []
     for round_ in batch.rounds[:-1]:
         with _without_gradient_sync(engine):
-            losses += run_round(engine.replica, round_, head, forward_only=False)
+            losses += run_round(engine.replica, round_, finish, forward_only=False)
     engine.model.module.config.no_sync_func = engine.model.no_sync
-    return losses + run_round(engine.replica, batch.rounds[-1], head, forward_only=False)
+    return losses + run_round(engine.replica, batch.rounds[-1], finish, forward_only=False)
 
 
 @contextlib.contextmanager
@@ -81,58 +82,6 @@ def _without_gradient_sync(engine: Engine) -> Iterator[None]:
     engine.model.module.config.no_sync_func = contextlib.nullcontext
     with engine.model.no_sync():
         yield
-
-
-def drop_failures(batch: StepBatch, topology: Topology) -> tuple[StepBatch, int]:
-    """Removes the labels of samples whose image some rank of the replica could not decode.
-
-    Only the rank that decodes an image knows that it is broken, but the last pipeline stage holds
-    the labels. One small all-reduce a step makes all ranks of the replica agree.
-
-    Returns:
-        The batch without those labels, and the number of this replica's samples that lost them.
-    """
-    first, total = _number_samples(batch)
-    flags = torch.zeros(total, dtype=torch.int32, device=device())
-    for failure in batch.failures:
-        sample = (
-            batch.rounds[failure.round].microbatches[failure.microbatch].samples[failure.sample]
-        )
-        logger.warning(
-            "skipped sample=%s in shard=%s: %s", sample.key, sample.shard, failure.reason
-        )
-        flags[first[failure.round, failure.microbatch] + failure.sample] = 1
-    if topology.replica_size > 1 and total:
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=topology.replica_group)
-    failed = flags.nonzero().flatten().tolist()
-    if not failed:
-        return batch, 0
-    rounds = [
-        replace(
-            round_,
-            microbatches=tuple(
-                microbatch.without_labels_of({number - first[r, m] for number in failed})
-                for m, microbatch in enumerate(round_.microbatches)
-            ),
-        )
-        for r, round_ in enumerate(batch.rounds)
-    ]
-    return replace(batch, rounds=tuple(rounds)), len(failed)
-
-
-def _number_samples(batch: StepBatch) -> tuple[dict[tuple[int, int], int], int]:
-    """Numbers the replica's samples from 0, in the order of rounds and microbatches.
-
-    Returns:
-        The number of the first sample of each (round, microbatch), and the number of all samples.
-    """
-    first: dict[tuple[int, int], int] = {}
-    total = 0
-    for r, round_ in enumerate(batch.rounds):
-        for m, microbatch in enumerate(round_.microbatches):
-            first[r, m] = total
-            total += len(microbatch.samples)
-    return first, total
 
 
 class SkipBudget:

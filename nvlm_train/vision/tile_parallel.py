@@ -10,24 +10,42 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nvlm_train.batch import Round
+from nvlm_train.device_batch import DeviceRound
 from nvlm_train.geometry import tile_feature_size, tokens_per_tile
 from nvlm_train.parallel.topology import Topology
 from nvlm_train.vision.encoder import VisionEncoder
 
 
-def encode_round(encoder: VisionEncoder, round_: Round, topology: Topology) -> list[Tensor] | None:
-    """Features of each microbatch of a round. Called by every rank of the replica.
+def encode_round(
+    encoder: VisionEncoder, round_: DeviceRound, topology: Topology
+) -> list[Tensor] | None:
+    """Features of each pack of a round. Called by every rank of the replica.
 
     Returns:
-        On the first pipeline stage, per microbatch [T, tokens per tile, feature size] in the
-        encoder's dtype; None on the other stages.
+        On the first pipeline stage, per pack [T, tokens per tile, feature size] in the encoder's dtype;
+        None on the other stages.
     """
-    own = encode_tiles(encoder, round_.pixels_TCEE)
-    features = _to_first_stage(own, round_.tile_split, topology)
+    features = encode_share(encoder, round_.pixels_TCEE, round_.tile_split, topology)
     if features is None:
         return None
-    return list(features.split([microbatch.num_tiles for microbatch in round_.microbatches]))
+    return list(features.split([pack.num_tiles for pack in round_.packs]))
+
+
+def encode_share(
+    encoder: VisionEncoder, own_TCEE: Tensor, tile_split: tuple[int, ...], topology: Topology
+) -> Tensor | None:
+    """Encodes this rank's tiles and brings all ranks' to the first stage. Called by the whole replica.
+
+    Args:
+        encoder: whole, on every rank.
+        own_TCEE: this rank's tiles.
+        tile_split: tiles of each rank of the replica.
+        topology: this rank's place.
+
+    Returns:
+        On the first pipeline stage [T, tokens per tile, feature size]; None on the other stages.
+    """
+    return _to_first_stage(encode_tiles(encoder, own_TCEE), tile_split, topology)
 
 
 def encode_tiles(encoder: VisionEncoder, tiles_TCEE: Tensor) -> Tensor:

@@ -6,16 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from nvlm_train.batch import Microbatch
 from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.device_batch import DevicePack, DeviceRound
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
-from nvlm_train.pipeline.round import OutputHead, run_round
+from nvlm_train.pipeline.placing import place_packs
+from nvlm_train.pipeline.round import run_round
 from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.start import initial_weights
 from nvlm_train.train.step import run_step
 from tests.parity import recipes
@@ -41,16 +44,16 @@ def logits_of(
     """Logits [S, V] of text-only packs, on the ranks of the last pipeline stage."""
     engine = import_engine(parallel, weights, **fields)
     (round_,) = recipes.step_batch(layouts, engine.topology.share, 0).rounds
+    everywhere = [np.arange(len(each.token_ids_S)) for each in round_.microbatches]
+    packs = place_packs(round_.microbatches, everywhere)
+    placed = DeviceRound(packs, round_.tile_split, round_.pixels_TCEE, relayed=0)
 
-    def everywhere(microbatch: Microbatch) -> Tensor:
-        return torch.arange(len(microbatch.token_ids_S))
-
-    def finish(microbatch: Microbatch, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(pack: DevicePack, logits: Tensor) -> tuple[Tensor, Tensor]:
         whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits[:, 0])
         return logits.sum(), whole.detach().clone()
 
     with torch.no_grad():
-        return run_round(engine.replica, round_, OutputHead(everywhere, finish), forward_only=True)
+        return run_round(engine.replica, placed, finish, forward_only=True)
 
 
 def losses_of_steps(
@@ -62,7 +65,11 @@ def losses_of_steps(
     engine.reload_optimizer_weights()
     return [
         run_step(
-            engine, recipes.step_batch(recipes.MIXED, engine.topology.share, number), num_sources=2
+            engine,
+            place(
+                recipes.step_batch(recipes.MIXED, engine.topology.share, number), engine.topology
+            ),
+            num_sources=2,
         ).loss
         for number in range(steps)
     ]

@@ -12,6 +12,7 @@ from nvlm_train.config.schema import ModelConfig, ParallelConfig
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
 from nvlm_train.train.engine import build_engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.start import initial_weights
 from nvlm_train.train.step import run_step
 from tests.parity import recipes
@@ -43,7 +44,9 @@ def start_of(
     features = engine.encoder(tiles_TCEE)
     losses = [
         run_step(
-            engine, recipes.step_batch(recipes.MIXED, topology.share, number), num_sources=2
+            engine,
+            place(recipes.step_batch(recipes.MIXED, topology.share, number), topology),
+            num_sources=2,
         ).loss
         for number in range(2)
     ]

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 from nvlm_train.batch import Microbatch
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.data.samples.encoder import SampleEncoder
-from nvlm_train.pipeline.round import OutputHead, run_features
+from nvlm_train.pipeline.placing import place_packs, relayed_rows
+from nvlm_train.pipeline.round import run_features
 from nvlm_train.train.engine import Engine
 from nvlm_train.vision.tile_parallel import encode_tiles
 from tests.model import dense
@@ -111,10 +113,8 @@ def _cross_output(engine: Engine, microbatch: Microbatch, pixels: Tensor) -> Ten
         lambda module, inputs, output: outputs.append(output[0].clone())
     )
     features = encode_tiles(engine.encoder, pixels)
-    engine.model.module(
-        microbatch.token_ids_S, microbatch.image_positions, features, microbatch.context,
-        microbatch.cu_seqlens, torch.tensor([0]),
-    )  # fmt: skip
+    (pack,) = place_packs([microbatch], [np.array([0])])
+    engine.model.module(pack, features, relayed=0)
     hook.remove()
     return outputs[0][:, 0]
 
@@ -150,10 +150,13 @@ def gates_at_zero(name: str, parallel: ParallelConfig) -> bool | None:
 def logits(engine: Engine, microbatches: list[Microbatch], features: list[Tensor]) -> list[Tensor]:
     """Every position's logits of each pack, on the last pipeline stage."""
     engine.model.module.eval()
-    head = OutputHead(
-        positions=lambda microbatch: torch.arange(len(microbatch.token_ids_S)),
-        finish=lambda microbatch, logits: (logits.sum(), logits.detach().clone()),
-    )
     first = engine.topology.is_first_pp_stage
     known = features if first else [None] * len(features)
-    return run_features(engine.replica, microbatches, known, head, forward_only=True)
+    return run_features(
+        engine.replica,
+        place_packs(microbatches, [np.arange(len(each.token_ids_S)) for each in microbatches]),
+        known,
+        relayed_rows(microbatches, engine.topology),
+        lambda pack, logits: (logits.sum(), logits.detach().clone()),
+        forward_only=True,
+    )

@@ -6,13 +6,16 @@ import random
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.model.last_layer import Pack, SdpaOfWanted
+from nvlm_train.model.last_layer import SdpaOfWanted
 from nvlm_train.model.layers import SdpaAttention
-from nvlm_train.pipeline.round import OutputHead, run_features
+from nvlm_train.model.pack import Pack
+from nvlm_train.pipeline.placing import place_packs, relayed_rows
+from nvlm_train.pipeline.round import run_features
 from nvlm_train.vision.tile_parallel import encode_tiles
 from tests.parity import cross_gradients, cross_recipes
 
@@ -30,7 +33,11 @@ def of_wanted_and_of_all(
         for start, length, share in zip(bounds, lengths, shares, strict=False)
         for row in sorted(draw.sample(range(length), round(share * length)))
     ]
-    pack = Pack(qkv_format="thd", cu_seqlens_q=bounds, wanted_L=torch.tensor(wanted))
+    pack = Pack(
+        lengths=tuple(lengths),
+        wanted=tuple(wanted),
+        wanted_L=torch.tensor(wanted, dtype=torch.int64),
+    )
     states = [
         torch.randn(sum(lengths), heads, 8, generator=generator, dtype=torch.float64)
         for heads in (4, 2, 2)
@@ -62,10 +69,13 @@ def rows_of_layers(name: str, parallel: ParallelConfig) -> dict[int, tuple[int, 
         features = features[microbatch.context.decoder_tiles]
         microbatch = replace(microbatch, context=None)
     known = features if engine.topology.is_first_pp_stage else None
-    head = OutputHead(
-        positions=lambda microbatch: torch.tensor(WANTED),
-        finish=lambda microbatch, logits: (logits.sum(), len(logits)),
+    lengths = run_features(
+        engine.replica,
+        place_packs([microbatch], [np.array(WANTED)]),
+        [known],
+        relayed_rows([microbatch], engine.topology),
+        lambda pack, logits: (logits.sum(), len(logits)),
+        forward_only=True,
     )
-    lengths = run_features(engine.replica, [microbatch], [known], head, forward_only=True)
     assert lengths == ([len(WANTED)] if engine.topology.is_last_pp_stage else [])
     return {number: (mlp, qkv) for number, (qkv, mlp) in seen.items()}

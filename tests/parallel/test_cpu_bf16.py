@@ -57,6 +57,7 @@ def rounding_of_products() -> dict[str, list[float]]:
 
 def products_of_a_step() -> set[str]:
     """Returns which of `PRODUCTS` a step of H and of Flamingo calls with bf16."""
+    from nvlm_train.train.placing import place
     from nvlm_train.train.step import run_step
     from tests.parity import cross_gradients, cross_recipes
 
@@ -72,7 +73,8 @@ def products_of_a_step() -> set[str]:
         engine = cross_gradients.start_engine(name, ParallelConfig(), precision="bf16")
         packs, share = cross_recipes.MIXED, engine.topology.share
         with Record():
-            run_step(engine, cross_recipes.step_batch(name, packs, share, 0, 1), num_sources=2)
+            batch = cross_recipes.step_batch(name, packs, share, 0, 1)
+            run_step(engine, place(batch, engine.topology), num_sources=2)
     return called & PRODUCTS
 
 

@@ -60,7 +60,7 @@ def _leaking_packs():
         import copy
 
         packed = copy.copy(packed_seq_params)
-        packed.cu_seqlens_q = packed.cu_seqlens_q[[0, -1]]
+        packed.lengths = (sum(packed.lengths),)
         return original(self, query, key, value, mask, packed_seq_params=packed, **kwargs)
 
     return mock.patch.object(SdpaAttention, "forward", broken)
@@ -81,23 +81,23 @@ def _wrong_tile_order():
 def _own_tokens():
     from tests.parity import gradients
 
-    def broken(batch, topology) -> int:
-        own = sum(len(m.label_ids_L) for round_ in batch.rounds for m in round_.microbatches)
-        return own * topology.data_size
+    def broken(batch, topology) -> Tensor:
+        own = [pack.labels.weights_L.sum() for round_ in batch.rounds for pack in round_.packs]
+        return sum(own) * topology.data_size
 
     return mock.patch.object(gradients, "count_trained_tokens", broken)
 
 
 def _stretched_positions():
-    from nvlm_train.model.rope import RotaryEmbedding
+    from nvlm_train.model import language
 
-    original = RotaryEmbedding.forward
+    original = language.angles
 
-    def broken(self, max_seq_len: int, **kwargs) -> Tensor:
+    def broken(*args) -> Tensor:
         # Stretched positions: the distance between two tokens of a sample counts double.
-        return original(self, 2 * max_seq_len, **kwargs)[::2]
+        return 2 * original(*args)
 
-    return mock.patch.object(RotaryEmbedding, "forward", broken)
+    return mock.patch.object(language, "angles", broken)
 
 
 def _stale_gradients():

@@ -69,8 +69,8 @@ def _detached_context():
 
     original = context_p2p.join
 
-    def broken(config, hidden: Tensor, context: Tensor) -> Tensor:
-        return original(config, hidden, context.detach())
+    def broken(config, hidden: Tensor, context: Tensor | None, relayed: int) -> Tensor:
+        return original(config, hidden, None if context is None else context.detach(), relayed)
 
     return mock.patch.object(context_p2p, "join", broken)
 

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.train.engine import Engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.step import run_step
 from tests.parity import cross_recipes, gradients
 
@@ -54,7 +55,7 @@ def losses_of_training(
     for number in range(steps):
         packs = cross_recipes.TEXT_ONLY if number == 2 else cross_recipes.MIXED
         batch = cross_recipes.step_batch(name, packs, engine.topology.share, number, 1)
-        result = run_step(engine, batch, num_sources=2)
+        result = run_step(engine, place(batch, engine.topology), num_sources=2)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return losses, norms

@@ -17,9 +17,10 @@ from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.model import cross_attention, global_weights
 from nvlm_train.model.last_layer import SdpaOfWanted
 from nvlm_train.model.layers import SdpaAttention
-from nvlm_train.pipeline.loss import loss_head
+from nvlm_train.pipeline.loss import training_loss
 from nvlm_train.pipeline.round import run_features
 from nvlm_train.train.engine import Engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.reduce_metrics import count_trained_tokens
 from nvlm_train.vision.tile_parallel import encode_round
 from tests.parity import cross_gradients, cross_recipes, gradients, recipes
@@ -117,20 +118,25 @@ def _difference(loss: Callable[[], float], own: list[tuple[Tensor, Tensor]]) -> 
 def _loss_function(
     engine: Engine, batch: StepBatch, generators: _Generators
 ) -> Callable[[], float]:
-    trained = count_trained_tokens(batch, engine.topology)
-    (round_,) = batch.rounds
+    placed = place(batch, engine.topology)
+    trained = count_trained_tokens(placed, engine.topology)
+    (round_,) = placed.rounds
     features = encode_round(engine.encoder, round_, engine.topology) or [None]
 
     def loss() -> float:
         generators.restore()
-        head = loss_head(trained)
         reports = run_features(
-            engine.replica, round_.microbatches, features, head, forward_only=True
+            engine.replica,
+            round_.packs,
+            features,
+            round_.relayed,
+            training_loss(trained, placed.failed),
+            forward_only=True,
         )
-        own = sum(float(report.losses_L.double().sum()) for report in reports)
+        own = sum(float((report.losses_L.double() * report.weights_L).sum()) for report in reports)
         total = torch.tensor(own / engine.topology.tensor_size, dtype=torch.float64)
         dist.all_reduce(total)
-        return float(total) / trained
+        return float(total) / float(trained)
 
     return loss
 

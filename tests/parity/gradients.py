@@ -16,6 +16,7 @@ from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
 from nvlm_train.train import step as step_module
 from nvlm_train.train.engine import Engine, build_engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.reduce_metrics import count_trained_tokens, reduce_step
 from nvlm_train.vision.tile_parallel import encode_round
 from tests.parity import recipes
@@ -101,13 +102,14 @@ def _one(
 def of_batch(engine: Engine, batch: StepBatch) -> tuple[float, dict[str, Tensor]]:
     """Returns loss and canonical gradients of one step."""
     topology = engine.topology
-    trained = count_trained_tokens(batch, topology)
+    placed = place(batch, topology)
+    trained = count_trained_tokens(placed, topology)
     engine.model.zero_grad_buffer()
     engine.optimizer.zero_grad()
-    reports = step_module.forward_backward(engine, batch, trained)
+    reports = step_module.forward_backward(engine, placed, trained)
     step_module.finalize_model_grads([engine.model])
     complete_gradients(engine)
-    result = reduce_step(batch, reports, 0.0, 0, 2, topology)
+    result = reduce_step(placed, reports, 0.0, 2, topology)
     gathered = gather(engine, lambda p: p.main_grad.clone() if p.requires_grad else None)
     return result.loss, gathered
 
@@ -121,7 +123,7 @@ def losses_of_training(
     for number in range(steps):
         layouts = recipes.TEXT_ONLY if number == 2 else recipes.MIXED
         batch = recipes.step_batch(layouts, engine.topology.share, number)
-        result = step_module.run_step(engine, batch, num_sources=2)
+        result = step_module.run_step(engine, place(batch, engine.topology), num_sources=2)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return losses, norms
@@ -142,7 +144,7 @@ def what_training_changes(parallel: ParallelConfig, trainable: tuple[str, ...]) 
     encoder_before = [parameter.clone() for parameter in engine.encoder.parameters()]
     for number in range(3):
         batch = recipes.step_batch(recipes.MIXED, engine.topology.share, number)
-        step_module.run_step(engine, batch, num_sources=2)
+        step_module.run_step(engine, place(batch, engine.topology), num_sources=2)
     after = _snapshot(engine)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     encoder_after = engine.encoder.parameters()
@@ -157,5 +159,6 @@ def _snapshot(engine: Engine) -> dict[str, Tensor]:
 def features_of_round(parallel: ParallelConfig) -> list[Tensor] | None:
     """Returns the features of the mixed batch's microbatches as the first pipeline stage gets them."""
     engine = start_engine(parallel)
-    (round_,) = recipes.step_batch(recipes.MIXED, engine.topology.share, 0).rounds
+    batch = recipes.step_batch(recipes.MIXED, engine.topology.share, 0)
+    (round_,) = place(batch, engine.topology).rounds
     return encode_round(engine.encoder, round_, engine.topology)

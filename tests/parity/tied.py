@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.train.engine import Engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.step import run_step
 from tests.parity import gradients, recipes
 
@@ -32,7 +33,7 @@ def copies_without_a_sum(parallel: ParallelConfig, steps: int) -> list[Tensor]:
 def _copies(engine: Engine, steps: int) -> list[Tensor]:
     for number in range(steps):
         batch = recipes.step_batch(recipes.MIXED, engine.topology.share, number)
-        run_step(engine, batch, num_sources=2)
+        run_step(engine, place(batch, engine.topology), num_sources=2)
     topology, module = engine.topology, engine.model.module
     own = None
     if (topology.is_first_pp_stage or topology.is_last_pp_stage) and topology.data_rank == 0:

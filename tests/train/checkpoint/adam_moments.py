@@ -15,6 +15,7 @@ from nvlm_train.train import engine as engine_module
 from nvlm_train.train.checkpoint import sharded_state
 from nvlm_train.train.checkpoint.mcore_fixes import distributed_optimizers
 from nvlm_train.train.engine import Engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.step import run_step
 from tests.parity import recipes
 from tests.parity.gradients import start_engine
@@ -53,7 +54,7 @@ def trained(parallel: ParallelConfig, **changes: object) -> Engine:
     engine = start_engine(parallel, lr=1e-4, **changes)
     for step in range(3):
         batch = recipes.step_batch(recipes.MIXED, engine.topology.share, step)
-        run_step(engine, batch, num_sources=2)
+        run_step(engine, place(batch, engine.topology), num_sources=2)
     return engine
 
 

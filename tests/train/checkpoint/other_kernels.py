@@ -25,6 +25,7 @@ from nvlm_train.parallel.adam import GroupStepAdamW
 from nvlm_train.parallel.topology import process_group
 from nvlm_train.train.checkpoint import sharded_state
 from nvlm_train.train.engine import Engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.step import run_step
 from tests.parity import recipes
 from tests.parity.gradients import gather, start_engine
@@ -114,7 +115,8 @@ def number_of_states(name: str) -> int:
 
 
 def _step(engine: Engine, number: int) -> None:
-    run_step(engine, recipes.step_batch(recipes.MIXED, engine.topology.share, number), 2)
+    batch = recipes.step_batch(recipes.MIXED, engine.topology.share, number)
+    run_step(engine, place(batch, engine.topology), 2)
 
 
 def _weights(engine: Engine) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from nvlm_train.train.checkpoint.saver import Saver
 from nvlm_train.train.checkpoint.verify import find_damage
 from nvlm_train.train.engine import Engine, StageWork
 from nvlm_train.train.optimizer import parts
+from nvlm_train.train.placing import place
 from nvlm_train.train.schedule import Position
 from nvlm_train.train.step import run_step
 from tests.train import runs
@@ -36,7 +37,9 @@ def trained_for_a_step(recipe: Recipe) -> StageWork:
     """Trains a step, so that the optimizer has a state."""
     work = start.start_stage(recipe, FIRST, Run(None, None))
     with start.open_loader(recipe, FIRST, work) as loader:
-        run_step(work.engine, next(loader), len(work.plan.source_names))
+        run_step(
+            work.engine, place(next(loader), work.engine.topology), len(work.plan.source_names)
+        )
     return work
 
 
