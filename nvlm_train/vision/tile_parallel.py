@@ -48,10 +48,12 @@ def encode_tiles(encoder: VisionEncoder, tiles_TCEE: Tensor) -> Tensor:
     shape = (len(tiles_TCEE), tokens_per_tile(config), tile_feature_size(config))
     features = torch.empty(shape, dtype=encoder.dtype, device=encoder.device)
     size = encoder_batch(config)
-    with torch.inference_mode():
-        for start in range(0, len(tiles_TCEE), size):
-            batch = tiles_TCEE[start : start + size].to(encoder.device, non_blocking=True)
-            features[start : start + size] = encoder(_filled(batch, size))[: len(batch)]
+    for start in range(0, len(tiles_TCEE), size):
+        own = tiles_TCEE[start : start + size].to(encoder.device, non_blocking=True)
+        # All batches are tensors of one kind, or the encoder would be compiled once for each kind.
+        batch = _filled(own, size)
+        with torch.inference_mode():
+            features[start : start + size] = encoder(batch)[: len(own)]
     return features
 
 

@@ -29,6 +29,15 @@ SEPARATE = {
 d19a661): six tiles of seed 0, random weights of seed 1."""
 
 
+CALLS_BEFORE = {
+    ("intern_vit_6b", torch.float32): 212, ("intern_vit_6b", torch.bfloat16): 237,
+    ("intern_vit_300m", torch.float32): 134, ("intern_vit_300m", torch.bfloat16): 135,
+    ("siglip", torch.float32): 132, ("siglip", torch.bfloat16): 133,
+}  # fmt: skip
+"""Calls into ATen of a batch through three layers at commit d19a661, by kind and dtype. Today it is 174, 199,
+96, 97, 94 and 95."""
+
+
 def build(
     kind: str, dtype: torch.dtype = torch.float32, device: str = "cpu", **sizes: Any
 ) -> VisionEncoder:
@@ -112,6 +121,17 @@ def test_features_can_be_trained_on(kind: str) -> None:
     torch.testing.assert_close(weight.grad, features.sum((0, 1)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_into_aten(kind: str, dtype: torch.dtype) -> None:
+    """Of a batch, with what composite operators call in turn. (A GPU has one kernel for an RMSNorm of
+    InternViT-6B, where a CPU has six, and eight in bf16.)"""
+    encoder = build(kind, dtype)
+    with torch.no_grad(), Calls() as calls:
+        encoder(tiles(4))
+    assert len(calls.names) <= 0.85 * CALLS_BEFORE[kind, dtype]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_made_on_the_host_for_a_call(kind: str) -> None:
     encoder = build(kind)
@@ -181,7 +201,7 @@ def test_one_graph_serves_all_layers_and_batches(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["intern_vit_6b"])
 def test_compiled_features_do_not_depend_on_company(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
