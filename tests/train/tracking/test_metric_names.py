@@ -50,3 +50,13 @@ def test_counts_are_the_same_in_another_layout(whole_run: Callable[..., Path], n
         counts = {field: value for field, value in mine.items() if isinstance(value, int)}
         assert {"samples", "tokens", "trained_tokens", "tiles", "data_position"} < counts.keys()
         assert {field: others[field] for field in counts} == counts
+
+
+@pytest.mark.slow
+def test_the_first_of_two_stages_has_no_output(whole_run: Callable[..., Path]) -> None:
+    """Rank 0's layers are timed there too, and its waiting for the second stage is waiting."""
+    for line in records(whole_run("TP2 PP2")):
+        parts = {part: line[f"seconds/{part}"] for part in part_timer.PARTS}
+        assert sum(parts.values()) == pytest.approx(line["seconds"], rel=0.02)
+        assert parts["output"] == 0 and "tflops_per_rank/output" not in line
+        assert parts["layers"] > 0 and parts["waiting"] > 0 and "tflops_per_rank/layers" in line
