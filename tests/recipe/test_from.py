@@ -89,7 +89,7 @@ def test_an_encoder_s_kind_and_sizes_come_from_the_weights(kind: str, tmp_path: 
     directory = write_encoder(tmp_path / "encoder", kind)
     vision = load_recipe(["experiment=smoke", f"model.vision.from={directory}"]).model.vision
     assert vision.kind == kind and list(vision_problems(vision)) == []
-    assert vision == replace(VISION, kind=kind, weights=str(directory), batch_tiles=None)
+    assert vision == replace(VISION, kind=kind, weights=str(directory), batch_tiles=8)
 
 
 @pytest.fixture
