@@ -2,7 +2,7 @@
 
 Floors, lowest first; every import points downward (tests/test_floors.py keeps it so):
 
-    0  config errors logs                    the recipe's schema; no torch
+    0  config errors logs cards              the recipe's schema; what cards can do; no torch
     1  batch tokens geometry routes tiling   what data and model exchange; pure arithmetic
     2  data parallel convert                 shards to plans and pixels; topology; others' weights
     3  vision model costs recipe             encoding; NVLM-D, X and H; FLOPs and bytes; sizes from weights

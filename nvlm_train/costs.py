@@ -203,17 +203,36 @@ class StepWork:
     """Pairs of a decoder token and a context token that it sees."""
 
 
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs that the model needs for a step, by what computes them."""
+
+    encode: float
+    """The frozen encoder's forward pass."""
+    layers: float
+    """Projector, the language model's layers, and the cross-attention in them."""
+    output: float
+    """Logits."""
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.encode + self.layers + self.output
+
+
 def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
+    """Counts model FLOPs of a step (`step_flops_by_part`)."""
+    return step_flops_by_part(model, stage, work).total
+
+
+def step_flops_by_part(model: ModelConfig, stage: StageConfig, work: StepWork) -> StepFlops:
     """Counts model FLOPs of a step; frozen parts count forward, and backward where gradients flow through.
 
     The vision encoder is always frozen and nothing trainable lies before it: forward only. A frozen
     language model still carries the gradient to the projector (2 of the 3 products), but forms no
-    weight gradient.
+    weight gradient. What is computed again in the backward pass to save memory does not count.
     """
-    vision, language = model.vision, model.language
-    projector = 2.0 * projector_weights(
-        tile_feature_size(vision), model.projector, language.hidden_size
-    )
+    language = model.language
     per_token = 2.0 * language.num_layers * language_layer_weights(language)
     # Past keys and values the last layer sees trained positions only (model/last_layer.py); who asks
     # its attention is not counted here, which leaves a share of one layer's attention too much.
@@ -221,23 +240,35 @@ def step_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
     skipped *= work.tokens - work.trained_tokens
     attention = 2.0 * language.num_layers * query_size(language) * work.attention_pairs
     logits = 2.0 * language.hidden_size * language.vocab_size * work.trained_tokens
-    cross = 2.0 * num_cross_layers(model)
-    cross_path = cross * (
+    passes = 3 if "language_model" in stage.trainable else 2
+    layers = (
+        _projector_flops(model, stage, work)
+        + (per_token * work.tokens - skipped) * passes
+        # Attention scores have no weights: backward is two products for each forward one either way.
+        + attention * 3
+        + _cross_flops(model, stage, work)
+    )
+    return StepFlops(vision_tile_flops(model.vision) * work.tiles, layers, logits * passes)
+
+
+def _projector_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
+    """Counts a step's FLOPs of the projector and of the resampler behind it."""
+    vision = model.vision
+    products = 2.0 * projector_weights(
+        tile_feature_size(vision), model.projector, model.language.hidden_size
+    )
+    products += 2.0 * resampler_products(model) / tokens_per_tile(vision)
+    # The projector's input needs no gradient: forward and weight gradient.
+    passes = 2 if "projector" in stage.trainable else 1
+    return products * work.tiles * tokens_per_tile(vision) * passes
+
+
+def _cross_flops(model: ModelConfig, stage: StageConfig, work: StepWork) -> float:
+    """Counts a step's FLOPs of cross-attention: products with weights, and scores, which have none."""
+    language, layers = model.language, 2.0 * num_cross_layers(model)
+    path = (
         cross_query_weights(model) * work.cross_tokens
         + cross_context_weights(language) * work.context_tokens
     )
-    cross_scores = 2.0 * cross * query_size(language) * work.cross_pairs
-    projector += 2.0 * resampler_products(model) / tokens_per_tile(vision)
-    trains_language = "language_model" in stage.trainable
-    return (
-        vision_tile_flops(vision) * work.tiles
-        # The projector's input needs no gradient: forward and weight gradient.
-        + projector
-        * work.tiles
-        * tokens_per_tile(vision)
-        * (2 if "projector" in stage.trainable else 1)
-        + (per_token * work.tokens - skipped + logits) * (3 if trains_language else 2)
-        # Attention scores have no weights: backward is two products for each forward one either way.
-        + (attention + cross_scores) * 3
-        + cross_path * (3 if "cross_attention" in stage.trainable else 2)
-    )
+    passes = 3 if "cross_attention" in stage.trainable else 2
+    return layers * path * passes + layers * 2.0 * query_size(language) * work.cross_pairs * 3

@@ -7,6 +7,13 @@ from nvlm_train.config.schema import LanguageConfig, ModelConfig, VisionConfig
 PIXEL_SHUFFLE = 2
 """Pixel shuffle joins 2 x 2 neighbouring patches into one token (NVLM 1.0, section 4.1)."""
 
+_MOST_TILES = 16
+"""More tiles in a forward pass make the encoder no faster: an H200 encodes 8 to 64 at a time at one speed
+within 5% (benchmarks/results/gpu_parts.md), and of a short last batch more would be black. [tiles]"""
+_MOST_STATES = 2**28
+"""A layer of the encoder may hold this many numbers at a time, 0.5 GiB in bf16, where the recipe states no
+batch. [numbers]"""
+
 
 def patches_per_side(vision: VisionConfig) -> int:
     """Counts the patches along one edge of a tile: 32 for 448 pixels and patch 14."""
@@ -26,6 +33,20 @@ def context_tokens_per_tile(model: ModelConfig) -> int:
 def tile_feature_size(vision: VisionConfig) -> int:
     """Counts the channels of one token after pixel shuffle: 12,800 for the paper's encoder."""
     return vision.hidden_size * PIXEL_SHUFFLE**2
+
+
+def encoder_batch(vision: VisionConfig) -> int:
+    """Counts the tiles of a forward pass of the encoder: the recipe's, or as many as memory is meant for.
+
+    It follows from the recipe alone, never from what a GPU has free: all ranks of all starts must take
+    equal batches, because products of other shapes may round differently. Without the recipe's it is 8
+    for InternViT-6B and 16 for InternViT-300M.
+    """
+    if vision.batch_tiles is not None:
+        return vision.batch_tiles
+    # The widest moment of a layer: its input and the normed one, the MLP's width before and after GELU.
+    states = 2 * (patches_per_side(vision) ** 2 + 1) * (vision.hidden_size + vision.ffn_hidden_size)
+    return max(1, min(_MOST_TILES, _MOST_STATES // states))
 
 
 def head_size(language: LanguageConfig) -> int:

@@ -21,6 +21,7 @@ from benchmarks.gpu.packs import encode, make_plan, noise, pack, step_batch, wit
 from benchmarks.gpu.shapes import SFT, Sizes, make_recipe
 from nvlm_train import costs, geometry
 from nvlm_train.batch import StepBatch
+from nvlm_train.cards import bf16_peak
 from nvlm_train.config.schema import (
     Architecture,
     ModelConfig,
@@ -38,8 +39,8 @@ from nvlm_train.train.step import run_step
 from nvlm_train.vision.intern_vit import InternViT
 from nvlm_train.vision.tile_parallel import encode_tiles
 
-PEAK_FLOPS = 989e12
-"""bf16 products of an H100 or H200 a second, without sparsity (NVIDIA's data sheets)."""
+PEAK_FLOPS = bf16_peak("NVIDIA H200") or 0.0
+"""What MFU is a share of, on any device: bf16 products of an H100 or H200 a second."""
 
 Row = dict[str, Any]
 
@@ -179,7 +180,7 @@ def _encode(encoder: InternViT, tiles: Tensor, repeats: Repeats, keep: Path | No
     return (
         {
             "tiles": len(tiles),
-            "batch_tiles": vision.batch_tiles,
+            "batch_tiles": geometry.encoder_batch(vision),
             "ms": round(seconds * 1e3, 1),
             "tiles_per_s": round(len(tiles) / seconds, 1),
         }

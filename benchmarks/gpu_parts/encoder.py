@@ -1,5 +1,6 @@
-"""InternViT's layers: as they are, with fused norms and one qkv product, compiled, and as a CUDA graph.
+"""InternViT's layers: as they are, one kernel after the other, as a CUDA graph, with cuDNN's attention.
 
+`unfused` is what they were before: three products for queries, keys and values, norms of several kernels.
 Layers are alike, so a few of them stand for all: tiles a second are of the whole stack, scaled.
 Shape legend: T tiles, P patches of a tile + class token, H hidden.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,107 +21,64 @@ from benchmarks.gpu_parts.variants import Row, Run, Timing, Variant, captured, c
 from nvlm_train.config.schema import VisionConfig
 from nvlm_train.geometry import patches_per_side
 from nvlm_train.parallel.topology import device
+from nvlm_train.vision.attention import attend
 from nvlm_train.vision.intern_vit import Layer
 
-
-class Weights(NamedTuple):
-    """Those of a layer, with queries, keys and values in one matrix."""
-
-    before: Tensor
-    qkv: Tensor
-    query_norm: Tensor
-    key_norm: Tensor
-    proj: Tensor
-    proj_bias: Tensor
-    scale_1: Tensor
-    after: Tensor
-    fc1: Tensor
-    fc1_bias: Tensor
-    fc2: Tensor
-    fc2_bias: Tensor
-    scale_2: Tensor
-
-    @classmethod
-    def of(cls, layer: Layer) -> Weights:
-        attention, mlp = layer.attention, layer.mlp
-        qkv = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        return cls(
-            layer.layernorm_before.weight,
-            torch.cat(qkv),
-            attention.q_norm.weight,
-            attention.k_norm.weight,
-            attention.projection_layer.weight,
-            attention.projection_layer.bias,
-            layer.lambda_1,
-            layer.layernorm_after.weight,
-            mlp.fc1.weight,
-            mlp.fc1.bias,
-            mlp.fc2.weight,
-            mlp.fc2.bias,
-            layer.lambda_2,
-        )
+EAGER: Callable[[Layer, Tensor], Tensor] = Layer.forward.__wrapped__  # type: ignore[attr-defined]
+"""A layer one kernel after the other, wherever it runs."""
 
 
-def fused_layer(x_TPH: Tensor, weights: Weights, heads: int, eps: float) -> Tensor:
-    """The layer with torch's fused norm and one product for queries, keys and values."""
+def unfused(layer: Layer, x_TPH: Tensor) -> Tensor:
+    """A layer with three products for queries, keys and values, and norms of several kernels."""
 
-    def norm(states: Tensor, scale: Tensor) -> Tensor:
-        return F.rms_norm(states, scale.shape, scale, eps)
+    def norm(states: Tensor, scale: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+        factor = torch.rsqrt(length.square() / states.shape[-1] + eps)
+        return scale * (states.float() * factor).to(states.dtype)
 
-    query, key, value = F.linear(norm(x_TPH, weights.before), weights.qkv).chunk(3, dim=-1)
-    split = (
-        states.unflatten(-1, (heads, -1)).transpose(1, 2)
-        for states in (norm(query, weights.query_norm), norm(key, weights.key_norm), value)
-    )
-    attended = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-    projected = F.linear(attended, weights.proj, weights.proj_bias)
-    x_TPH = torch.addcmul(x_TPH, weights.scale_1, projected)
-    wide = F.gelu(F.linear(norm(x_TPH, weights.after), weights.fc1, weights.fc1_bias))
-    return torch.addcmul(x_TPH, weights.scale_2, F.linear(wide, weights.fc2, weights.fc2_bias))
+    attention: Any = layer.attention
+    before: Any = layer.layernorm_before
+    after: Any = layer.layernorm_after
+    normed = norm(x_TPH, before.weight, before.eps)
+    query, key, value = (F.linear(normed, weight) for weight in attention.qkv.weight.chunk(3))
+    query = norm(query, attention.q_norm.weight, before.eps)
+    key = norm(key, attention.k_norm.weight, before.eps)
+    attended = attention.projection_layer(attend(query, key, value, attention.num_heads))
+    x_TPH = torch.addcmul(x_TPH, layer.lambda_1, attended)
+    wide = layer.mlp(norm(x_TPH, after.weight, after.eps))
+    return torch.addcmul(x_TPH, layer.lambda_2, wide)
 
 
 def encoder_rows(
     name: str, vision: VisionConfig, layers: int, batches: Sequence[int], timing: Timing
 ) -> list[Row]:
-    """Rows for each batch size; `torch.compile` for the first alone, because it takes long."""
+    """Rows for each batch size."""
     torch.manual_seed(0)
     with torch.device(device()):
         stack = [Layer(vision) for _ in range(layers)]
     for layer in stack:
         randomise(layer)
         layer.to(torch.bfloat16).requires_grad_(False)
-    weights = [Weights.of(layer) for layer in stack]
-    heads, eps = vision.num_heads, vision.norm_eps
 
-    def fused(function: Callable[..., Tensor], x_TPH: Tensor) -> Run:
-        return _through(
-            [partial(function, weights=w, heads=heads, eps=eps) for w in weights], x_TPH
-        )
+    def through(function: Callable[[Layer, Tensor], Tensor], x_TPH: Tensor) -> Run:
+        return _through([partial(function, layer) for layer in stack], x_TPH)
 
     def variants(x_TPH: Tensor) -> list[Variant]:
+        # As they are, layers run compiled on a GPU (vision/compiled.py).
         return [
+            Variant("unfused", lambda: through(unfused, x_TPH)),
+            Variant("fused", lambda: through(EAGER, x_TPH)),
             Variant("as_is", lambda: _through(stack, x_TPH)),
-            Variant("fused", lambda: fused(fused_layer, x_TPH)),
-            Variant("fused_graph", lambda: captured(fused(fused_layer, x_TPH)), needs_cuda=True),
-            Variant("fused_cudnn", lambda: _with_cudnn(fused(fused_layer, x_TPH)), needs_cuda=True),
-        ]
-
-    def compiled(x_TPH: Tensor) -> list[Variant]:
-        # One graph of the whole stack would take minutes to compile; one of a layer serves all.
-        def function() -> Callable[..., Tensor]:
-            return torch.compile(fused_layer, dynamic=False)
-
-        return [
-            Variant("compiled", lambda: fused(function(), x_TPH), needs_cuda=True),
-            Variant("compiled_graph", lambda: captured(fused(function(), x_TPH)), needs_cuda=True),
+            Variant("fused_graph", lambda: captured(through(EAGER, x_TPH)), needs_cuda=True),
+            Variant("as_is_graph", lambda: captured(_through(stack, x_TPH)), needs_cuda=True),
+            Variant("fused_cudnn", lambda: _with_cudnn(through(EAGER, x_TPH)), needs_cuda=True),
         ]
 
     rows = []
     for batch in batches:
         x_TPH = random(batch, patches_per_side(vision) ** 2 + 1, vision.hidden_size).detach()
-        ways = variants(x_TPH) + (compiled(x_TPH) if batch == batches[0] else [])
         reference = _through([_in_fp32(layer) for layer in stack], x_TPH.float())
-        found = compare(f"encoder_{name}", reference, ways, timing)
+        found = compare(f"encoder_{name}", reference, variants(x_TPH), timing)
         rows += [row | _rates(row, vision, layers, batch) for row in found]
     return rows
 
@@ -150,9 +108,9 @@ def _in_fp32(layer: Layer) -> Callable[[Tensor], Tensor]:
     """A layer that is fp32 while it runs: of the large ones, all at once would take too much memory."""
 
     def function(x_TPH: Tensor) -> Tensor:
-        output = layer.float()(x_TPH)
+        output = EAGER(layer.float(), x_TPH)
         layer.to(torch.bfloat16)
-        return output  # type: ignore[no-any-return]
+        return output
 
     return function
 

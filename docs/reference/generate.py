@@ -28,6 +28,10 @@ COMMAND = "python docs/reference/generate.py"
 METRICS = (
     ("train/tracking/step_record.py", "StepRecord", "{field}"),
     ("train/tracking/step_record.py", "SourceRecord", "{field}/SOURCE"),
+    ("train/part_timer.py", "PartSeconds", "seconds/{field}"),
+    ("train/tracking/step_record.py", "PartSpeed", "{field}/PART"),
+    ("train/tracking/step_record.py", "PeakShare", "{field}"),
+    ("train/tracking/step_record.py", "PartPeakShare", "{field}/PART"),
     ("train/health/stragglers.py", "SlowestRank", "{field}"),
     ("train/health/losses.py", "NotFiniteStep", "{field}"),
 )
@@ -240,8 +244,9 @@ def metrics_page() -> str:
         written_by(*dict.fromkeys(f"nvlm_train/{file}" for file, _, _ in METRICS)),
         "",
         "Rank 0 writes RUN_DIR/metrics.jsonl, one JSON object a step, before the next step starts; wandb",
-        "gets the same names. `SOURCE` stands for the name of a source of the blend. A number that is not",
-        "finite is written as `NaN` or `Infinity`, which Python's `json` reads.",
+        "gets the same names. `SOURCE` stands for the name of a source of the blend, `PART` for a part of",
+        "the step that has FLOPs: `encode`, `layers` or `output`. A number that is not finite is written as",
+        "`NaN` or `Infinity`, which Python's `json` reads.",
         "",
     ]
     return page(lines, (metrics_section(*each) for each in METRICS))

@@ -45,8 +45,8 @@ class VisionConfig:
     """The norms add this to the variance. [none]"""
     weights: str | None = None
     """A directory with config.json and safetensors files is named here; null makes random weights."""
-    batch_tiles: int = 8
-    """A forward pass takes this many tiles, always: features do not depend on who computes them. [tiles]"""
+    batch_tiles: int | None = None
+    """A forward pass takes this many tiles, whoever computes it; null: by its memory, 16 at most. [tiles]"""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ MOST_LAYERS, MOST_CHANNELS = 10_000, 2**31 - 1
 def vision_shapes_fit(vision: VisionConfig) -> Problems:
     """Patches cut a tile evenly, pixel shuffle finds pairs of them, heads cut the width evenly."""
     name = "model.vision"
-    yield from _sizes(name, vision, "patch_size", "batch_tiles")
+    stated = () if vision.batch_tiles is None else ("batch_tiles",)
+    yield from _sizes(name, vision, "patch_size", *stated)
     if min(vision.patch_size, vision.num_heads, vision.hidden_size) < 1:
         return
     if vision.tile_size < 1 or vision.tile_size % vision.patch_size:

@@ -27,7 +27,8 @@ KINDS: Mapping[str, tuple[Layout, ...]] = {
     "intern_vit_300m": (INTERN_VIT_300M, OPENGVLAB_300M),
     "siglip": (SIGLIP,),
 }
-"""`model.vision.kind` to the layouts that are read. The tensors of the first are the encoder's own.
+"""`model.vision.kind` to the layouts that are read. The first names what the encoder holds: parameters are
+counted from it, and the others' tensors are its own, moved or cut.
 
 `vision.encoder.KINDS` has the same keys."""
 

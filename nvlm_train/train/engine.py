@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
@@ -11,6 +11,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from torch import nn
 
 from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.data.plan.plan import DataPlan
@@ -20,6 +21,7 @@ from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.pipeline.round import Replica
 from nvlm_train.train.optimizer import set_groups
+from nvlm_train.train.part_timer import PartTimer
 from nvlm_train.vision.build import build_vision_encoder
 from nvlm_train.vision.encoder import VisionEncoder
 
@@ -33,6 +35,8 @@ class Engine:
     model: DistributedDataParallel
     encoder: VisionEncoder
     optimizer: MegatronOptimizer
+    parts: PartTimer = field(default_factory=PartTimer)
+    """What this rank's time goes to."""
 
     @property
     def replica(self) -> Replica:
@@ -79,8 +83,17 @@ def build_engine(
         recipe.model.vision, DTYPES[recipe.precision], device(), recipe.seed
     )
     engine = Engine(stage, topology, model, encoder, optimizer)
+    _watch(engine)
     engine.set_learning_rate(stage.optimizer.lr)
     return engine
+
+
+def _watch(engine: Engine) -> None:
+    """Lets the engine's timer see where its parts begin and end."""
+    module, encoder = engine.model.module, engine.encoder
+    assert isinstance(encoder, nn.Module), "an encoder is a torch module (vision/build.py)"
+    is_last = engine.topology.is_last_pp_stage
+    engine.parts.watch(encoder, module, module.language_model.decoder if is_last else None)
 
 
 def ddp_config(stage: StageConfig) -> DistributedDataParallelConfig:

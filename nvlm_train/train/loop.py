@@ -97,7 +97,7 @@ def run_stage(
     work = start.start_stage(recipe, position, run)
     engine, plan = work.engine, work.plan
     announce.stage(recipe, position, work)
-    timer, skips = StepTimer(), SkipBudget(recipe.loader.max_skipped_fraction)
+    timer, skips = StepTimer(engine.parts), SkipBudget(recipe.loader.max_skipped_fraction)
     examples = ExampleSet(recipe, position.stage, plan, work.encoder)
     with start.open_loader(recipe, position, work, left_out) as loader:
         for batch in placing.ahead(loader, engine.topology):

@@ -51,10 +51,12 @@ def run_step(engine: Engine, batch: DeviceStep, num_sources: int) -> StepResult:
     label_losses = forward_backward(engine, batch, trained_tokens)
     # Called without a token count, it rescales nothing: the loss was normalised before the backward.
     finalize_model_grads([engine.model])
-    grad_norm = gradient_norm(engine.optimizer)
+    with engine.parts.within("optimizer"):
+        grad_norm = gradient_norm(engine.optimizer)
     result = reduce_step(batch, label_losses, grad_norm, num_sources, topology)
     if result.is_finite:
-        update(engine.optimizer, grad_norm)
+        with engine.parts.within("optimizer"):
+            update(engine.optimizer, grad_norm)
     return result
 
 
@@ -67,7 +69,7 @@ def forward_backward(
         On the last pipeline stage the losses by label of this rank's packs; elsewhere an empty
         list.
     """
-    finish = training_loss(trained_tokens, batch.failed)
+    finish = engine.parts.timed(training_loss(trained_tokens, batch.failed))
     losses: list[LabelLosses] = []
     for round_ in batch.rounds[:-1]:
         with _without_gradient_sync(engine):

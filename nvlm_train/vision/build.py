@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nvlm_train.config.schema import VisionConfig
 from nvlm_train.convert.problem import refuse
 from nvlm_train.convert.vision import encoder_files, kind_of, vision_problems
 from nvlm_train.convert.weight_files import WeightFiles
+from nvlm_train.vision.attention import QueryKeyValue
 from nvlm_train.vision.encoder import KINDS, VisionEncoder
 
 
@@ -48,11 +50,24 @@ def _module(config: VisionConfig) -> Any:
 
 def _initialise(encoder: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in encoder.named_parameters():
+    for name, tensor in _drawn(encoder):
         if "norm" in name or "lambda" in name:
             continue  # ones, as constructed
         with torch.no_grad():
-            parameter.normal_(std=0.02, generator=generator)
+            tensor.normal_(std=0.02, generator=generator)
+
+
+def _drawn(encoder: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights in the order in which they are drawn: of queries, keys and values one by one.
+
+    Runs of before they were one matrix go on with the same encoder.
+    """
+    for prefix, module in encoder.named_modules():
+        if isinstance(module, QueryKeyValue):
+            yield from ((prefix, part) for part in module.apart())
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            yield f"{prefix}.{name}", parameter
 
 
 @torch.no_grad()
@@ -65,9 +80,10 @@ def _load(
     with WeightFiles(tensors, f"model.vision.weights={config.weights}") as files:
         state = {}
         for name, empty in encoder.state_dict().items():
-            place = layout.place(name, config, tensors)
             state[name] = torch.empty_like(empty, dtype=dtype, device=device)
-            files.copy_into(state[name], place.stored, place.index)
+            places = layout.places(name, config, tensors)
+            for part, place in zip(state[name].chunk(len(places)), places, strict=True):
+                files.copy_into(part, place.stored, place.index)
     encoder.load_state_dict(state, assign=True)
     left = [name for name, tensor in encoder.named_buffers() if tensor.is_meta]
     assert not left, f"{config.kind}: {left} are in no file; compute them in forward"

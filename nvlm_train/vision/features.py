@@ -5,42 +5,63 @@ Shape legend: T tiles, C channels, E tile edge, P patches of a tile, H hidden.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from nvlm_train.geometry import PIXEL_SHUFFLE
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
 Colours = tuple[float, float, float]
 """A number each for red, green and blue, of pixels in 0..1."""
 
 
-def normalised(tiles_TCEE: Tensor, mean: Colours, std: Colours) -> Tensor:
-    """Takes a mean out of pixels and divides them by a standard deviation, in fp32.
+class Distribution(NamedTuple):
+    """Mean and standard deviation of the pixels that an encoder was trained on."""
 
-    The two are no buffers: a cast of the module to bf16 would round them, 0.225 by 0.2 percent.
+    mean: Colours
+    std: Colours
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns both as fp32 [3, 1, 1] on a device, where they are made once.
+
+        They are no buffers of the encoder: a cast of the module to bf16 would round them, 0.225 by 0.2
+        percent.
+        """
+        return _on_device(self.mean, device), _on_device(self.std, device)
+
+
+@cache
+def _on_device(values: Colours, device: torch.device) -> Tensor:
+    # A tensor that is made under inference mode could not be used outside of it later.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET = Distribution(IMAGENET_MEAN, IMAGENET_STD)
+"""How InternViT's pixels are normalised."""
+
+
+def normalised(tiles_TCEE: Tensor, mean_C11: Tensor, std_C11: Tensor) -> Tensor:
+    """Takes a mean out of pixels and divides them by a standard deviation, in fp32.
 
     Args:
         tiles_TCEE: uint8 [T, 3, E, E], RGB.
-        mean: of each colour.
-        std: of each colour.
+        mean_C11: of each colour, fp32.
+        std_C11: of each colour, fp32.
 
     Returns:
-        fp32 [T, 3, E, E], on the tiles' device.
+        fp32 [T, 3, E, E].
     """
-    mean_C11, std_C11 = (
-        torch.tensor(values, dtype=torch.float32, device=tiles_TCEE.device).view(3, 1, 1)
-        for values in (mean, std)
-    )
-    return (tiles_TCEE.float() / 255 - mean_C11) / std_C11
+    return (tiles_TCEE / 255 - mean_C11) / std_C11
 
 
 def imagenet_normalised(tiles_TCEE: Tensor) -> Tensor:
-    """Normalises pixels by ImageNet's mean and standard deviation, as InternViT was trained."""
-    return normalised(tiles_TCEE, IMAGENET_MEAN, IMAGENET_STD)
+    """Normalises pixels, uint8 [T, 3, E, E], by ImageNet's mean and standard deviation: fp32."""
+    return normalised(tiles_TCEE, *IMAGENET.on(tiles_TCEE.device))
 
 
 def pixel_shuffle(x_TPH: Tensor) -> Tensor:

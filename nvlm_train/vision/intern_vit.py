@@ -1,6 +1,7 @@
 """InternViT-6B's kind: the vision encoder of NVLM 1.0 (section 4.1), unsharded, inference only.
 
-Parameter names follow transformers' `InternVLVisionModel`, so its safetensors load as they are.
+Parameter names follow transformers' `InternVLVisionModel`, but for queries, keys and values, which are one
+matrix here (convert/encoders/intern_vit.py says where its parts lie).
 Shape legend: T tiles, C channels, E tile edge, P patches of a tile + class token, H hidden.
 """
 
@@ -14,11 +15,13 @@ from torch.nn import functional as F
 
 from nvlm_train.config.schema import VisionConfig
 from nvlm_train.geometry import patches_per_side
-from nvlm_train.vision.features import imagenet_normalised, pixel_shuffle
+from nvlm_train.vision.attention import QueryKeyValue, attend
+from nvlm_train.vision.compiled import compiled_on_gpu
+from nvlm_train.vision.features import IMAGENET, normalised, pixel_shuffle
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, computed in fp32."""
+    """Root-mean-square norm over the last dimension; one kernel on a GPU, which sums in fp32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -26,9 +29,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(norm.square() / x.shape[-1] + self.eps)
-        return self.weight * (x.float() * scale).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Embeddings(nn.Module):
@@ -58,25 +59,15 @@ class Attention(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.num_heads = config.num_heads
-        self.q_proj = nn.Linear(hidden, hidden, bias=False)
-        self.k_proj = nn.Linear(hidden, hidden, bias=False)
-        self.v_proj = nn.Linear(hidden, hidden, bias=False)
+        self.qkv = QueryKeyValue(hidden, bias=False)
         self.q_norm = RMSNorm(hidden, config.norm_eps)
         self.k_norm = RMSNorm(hidden, config.norm_eps)
         self.projection_layer = nn.Linear(hidden, hidden)
 
-    def project(self, x_TPH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes queries, keys and values, each [T, P, H]."""
-        query, key = self.q_norm(self.q_proj(x_TPH)), self.k_norm(self.k_proj(x_TPH))
-        return query, key, self.v_proj(x_TPH)
-
     def forward(self, x_TPH: Tensor) -> Tensor:
-        query, key, value = (
-            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for states in self.project(x_TPH)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.projection_layer(attended.transpose(1, 2).flatten(2))
+        query, key, value = self.qkv(x_TPH).chunk(3, dim=-1)
+        attended = attend(self.q_norm(query), self.k_norm(key), value, self.num_heads)
+        return self.projection_layer(attended)
 
 
 class MLP(nn.Module):
@@ -107,7 +98,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.lambda_2 = nn.Parameter(torch.ones(hidden))
 
+    @compiled_on_gpu
     def forward(self, x_TPH: Tensor) -> Tensor:
+        """Computes the next states, [T, P, H]."""
         attended = self.attention(self.layernorm_before(x_TPH))
         x_TPH = torch.addcmul(x_TPH, self.lambda_1, attended)
         return torch.addcmul(x_TPH, self.lambda_2, self.mlp(self.layernorm_after(x_TPH)))
@@ -143,10 +136,7 @@ class InternViT(nn.Module):
         Returns:
             [T, 1 + patches, hidden].
         """
-        x_TPH = self.embeddings(pixels_TCEE)
-        for layer in self.encoder["layer"].children():
-            x_TPH = layer(x_TPH)
-        return x_TPH
+        return self._through_layers(self.embeddings(pixels_TCEE))
 
     @torch.no_grad()
     def forward(self, tiles_TCEE: Tensor) -> Tensor:
@@ -158,5 +148,14 @@ class InternViT(nn.Module):
         Returns:
             [T, tokens per tile, hidden * 4], of the encoder's dtype.
         """
-        states = self.hidden_states(imagenet_normalised(tiles_TCEE).to(self.dtype))
-        return pixel_shuffle(states[:, 1:])
+        x_TPH = self._embed(tiles_TCEE, *IMAGENET.on(tiles_TCEE.device))
+        return pixel_shuffle(self._through_layers(x_TPH)[:, 1:])
+
+    @compiled_on_gpu
+    def _embed(self, tiles_TCEE: Tensor, mean_C11: Tensor, std_C11: Tensor) -> Tensor:
+        return self.embeddings(normalised(tiles_TCEE, mean_C11, std_C11).to(self.dtype))
+
+    def _through_layers(self, x_TPH: Tensor) -> Tensor:
+        for layer in self.encoder["layer"].children():
+            x_TPH = layer(x_TPH)
+        return x_TPH

@@ -1,6 +1,6 @@
 """InternViT-300M's kind: LayerNorms, biases on queries, keys and values, and no norms of queries and keys.
 
-Everything else is InternViT-6B's. Parameter names follow transformers' `InternVLVisionModel`.
+Everything else is InternViT-6B's. Parameter names follow transformers' as InternViT-6B's do.
 """
 
 from __future__ import annotations
@@ -8,23 +8,21 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nvlm_train.config.schema import VisionConfig
-from nvlm_train.vision.intern_vit import Attention, InternViT, Layer
+from nvlm_train.vision.attention import QueryKeyValue, attend_fused
+from nvlm_train.vision.intern_vit import InternViT, Layer
 
 
-class BiasedAttention(Attention):
+class BiasedAttention(nn.Module):
     """Full attention with biases on queries, keys and values, which have no norms."""
 
     def __init__(self, config: VisionConfig) -> None:
-        super().__init__(config)
-        hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, hidden)
-        self.k_proj = nn.Linear(hidden, hidden)
-        self.v_proj = nn.Linear(hidden, hidden)
-        del self.q_norm, self.k_norm
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = QueryKeyValue(config.hidden_size, bias=True)
+        self.projection_layer = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def project(self, x_TPH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes queries, keys and values, each [T, P, H]."""
-        return self.q_proj(x_TPH), self.k_proj(x_TPH), self.v_proj(x_TPH)
+    def forward(self, x_TPH: Tensor) -> Tensor:
+        return self.projection_layer(attend_fused(self.qkv(x_TPH), self.num_heads))
 
 
 class LayerNormLayer(Layer):

@@ -4,7 +4,8 @@ Its features are what transformers' `SiglipVisionModel` returns as `last_hidden_
 states behind `post_layernorm`. That norm was trained with the encoder, and PaliGemma and SmolVLM read the
 same states; the pooling head behind it, which leaves one vector of an image, is not used. LLaVA's habit,
 the layer before the last without a norm, is from CLIP, whose last layer serves its class token only;
-SigLIP has none. Parameter names follow transformers' model, so its safetensors load as they are.
+SigLIP has none. Parameter names follow transformers' model, but for queries, keys and values, which are one
+matrix here (convert/encoders/siglip.py says where its parts lie).
 Shape legend: T tiles, C channels, E tile edge, P patches of a tile, H hidden.
 """
 
@@ -16,10 +17,12 @@ from torch.nn import functional as F
 
 from nvlm_train.config.schema import VisionConfig
 from nvlm_train.geometry import patches_per_side
-from nvlm_train.vision.features import normalised, pixel_shuffle
+from nvlm_train.vision.attention import QueryKeyValue, attend_fused
+from nvlm_train.vision.compiled import compiled_on_gpu
+from nvlm_train.vision.features import Distribution, normalised, pixel_shuffle
 
-_HALF = (0.5, 0.5, 0.5)
-"""SigLIP's mean and standard deviation of each colour."""
+_HALF = Distribution(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+"""How SigLIP's pixels are normalised."""
 
 
 class Embeddings(nn.Module):
@@ -41,20 +44,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        hidden = config.hidden_size
         self.num_heads = config.num_heads
-        self.q_proj = nn.Linear(hidden, hidden)
-        self.k_proj = nn.Linear(hidden, hidden)
-        self.v_proj = nn.Linear(hidden, hidden)
-        self.out_proj = nn.Linear(hidden, hidden)
+        self.qkv = QueryKeyValue(config.hidden_size, bias=True)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_TPH: Tensor) -> Tensor:
-        query, key, value = (
-            project(x_TPH).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        return self.out_proj(attend_fused(self.qkv(x_TPH), self.num_heads))
 
 
 class MLP(nn.Module):
@@ -79,7 +74,9 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = MLP(config)
 
+    @compiled_on_gpu
     def forward(self, x_TPH: Tensor) -> Tensor:
+        """Computes the next states, [T, P, H]."""
         x_TPH = x_TPH + self.self_attn(self.layer_norm1(x_TPH))
         return x_TPH + self.mlp(self.layer_norm2(x_TPH))
 
@@ -112,10 +109,7 @@ class Siglip(nn.Module):
         Returns:
             [T, patches, hidden].
         """
-        x_TPH = self.embeddings(pixels_TCEE)
-        for layer in self.encoder["layers"].children():
-            x_TPH = layer(x_TPH)
-        return self.post_layernorm(x_TPH)
+        return self._through_layers(self.embeddings(pixels_TCEE))
 
     @torch.no_grad()
     def forward(self, tiles_TCEE: Tensor) -> Tensor:
@@ -127,5 +121,14 @@ class Siglip(nn.Module):
         Returns:
             [T, tokens per tile, hidden * 4], of the encoder's dtype.
         """
-        pixels_TCEE = normalised(tiles_TCEE, _HALF, _HALF).to(self.dtype)
-        return pixel_shuffle(self.hidden_states(pixels_TCEE))
+        x_TPH = self._embed(tiles_TCEE, *_HALF.on(tiles_TCEE.device))
+        return pixel_shuffle(self._through_layers(x_TPH))
+
+    @compiled_on_gpu
+    def _embed(self, tiles_TCEE: Tensor, mean_C11: Tensor, std_C11: Tensor) -> Tensor:
+        return self.embeddings(normalised(tiles_TCEE, mean_C11, std_C11).to(self.dtype))
+
+    def _through_layers(self, x_TPH: Tensor) -> Tensor:
+        for layer in self.encoder["layers"].children():
+            x_TPH = layer(x_TPH)
+        return self.post_layernorm(x_TPH)

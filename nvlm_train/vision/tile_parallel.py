@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvlm_train.device_batch import DeviceRound
-from nvlm_train.geometry import tile_feature_size, tokens_per_tile
+from nvlm_train.geometry import encoder_batch, tile_feature_size, tokens_per_tile
 from nvlm_train.parallel.topology import Topology
 from nvlm_train.vision.encoder import VisionEncoder
 
@@ -54,18 +54,34 @@ def encode_tiles(encoder: VisionEncoder, tiles_TCEE: Tensor) -> Tensor:
     The last batch is filled up with black tiles: matrix products of another shape may round
     differently, and a tile's features must not depend on which rank computed them.
 
+    Args:
+        encoder: a whole one.
+        tiles_TCEE: uint8 [T, 3, E, E], on any device; pinned memory is copied while the host goes on.
+
     Returns:
-        [T, tokens per tile, feature size].
+        [T, tokens per tile, feature size], on the encoder's device. It is no inference tensor: what learns
+        from it may keep it for its backward.
     """
     config = encoder.config
     shape = (len(tiles_TCEE), tokens_per_tile(config), tile_feature_size(config))
     features = torch.empty(shape, dtype=encoder.dtype, device=encoder.device)
-    for start in range(0, len(tiles_TCEE), config.batch_tiles):
-        batch = tiles_TCEE[start : start + config.batch_tiles].to(encoder.device)
-        filled = batch.new_zeros((config.batch_tiles, *batch.shape[1:]))
-        filled[: len(batch)] = batch
-        features[start : start + len(batch)] = encoder(filled)[: len(batch)]
+    size = encoder_batch(config)
+    for start in range(0, len(tiles_TCEE), size):
+        own = tiles_TCEE[start : start + size].to(encoder.device, non_blocking=True)
+        # All batches are tensors of one kind, or the encoder would be compiled once for each kind.
+        batch = _filled(own, size)
+        with torch.inference_mode():
+            features[start : start + size] = encoder(batch)[: len(own)]
     return features
+
+
+def _filled(batch_TCEE: Tensor, size: int) -> Tensor:
+    """A batch of `size` tiles; one that has as many already is returned as it is."""
+    if len(batch_TCEE) == size:
+        return batch_TCEE
+    filled = batch_TCEE.new_zeros((size, *batch_TCEE.shape[1:]))
+    filled[: len(batch_TCEE)] = batch_TCEE
+    return filled
 
 
 def _to_first_stage(own: Tensor, tile_split: tuple[int, ...], topology: Topology) -> Tensor | None:

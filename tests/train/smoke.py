@@ -68,10 +68,11 @@ def read_metrics(run_dir: Path) -> list[dict]:
         "tflops_per_rank",
         "peak_memory_gib",
     )
+    prefixes = ("slowest_rank", "seconds/", "tflops_per_rank/", "mfu")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return [
-        {k: v for k, v in each.items() if k not in timing and not k.startswith("slowest_rank")}
+        {k: v for k, v in each.items() if k not in timing and not k.startswith(prefixes)}
         for each in records
     ]
 

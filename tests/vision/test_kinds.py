@@ -19,6 +19,7 @@ from nvlm_train.vision.build import build_vision_encoder
 from tests.hugging_face import transformers_encoder
 from tests.parity import gradients
 from tests.parity.recipes import MODEL
+from tests.vision.placed import placed
 from tests.vision.siglip import features_of_siglip
 from tests.vision.test_intern_vit import CONFIG, features_of_transformers, tiles
 from tests.workers import WorkerPool
@@ -55,8 +56,8 @@ def test_features_are_those_of_transformers(kind: str, shard_size: str, tmp_path
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_table_lists_the_tensors_that_the_code_has(kind: str) -> None:
     config = replace(CONFIG, kind=kind)
-    shapes = tables.kind_of(config).shapes(config)
-    assert shapes == {name: tuple(each.shape) for name, each in build(config).named_parameters()}
+    layout = tables.KINDS[kind][0]
+    assert placed(build(config), layout, config) == layout.files.shapes(config)
     assert costs.vision_parameters(config) == sum(
         parameter.numel()
         for name, parameter in transformers_encoder(config).named_parameters()

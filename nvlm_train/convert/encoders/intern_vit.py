@@ -1,8 +1,9 @@
-"""InternViT as transformers' InternVL vision model has it, whose names our encoder has, too."""
+"""InternViT as transformers' InternVL vision model has it. Our encoder has its names, but for queries, keys
+and values, which are one matrix in ours."""
 
 from __future__ import annotations
 
-from nvlm_train.convert.encoders.layout import Layout, sizes
+from nvlm_train.convert.encoders.layout import Layout, joined, sizes
 from nvlm_train.convert.family import Family
 from nvlm_train.convert.ignored import BOOKKEEPING, GENERATION
 from nvlm_train.convert.keys import Fixed, Rule, Sized, edge
@@ -99,5 +100,5 @@ _300M = Family(
     optional=lambda vision: frozenset(),
 )
 
-INTERN_VIT_6B = Layout(_6B)
-INTERN_VIT_300M = Layout(_300M)
+INTERN_VIT_6B = Layout(_6B, joined(f"{_LAYER}attention.", ["weight"]))
+INTERN_VIT_300M = Layout(_300M, joined(f"{_LAYER}attention.", ["weight", "bias"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from nvlm_train.config.schema import VisionConfig
@@ -30,15 +30,24 @@ class Layout:
 
     files: Family
     """What config.json says, and the tensors as they are stored. `width` is the width of all heads."""
-    pieces: Mapping[str, Piece] = field(default_factory=dict)
-    """Our name to where it lies; a tensor that is not listed has our name in the files."""
+    pieces: Mapping[str, Piece | tuple[Piece, ...]] = field(default_factory=dict)
+    """Our name to where it lies: one piece, or several of equal size whose rows follow each other. A tensor
+    that is not listed has our name in the files."""
     fused: str | None = None
     """The fused projection whose rows tell how many dummy heads there are; None: there are none."""
 
-    def place(self, name: str, vision: VisionConfig, tensors: Mapping[str, Stored]) -> Place:
-        """Finds one of our tensors in the files."""
+    def places(
+        self, name: str, vision: VisionConfig, tensors: Mapping[str, Stored]
+    ) -> Sequence[Place]:
+        """Finds one of our tensors in the files: equal parts of its rows, in their order."""
         pattern, layer = _pattern(name)
-        piece = self.pieces.get(pattern, Piece(pattern))
+        found = self.pieces.get(pattern, Piece(pattern))
+        pieces = (found,) if isinstance(found, Piece) else found
+        return [self._place(piece, layer, vision, tensors) for piece in pieces]
+
+    def _place(
+        self, piece: Piece, layer: str, vision: VisionConfig, tensors: Mapping[str, Stored]
+    ) -> Place:
         stored = piece.stored.replace("{n}", layer)
         if piece.along is None:
             return Place(stored, ())
@@ -67,11 +76,27 @@ class Layout:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one of our tensors lies in the files."""
+    """Where one of our tensors lies in the files, or a part of its rows."""
 
     stored: str
     index: tuple[slice, ...]
     """As `weight_files.WeightFiles.read` takes it."""
+
+
+def joined(attention: str, kinds: Sequence[str]) -> dict[str, tuple[Piece, ...]]:
+    """Says that files have apart what is one projection here: queries, keys and values.
+
+    >>> list(joined("layer.{n}.attention.", ["bias"]))
+    ['layer.{n}.attention.qkv.bias']
+
+    Args:
+        attention: what the names of both begin with.
+        kinds: weight, or weight and bias.
+    """
+    return {
+        f"{attention}qkv.{kind}": tuple(Piece(f"{attention}{name}_proj.{kind}") for name in "qkv")
+        for kind in kinds
+    }
 
 
 def sizes(vision: VisionConfig) -> dict[str, int]:

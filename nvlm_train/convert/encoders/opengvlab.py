@@ -1,7 +1,7 @@
 """InternViT in the layout of OpenGVLab's own code (`modeling_intern_vit.py`), and in NVLM-D's.
 
-Queries, keys and values are one projection there. NVLM-D 72B was trained with a tensor-parallel size of
-8: its 25 heads were filled up to 32 with heads that add nothing, and its files have them still.
+Queries, keys and values are one projection there, as in ours. NVLM-D 72B was trained with a tensor-parallel
+size of 8: its 25 heads were filled up to 32 with heads that add nothing, and its files have them still.
 """
 
 from __future__ import annotations
@@ -98,8 +98,10 @@ _RENAMED = {
 _PIECES = {
     **{ours: Piece(stored) for ours, stored in _RENAMED.items()},
     **{
-        f"{_OURS}attention.{name}_proj.{kind}": Piece(f"{_QKV}{kind}", along=0, block=block)
-        for block, name in enumerate("qkv")
+        # Between the blocks may be dummy heads.
+        f"{_OURS}attention.qkv.{kind}": tuple(
+            Piece(f"{_QKV}{kind}", along=0, block=block) for block in range(3)
+        )
         for kind in ("weight", "bias")
     },
     **{

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nvlm_train.config.schema import VisionConfig
-from nvlm_train.convert.encoders.layout import Layout, sizes
+from nvlm_train.convert.encoders.layout import Layout, joined, sizes
 from nvlm_train.convert.family import Family
 from nvlm_train.convert.ignored import BOOKKEEPING, GENERATION
 from nvlm_train.convert.keys import Fixed, Sized, edge
@@ -79,5 +79,6 @@ SIGLIP = Layout(
         optional=lambda vision: frozenset(),
         # transformers before 4.31 stored the positions' numbers.
         harmless=(*_HEAD, "embeddings.position_ids"),
-    )
+    ),
+    joined(f"{_LAYER}self_attn.", ["weight", "bias"]),
 )

@@ -9,6 +9,7 @@ import torch
 
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import TrainingError
+from nvlm_train.geometry import encoder_batch
 from nvlm_train.train.tracking.step_record import peak_memory_gib
 
 _SIGNS = (
@@ -65,7 +66,8 @@ def advice(recipe: Recipe, stage_name: str, error: BaseException) -> str:
     lines += [
         f"  {path}.parallel.max_tiles_in_flight={parallel.max_tiles_in_flight}: fewer tiles are encoded "
         "before a round; results stay the same",
-        f"  model.vision.batch_tiles={recipe.model.vision.batch_tiles}: fewer tiles in one encoder forward",
+        f"  model.vision.batch_tiles={encoder_batch(recipe.model.vision)}: fewer tiles in one "
+        "forward pass of the encoder",
     ]
     if parallel.recompute != "full":
         better = "full" if parallel.recompute == "selective" else "selective, then full"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import NvlmError
+from nvlm_train.train.part_timer import COMPUTED, PARTS
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -16,6 +17,9 @@ SECTIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "Speed": (
         ("tokens_per_second",),
         ("tflops_per_rank",),
+        ("mfu",),
+        tuple(f"seconds/{part}" for part in PARTS),
+        tuple(f"mfu/{part}" for part in COMPUTED),
         ("seconds", "data_seconds"),
         ("peak_memory_gib",),
     ),

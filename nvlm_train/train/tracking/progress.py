@@ -8,6 +8,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from nvlm_train.train.part_timer import PARTS
 from nvlm_train.train.tracking.metrics_log import Record
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,26 @@ def summary(record: Record) -> str:
         "lr": "lr {:.2e}",
         "tokens_per_second": "{:,.0f} tokens/s",
         "tflops_per_rank": "{:.3g} TFLOP/s",
+        "mfu": "MFU {:.1%}",
     }
     words = [shape.format(float(record[key])) for key, shape in shapes.items() if key in record]
+    words += _shares(record)
     if record.get("skipped_samples"):
         words.append(f"skipped {record['skipped_samples']}")
     return " ".join([f"{record.get('stage', '')} step {record.get('step', '')}", *words])
+
+
+def _shares(record: Record) -> list[str]:
+    """Says what the step's time went to, in percent of it; parts below half a percent are left out.
+
+    >>> _shares({"seconds/encode": 1.0, "seconds/layers": 2.0, "seconds/output": 0, "seconds/waiting": 1.0})
+    ['(encode 25% layers 50% waiting 25%)']
+    """
+    seconds = {part: float(record.get(f"seconds/{part}", 0.0)) for part in PARTS}
+    total = sum(seconds.values())
+    shares = {part: own / total for part, own in seconds.items() if total and own / total >= 0.005}
+    words = " ".join(f"{part} {share:.0%}" for part, share in shares.items())
+    return [f"({words})"] if words else []
 
 
 class _PlainLines:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from nvlm_train.cards import bf16_peak
 from nvlm_train.config.schema import Recipe
-from nvlm_train.costs import step_flops
+from nvlm_train.costs import StepFlops, step_flops_by_part
+from nvlm_train.train.part_timer import PartSeconds, PartTimer
 from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.schedule import Position, global_step
 
@@ -76,6 +78,30 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
+class PartSpeed:
+    """A step writes this field for `encode`, `layers` and `output`, where rank 0 had such a part."""
+
+    tflops_per_rank: float
+    """A rank's share of the part's model FLOPs is divided by its `seconds/PART`. [TFLOP/s]"""
+
+
+@dataclass(frozen=True)
+class PeakShare:
+    """A step writes this field on a card whose peak is in `nvlm_train/cards.py`."""
+
+    mfu: float
+    """The step's `tflops_per_rank` is this share of the card's dense bf16 peak; 0.45 means 45%. [share]"""
+
+
+@dataclass(frozen=True)
+class PartPeakShare:
+    """A step writes this field beside `tflops_per_rank/PART` on a card whose peak is known."""
+
+    mfu: float
+    """The part's `tflops_per_rank/PART` is this share of the card's dense bf16 peak. [share]"""
+
+
+@dataclass(frozen=True)
 class StepSeconds:
     """Holds how long this rank took for one step, in seconds."""
 
@@ -83,12 +109,20 @@ class StepSeconds:
     """Waiting for the batch."""
     total: float
     """From the end of the last step to the end of this one, loading included."""
+    parts: PartSeconds
+    """What the time went to."""
 
 
 class StepTimer:
-    """Measures the seconds of a step from one call to the next."""
+    """Measures the seconds of a step from one call to the next.
 
-    def __init__(self) -> None:
+    Args:
+        parts: splits them; what it has counted before is dropped.
+    """
+
+    def __init__(self, parts: PartTimer) -> None:
+        self._parts = parts
+        self._parts.read()
         self._last = time.perf_counter()
         self._loading = 0.0
 
@@ -98,7 +132,7 @@ class StepTimer:
 
     def stepped(self) -> StepSeconds:
         """Returns the seconds of the step that has just been done."""
-        return StepSeconds(self._loading, self._loading + self._since_last())
+        return StepSeconds(self._loading, self._loading + self._since_last(), self._parts.read())
 
     def _since_last(self) -> float:
         now = time.perf_counter()
@@ -114,9 +148,13 @@ def step_record(
     result: StepResult,
     seconds: StepSeconds,
 ) -> dict[str, float | int | str]:
-    """Returns the record of the step that led to `done`: a StepRecord, and a SourceRecord of each source."""
+    """Returns the record of the step that led to `done`.
+
+    It has the fields of a StepRecord, a SourceRecord of each source, PartSeconds, and of each part its speed.
+    """
     stage = recipe.stages[done.stage]
-    flops = step_flops(recipe.model, stage, result.work)
+    flops = step_flops_by_part(recipe.model, stage, result.work)
+    tflops = flops.total / seconds.total / dist.get_world_size() / 1e12
     record = StepRecord(
         stage=done.stage,
         step=done.step,
@@ -134,7 +172,7 @@ def step_record(
         seconds=seconds.total,
         data_seconds=seconds.loading,
         tokens_per_second=result.work.tokens / seconds.total,
-        tflops_per_rank=flops / seconds.total / dist.get_world_size() / 1e12,
+        tflops_per_rank=tflops,
         peak_memory_gib=peak_memory_gib(),
     )
     fields: dict[str, float | int | str] = dict(vars(record))
@@ -143,6 +181,27 @@ def step_record(
     ):
         if tokens:
             fields |= SourceRecord(loss=loss / tokens, trained_tokens=tokens).named(name)
+    return fields | _speeds(flops, tflops, seconds.parts)
+
+
+def _speeds(flops: StepFlops, tflops: float, seconds: PartSeconds) -> dict[str, float]:
+    """Fields about what the step's time went to, and how fast this rank was in it.
+
+    Ranks share the step's FLOPs of a part evenly: each that has such a part is charged an equal share.
+    """
+    fields = {f"seconds/{part}": value for part, value in vars(seconds).items()}
+    speeds = {"tflops_per_rank": tflops}
+    for part, count in vars(flops).items():
+        own = vars(seconds)[part]
+        if count and own:
+            speeds[f"tflops_per_rank/{part}"] = count / dist.get_world_size() / own / 1e12
+    fields |= speeds
+    peak = bf16_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if peak is not None:
+        fields |= {
+            name.replace("tflops_per_rank", "mfu"): speed * 1e12 / peak
+            for name, speed in speeds.items()
+        }
     return fields
 
 

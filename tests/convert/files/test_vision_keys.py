@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from nvlm_train.convert.vision import kind_of, vision_problems
+from nvlm_train.convert.vision import KINDS, kind_of, vision_problems
 from nvlm_train.errors import CheckpointError
 from nvlm_train.vision.build import build_vision_encoder
 from nvlm_train.vision.intern_vit import InternViT
 from tests.convert.files.alterations import alterations
 from tests.convert.files.conftest import Write
 from tests.convert.files.models import PIXELS, VISION, features
+from tests.vision.placed import placed
 
 
 def errors(directory: Path, **changes: Any) -> list[str]:
@@ -97,9 +98,9 @@ def test_the_table_lists_the_tensors_that_the_code_has() -> None:
         for name, dims in family.tensors.items()
         for number in range(VISION.num_layers)
     }
-    assert listed == {
-        name: tuple(each.shape) for name, each in InternViT(VISION).state_dict().items()
-    }
+    encoder = InternViT(VISION)
+    assert listed == placed(encoder, KINDS["intern_vit_6b"][0], VISION)
+    assert not list(encoder.named_buffers()), "no file has them"
 
 
 @pytest.mark.parametrize("change", [{"use_mean_pooling": False}, {"attention_bias": True}])

@@ -14,12 +14,12 @@ from nvlm_train.train.signals import EXIT_REQUEUE
 from tests.train import runs
 from tests.train.health import ills
 from tests.train.layouts import NO_DROPOUT, layout
-from tests.train.metric_names import documented, records
+from tests.train.metric_names import documented, every_step, records, where_there_is_one
 from tests.train.smoke import read_metrics
 from tests.workers import WorkerPool
 
 slow = pytest.mark.slow
-SOURCE_FIELDS = documented("SourceRecord")
+SOME_FIELDS = where_there_is_one()
 ONE_STAGE = ("schedule=[sft]", "stages.sft.steps=5", *NO_DROPOUT)
 
 
@@ -83,8 +83,8 @@ def test_samples_of_all_replicas_are_written(
     assert all(Path(shard).exists() and key for _, shard, key in keys)
     last = records(tmp_path / "run")[-1]
     assert last["not_finite"] == 1
-    assert documented("StepRecord") | documented("NotFiniteStep") <= last.keys()
-    assert last.keys() <= documented("StepRecord") | documented("NotFiniteStep") | SOURCE_FIELDS
+    assert every_step() | documented("NotFiniteStep") <= last.keys()
+    assert last.keys() <= every_step() | documented("NotFiniteStep") | SOME_FIELDS
 
 
 @slow
@@ -167,8 +167,8 @@ def test_slow_rank_is_named(
     reports = [each for each in records(run_dir) if "slowest_rank" in each]
     assert [each["step"] for each in reports] == [2, 4]
     for each in reports:
-        assert documented("StepRecord") | documented("SlowestRank") <= each.keys()
-        assert each.keys() <= documented("StepRecord") | documented("SlowestRank") | SOURCE_FIELDS
+        assert every_step() | documented("SlowestRank") <= each.keys()
+        assert each.keys() <= every_step() | documented("SlowestRank") | SOME_FIELDS
     last = reports[-1]
     assert last["slowest_rank"] == rank
     assert last[f"slowest_rank_{part}_seconds"] > 1.0

@@ -9,12 +9,14 @@ from dataclasses import fields
 import pytest
 
 from nvlm_train.recipe.load import load_recipe
+from nvlm_train.train.part_timer import COMPUTED, PARTS
 from nvlm_train.train.tracking.dashboard import BY_SOURCE, SECTIONS, workspace
 from nvlm_train.train.tracking.step_record import SourceRecord, StepRecord
 
 
 def test_every_plot_has_a_metric_that_exists() -> None:
-    written = {each.name for each in fields(StepRecord)}
+    written = {each.name for each in fields(StepRecord)} | {"mfu"}
+    written |= {f"seconds/{part}" for part in PARTS} | {f"mfu/{part}" for part in COMPUTED}
     by_source = SourceRecord(loss=0.0, trained_tokens=0).named("vqa")
     for plots in SECTIONS.values():
         for metric in (metric for metrics in plots for metric in metrics):
