@@ -58,6 +58,7 @@ class NVLM(MegatronModule):
         context: CrossContext | None,
         cu_seqlens: Tensor,
         logit_positions_L: Tensor,
+        labels_L: Tensor | None = None,
     ) -> Tensor:
         """Runs one pack through this stage.
 
@@ -68,9 +69,11 @@ class NVLM(MegatronModule):
             context: the layout of the pack's cross-attention context, if it has one.
             cu_seqlens: int32 [segments + 1].
             logit_positions_L: int64 [L], ascending.
+            labels_L: int64 [L], the id to predict at each; None where logits are wanted.
 
         Returns:
-            Last stage: logits [L, 1, V / TP]. Others: what the next stage needs (`context_p2p.join`).
+            Last stage: losses of the labels, fp32 [L]; without labels logits [L, 1, V / TP].
+            Others: what the next stage needs (`context_p2p.join`).
         """
         embedded, states_CBH, spans = None, None, None if context is None else context.spans
         if features is not None:
@@ -83,6 +86,8 @@ class NVLM(MegatronModule):
             self.language_model.set_input_tensor(hidden_SBH)
         hidden_SBH = self.language_model(embedded, cu_seqlens, logit_positions_L, states_CBH, spans)
         if self.post_process:
+            if labels_L is not None:
+                return self.language_model.losses(hidden_SBH, labels_L)
             return self.language_model.logits(hidden_SBH, len(logit_positions_L))
         if states_CBH is None:
             return hidden_SBH

@@ -1,11 +1,13 @@
-"""Computes the training loss: cross-entropy at trained positions, summed and divided by a global count."""
+"""Sums the training loss: cross-entropies at trained positions, divided by a global count.
+
+The output layer computes them (model/output/token_losses.py).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from nvlm_train.batch import Microbatch
@@ -31,15 +33,14 @@ def loss_head(trained_tokens: int) -> OutputHead:
             cross-entropies is divided by it, so that packing, rounds and layout do not matter.
     """
 
-    def finish(microbatch: Microbatch, logits: Tensor) -> tuple[Tensor, LabelLosses]:
-        labels_L, weights_L = _labels(microbatch)
-        losses_L = vocab_parallel_cross_entropy(logits.float(), labels_L[:, None])[:, 0]
+    def finish(microbatch: Microbatch, losses_L: Tensor) -> tuple[Tensor, LabelLosses]:
+        weights_L = _weights(microbatch)
         numbers = microbatch.label_samples_L.tolist()
         sources = [microbatch.samples[number].source for number in numbers]
         report = LabelLosses(losses_L.detach()[: len(sources)], sources)
         return (losses_L * weights_L).sum() / trained_tokens, report
 
-    return OutputHead(_positions, finish)
+    return OutputHead(_positions, finish, _labels)
 
 
 def _positions(microbatch: Microbatch) -> Tensor:
@@ -52,9 +53,14 @@ def _positions(microbatch: Microbatch) -> Tensor:
     return torch.zeros(1, dtype=torch.int64, device=device())
 
 
-def _labels(microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-    """Returns the label at each of `_positions`, int64 [L], and its weight in the loss, fp32 [L]."""
+def _labels(microbatch: Microbatch) -> Tensor:
+    """Returns the label at each of `_positions`, int64 [L]."""
     if len(microbatch.label_ids_L):
-        labels_L = microbatch.label_ids_L.to(device())
-        return labels_L, torch.ones(len(labels_L), device=device())
-    return torch.zeros(1, dtype=torch.int64, device=device()), torch.zeros(1, device=device())
+        return microbatch.label_ids_L.to(device())
+    return torch.zeros(1, dtype=torch.int64, device=device())
+
+
+def _weights(microbatch: Microbatch) -> Tensor:
+    """Returns the weight in the loss of each of `_positions`, fp32 [L]."""
+    number = len(microbatch.label_ids_L)
+    return torch.ones(number, device=device()) if number else torch.zeros(1, device=device())

@@ -1,7 +1,7 @@
 """Runs one round: tile-parallel encoding, then the 1F1B schedule over its microbatches.
 
-Training and generation differ in the positions that they need logits of, and in what they do with
-the logits: each brings its own `OutputHead`.
+Training needs losses at its positions and generation logits, and they do different things with them:
+each brings its own `OutputHead`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ class OutputHead:
     """Says what the last pipeline stage does with a microbatch."""
 
     positions: Callable[[Microbatch], Tensor]
-    """Returns the positions whose logits are computed: int64 [L], at least one."""
+    """Returns the positions that the output layer sees: int64 [L], at least one."""
     finish: Callable[[Microbatch, Tensor], tuple[Tensor, Any]]
-    """Takes vocabulary-parallel logits [L, 1, V / TP]. Returns a scalar for the backward, and a result."""
+    """Takes vocabulary-parallel logits [L, 1, V / TP], or what `labels` asks for. Returns a scalar for the
+    backward, and a result."""
+    labels: Callable[[Microbatch], Tensor | None] = lambda microbatch: None
+    """Returns the token to predict at each position, int64 [L]: the model then computes their losses, fp32
+    [L], and never all logits at once."""
 
 
 def run_round(replica: Replica, round_: Round, head: OutputHead, forward_only: bool) -> list[Any]:
@@ -103,10 +107,11 @@ def _forward_step(
         microbatch.context,
         microbatch.cu_seqlens.to(device()),
         head.positions(microbatch),
+        head.labels(microbatch),
     )
 
-    def loss_function(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
-        scalar, result = head.finish(microbatch, logits)
+    def loss_function(output: Tensor) -> tuple[Tensor, Tensor, Any]:
+        scalar, result = head.finish(microbatch, output)
         # Returning a token count tells megatron-core not to divide by the number of microbatches.
         # Nobody reads it, because the scalar is normalised already.
         return scalar, torch.tensor(1, dtype=torch.int), result
