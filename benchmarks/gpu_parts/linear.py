@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from benchmarks.gpu.shapes import LANGUAGES, Sizes
 from benchmarks.gpu_parts.variants import Row, Run, Timing, Variant, compare, random
 from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.model.output.token_losses import VocabularyShard, token_losses
 from nvlm_train.parallel.adam import GroupStepAdamW
 from nvlm_train.parallel.topology import device
+from nvlm_train.parallel.weight_gradient import WeightGradient
 
 CHUNKS = (256, 512, 1024)
 """Rows of logits at a time."""
@@ -109,13 +111,13 @@ def weight_gradient_rows(sizes: Sizes, timing: Timing) -> list[Row]:
 
 
 def add_separately(buffer_OI: Tensor, gradient_SO: Tensor, inputs_SI: Tensor) -> None:
-    """As today without apex: a bf16 product, then an addition that reads it and the buffer."""
+    """A bf16 product, then an addition that reads it and the buffer."""
     buffer_OI.add_(gradient_SO.t() @ inputs_SI)
 
 
 def add_by_addmm(buffer_OI: Tensor, gradient_SO: Tensor, inputs_SI: Tensor) -> None:
-    """bf16 operands, fp32 sum, written where it stands (torch 2.8 and newer, CUDA only)."""
-    torch.addmm(buffer_OI, gradient_SO.t(), inputs_SI, out_dtype=torch.float32, out=buffer_OI)  # type: ignore[call-overload]
+    """As training does it without apex: bf16 operands, fp32 sum, written where it stands."""
+    WeightGradient.wgrad_gemm_accum_fp32(inputs_SI, gradient_SO, buffer_OI)
 
 
 def add_by_engine(buffer_OI: Tensor, gradient_SO: Tensor, inputs_SI: Tensor) -> None:
@@ -164,6 +166,7 @@ def loss_rows(sizes: Sizes, timing: Timing) -> list[Row]:
         Variant(name, lambda function=function: _whole(problem, function))  # type: ignore[misc]
         for name, function in by_megatron.items()
     ]
+    variants.append(Variant("vocabulary_chunks", partial(_as_trained, problem)))
     variants += [
         Variant(f"chunks_of_{rows}", partial(_chunked, problem, rows, add_separately))
         for rows in CHUNKS
@@ -200,6 +203,23 @@ def _whole(problem: Problem, losses_of: Callable[[Tensor], Tensor]) -> Run:
         of_hidden, of_weight = torch.autograd.grad(losses.sum() / len(hidden), (hidden, weight))
         buffer.zero_().add_(of_weight)
         return losses, of_hidden, buffer
+
+    return run
+
+
+def _as_trained(problem: Problem) -> Run:
+    """As training does it: chunks of the vocabulary, compiled on CUDA, gradient into the buffer."""
+    hidden, weight, labels, buffer = problem
+    weight.main_grad = buffer  # type: ignore[attr-defined]
+    shard = VocabularyShard(0, len(weight), get_tensor_model_parallel_group(), fuses_gradient=True)
+
+    def run() -> tuple[Tensor, ...]:
+        buffer.zero_()
+        losses = token_losses(hidden, weight, labels, shard)
+        of_hidden, _ = torch.autograd.grad(
+            losses.sum() / len(hidden), (hidden, weight), allow_unused=True
+        )
+        return losses.detach(), of_hidden, buffer
 
     return run
 

@@ -256,6 +256,7 @@ class GatedFeedForwardLayer(CrossLayer):
         hidden_states: Tensor,
         packed_seq_params: Pack,
         context: Tensor | None = None,
+        context_mask: None = None,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None]:
         hidden_SBH, _ = super()._forward_attention(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.transformer.module import MegatronModule
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from nvlm_train.config.schema import CrossAttentionConfig, LanguageConfig
 from nvlm_train.device_batch import DevicePack
 from nvlm_train.model.block import decoder_block_spec
+from nvlm_train.model.output.layer import OutputLayer
 from nvlm_train.model.pack import pack_for_layers
 from nvlm_train.model.rope import angles, rotary_embedding
 from nvlm_train.parallel.kernels import Kernels
@@ -53,7 +53,6 @@ class LanguageModel(MegatronModule):
                 # Image features are spliced in first; the sequence is scattered after that.
                 scatter_to_sequence_parallel=False,
             )
-        self.num_padding = _num_padding(language, topology)
         self.rotary = rotary_embedding(language)
         self.decoder = TransformerBlock(
             config,
@@ -63,7 +62,7 @@ class LanguageModel(MegatronModule):
         )
         is_tied_here = language.tied_embeddings and topology.is_first_pp_stage
         if topology.is_last_pp_stage:
-            self.output_layer = _output_layer(config, language, skip_table=is_tied_here)
+            self.output_layer = OutputLayer(config, language, topology, is_tied_here)
         self.is_copy_of_embedding = (
             language.tied_embeddings
             and topology.is_last_pp_stage
@@ -114,24 +113,26 @@ class LanguageModel(MegatronModule):
         )
 
     def logits(self, hidden_LBH: Tensor, length: int) -> Tensor:
-        """Computes logits of the last layer's first `length` rows, [L, 1, V / TP].
-
-        Those of the vocabulary's padding are minus infinity. Its rows of zeros would have logits of zero,
-        which take part in the softmax and can be the largest: the loss would not be that of the model
-        whose table was padded, and the rows would train. At minus infinity their probabilities and
-        gradients are exactly zero.
-        """
-        if self.config.sequence_parallel:
-            # The output layer's backward already sums over tensor-parallel ranks; the gather must not again.
-            hidden_LBH = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_LBH, tensor_parallel_output_grad=False
-            )[:length]
+        """Computes logits of the last layer's first `length` rows, [L, 1, V / TP] (`OutputLayer`)."""
         # Where the table is the embedding's, the output layer has none of its own.
-        logits, _ = self.output_layer(hidden_LBH, weight=self.table())
-        if self.num_padding:
-            tokens = logits[..., : logits.shape[-1] - self.num_padding]
-            logits = F.pad(tokens, (0, self.num_padding), value=float("-inf"))
+        logits: Tensor = self.output_layer(self._whole(hidden_LBH)[:length], self.table())
         return logits
+
+    def losses(self, hidden_LBH: Tensor, labels_L: Tensor) -> Tensor:
+        """Computes cross-entropies of the last layer's first L rows, fp32 [L], the same on all TP ranks."""
+        whole_LBH = self._whole(hidden_LBH)[: len(labels_L)]
+        losses_L: Tensor = self.output_layer(whole_LBH, self.table(), labels_L)
+        return losses_L
+
+    def _whole(self, hidden_LBH: Tensor) -> Tensor:
+        """Gathers the last layer's rows where sequence parallelism has cut them."""
+        if not self.config.sequence_parallel:
+            return hidden_LBH
+        # The output layer's backward already sums over tensor-parallel ranks; the gather must not again.
+        whole_LBH: Tensor = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden_LBH, tensor_parallel_output_grad=False
+        )
+        return whole_LBH
 
     def table(self) -> nn.Parameter:
         """Returns this stage's table with a row for each id: the output layer's, else the embedding's.
@@ -169,34 +170,3 @@ class LanguageModel(MegatronModule):
     def set_input_tensor(self, hidden_SBH: Tensor) -> None:
         """Takes what the previous stage sent; the pipeline schedule calls it."""
         self.decoder.set_input_tensor(hidden_SBH)
-
-
-def _num_padding(language: LanguageConfig, topology: Topology) -> int:
-    """Counts the rows of the vocabulary that are padding among this rank's, which it ends with."""
-    if language.num_tokens is None:
-        return 0
-    own = language.vocab_size // topology.tensor_size
-    end = (topology.tensor_rank + 1) * own
-    return min(max(end - language.num_tokens, 0), own)
-
-
-def _output_layer(
-    config: TransformerConfig, language: LanguageConfig, skip_table: bool
-) -> tensor_parallel.ColumnParallelLinear:
-    """Builds the vocabulary-parallel output layer, without a table where the embedding's is used.
-
-    It reads gathered positions, so it must not gather a sequence.
-    """
-    import copy
-
-    own = copy.copy(config)
-    own.sequence_parallel = False
-    return tensor_parallel.ColumnParallelLinear(
-        config.hidden_size,
-        language.vocab_size,
-        config=own,
-        init_method=torch.nn.init.zeros_,
-        bias=False,
-        gather_output=False,
-        skip_weight_param_allocation=skip_table,
-    )

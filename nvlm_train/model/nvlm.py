@@ -59,7 +59,8 @@ class NVLM(MegatronModule):
             relayed: rows of context that stages send with each pack of the round.
 
         Returns:
-            Last stage: logits [L, 1, V / TP]. Others: what the next stage needs (`context_p2p.join`).
+            Last stage: losses of the labels, fp32 [L]; without labels logits [L, 1, V / TP].
+            Others: what the next stage needs (`context_p2p.join`).
         """
         embedded, states_CBH = None, None
         if features is not None:
@@ -71,6 +72,8 @@ class NVLM(MegatronModule):
             self.language_model.set_input_tensor(hidden_SBH)
         hidden_SBH = self.language_model(embedded, pack, states_CBH)
         if self.post_process:
+            if pack.labels is not None:
+                return self.language_model.losses(hidden_SBH, pack.labels.ids_L)
             return self.language_model.logits(hidden_SBH, len(pack.wanted))
         return context_p2p.join(self.config, hidden_SBH, states_CBH, relayed)
 

@@ -3,7 +3,8 @@
 torch's AdamW keeps a `step` tensor per parameter, which megatron-core 0.16's distributed optimizer
 saves and restores wrongly (it asserts on a fresh state, shares one tensor between parameters and
 misses the key on load: distrib_optimizer.py 641, 819, 938). With the count in the group, it takes the
-code path that was made for fused Adam, which is correct.
+code path that was made for fused Adam, which is correct. A step is one call of torch's kernel a group,
+and no tensor for each parameter.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.optim.adamw import adamw
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -52,17 +52,16 @@ class GroupStepAdamW(torch.optim.Optimizer):
             if not self.state[param]:
                 self.state[param]["exp_avg"] = torch.zeros_like(param)
                 self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
-        # The functional form increments these counts itself, and they are not kept.
-        previous = float(group["step"] - 1)
-        steps = [torch.tensor(previous, device=param.device) for param in params]
-        adamw(
+        # The kernel only reads the step, so that all parameters can share one tensor, made where they are.
+        # (torch's AdamW, which counts in it, has one for each.)
+        step = torch.full((), float(group["step"]), device=params[0].device)
+        torch._fused_adamw_(
             params,
             [param.grad for param in params if param.grad is not None],
             [self.state[param]["exp_avg"] for param in params],
             [self.state[param]["exp_avg_sq"] for param in params],
             [],
-            steps,
-            fused=True,
+            [step] * len(params),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

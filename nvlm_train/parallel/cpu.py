@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nvlm_train.parallel import cpu_bf16, cpu_kernels, waiting
+from nvlm_train.parallel.weight_gradient import WeightGradient
 
 CPU = torch.device("cpu")
 
@@ -148,7 +149,7 @@ def _megatron_symbols() -> list[Patch]:
         Patch(buffers, "dist_reduce_scatter_func", cpu_kernels.reduce_scatter),
         Patch(clip_grads, "multi_tensor_scale_impl", cpu_kernels.scale_in_place),
         Patch(layers, "_grad_accum_fusion_available", True),
-        Patch(layers, "fused_weight_gradient_mlp_cuda", cpu_kernels.WeightGradient),
+        Patch(layers, "fused_weight_gradient_mlp_cuda", WeightGradient),
         Patch(mlp, "bias_swiglu_impl", cpu_kernels.swiglu),
         Patch(rope, "_apply_rotary_pos_emb_bshd", cpu_kernels.rotary),
     ]

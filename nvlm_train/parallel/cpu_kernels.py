@@ -14,18 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class WeightGradient:
-    """Takes the place of apex's extension `fused_weight_gradient_mlp_cuda`."""
-
-    @staticmethod
-    def wgrad_gemm_accum_fp32(input_SI: Tensor, grad_SO: Tensor, main_grad_OI: Tensor) -> None:
-        """Adds grad^T @ input to the fp32 gradient [O, I] in place."""
-        if input_SI.dtype == main_grad_OI.dtype:
-            main_grad_OI.addmm_(grad_SO.t(), input_SI)
-        else:
-            main_grad_OI.add_(grad_SO.t() @ input_SI)
-
-
 class _SwiGLU(torch.autograd.Function):
     """Computes silu(gate) * up of x = [gate | up]; keeps x only, and writes both gradients to one tensor."""
 

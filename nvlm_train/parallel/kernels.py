@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -18,9 +20,10 @@ class Kernels:
     attention: Literal["transformer_engine", "torch_sdpa"]
     norm: Literal["transformer_engine", "torch"]
     adam: Literal["transformer_engine", "apex", "torch"]
-    weight_gradient: Literal["apex", "torch", "separate"]
+    weight_gradient: Literal["transformer_engine", "apex", "torch", "separate"]
     """What adds a linear's weight gradient to the fp32 buffer inside its matrix product. `separate` means
-    that the sum is a step of its own."""
+    that the sum is a step of its own. The output layer is megatron-core's: where Transformer Engine is
+    chosen, it takes apex's extension, or torch's product without it (`install`)."""
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in vars(self).items())
@@ -34,6 +37,9 @@ class Available:
     transformer_engine: bool
     apex: bool
     apex_weight_gradient: bool
+    fp32_sums: bool = True
+    """Whether torch adds products of bf16 factors to an fp32 matrix on CUDA: `addmm` with `out_dtype`,
+    which refuses such a matrix before torch 2.10 (pytorch/pytorch#167931)."""
 
 
 def choose(available: Available) -> Kernels:
@@ -43,14 +49,14 @@ def choose(available: Available) -> Kernels:
     """
     if not available.cuda:
         return Kernels("megatron", "torch_sdpa", "torch", "torch", weight_gradient="torch")
-    weight_gradient: Literal["apex", "separate"] = (
-        "apex" if available.apex_weight_gradient else "separate"
-    )
+    engine: Literal["transformer_engine"] = "transformer_engine"
+    own: Literal["apex", "torch", "separate"] = "torch" if available.fp32_sums else "separate"
+    if available.apex_weight_gradient:
+        own = "apex"
     if available.transformer_engine:
-        engine: Literal["transformer_engine"] = "transformer_engine"
-        return Kernels(engine, engine, engine, engine, weight_gradient)
+        return Kernels(engine, engine, engine, engine, engine if own != "separate" else own)
     adam: Literal["apex", "torch"] = "apex" if available.apex else "torch"
-    return Kernels("megatron", "torch_sdpa", "torch", adam, weight_gradient)
+    return Kernels("megatron", "torch_sdpa", "torch", adam, own)
 
 
 def detect() -> Kernels:
@@ -64,6 +70,8 @@ def detect() -> Kernels:
             transformer_engine=_is_installed("transformer_engine"),
             apex=_is_installed("apex") and has_amp(),
             apex_weight_gradient=_is_installed("fused_weight_gradient_mlp_cuda"),
+            # Pre-releases of 2.10 (2.10.0a0) are earlier.
+            fp32_sums=torch.torch_version.TorchVersion(torch.__version__) >= "2.10",
         )
     )
 
@@ -94,23 +102,47 @@ def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def install() -> None:
+    """Gives megatron-core the kernels that it has none of: Adam, and the weight gradient's product."""
+    install_adam()
+    install_weight_gradient()
+
+
 def install_adam() -> None:
     """Gives megatron-core `GroupStepAdamW` when no fused Adam is chosen (adam.py says why)."""
     if detect().adam != "torch":
         return
     from nvlm_train.parallel.adam import GroupStepAdamW
 
-    factory = importlib.import_module("megatron.core.optimizer")
-    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    for owner, name, value in (
-        (factory, "Adam", GroupStepAdamW),
-        (factory, "USING_PYTORCH_OPTIMIZER", False),
-        (distributed, "Adam", GroupStepAdamW),
-        (distributed, "HAVE_APEX_OR_TE", True),
-        (distributed, "USING_APEX_OPTIMIZER", True),
-    ):
+    factory, distributed = "megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer"
+    _replace(factory, Adam=GroupStepAdamW, USING_PYTORCH_OPTIMIZER=False)
+    _replace(distributed, Adam=GroupStepAdamW, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
+
+
+def install_weight_gradient() -> None:
+    """Gives megatron-core's linears `WeightGradient` where apex's extension is not there."""
+    if detect().weight_gradient in ("apex", "separate"):
+        return
+    from nvlm_train.parallel.weight_gradient import WeightGradient
+
+    module = "megatron.core.tensor_parallel.layers"
+    layers: Any = importlib.import_module(module)
+    if hasattr(layers, "fused_weight_gradient_mlp_cuda"):
+        return
+    # Without apex this name does not exist; megatron-core uses it only where it calls it.
+    layers.fused_weight_gradient_mlp_cuda = WeightGradient
+    _replace(module, _grad_accum_fusion_available=True)
+
+
+def _replace(module: str, **values: object) -> None:
+    owner = importlib.import_module(module)
+    for name, value in values.items():
         if not hasattr(owner, name):
-            raise RuntimeError(
-                f"{owner.__name__}.{name} does not exist: update parallel/kernels.py"
-            )
+            raise RuntimeError(f"{module}.{name} does not exist: update parallel/kernels.py")
         setattr(owner, name, value)
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function compiled for tensors of any size on CUDA. On CPUs compiling is off (cpu.py)."""
+    return torch.compile(function, dynamic=True)

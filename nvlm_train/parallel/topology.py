@@ -94,7 +94,7 @@ def process_group() -> Iterator[None]:
 def start_process_group() -> bool:
     """Joins the world for as long as the process lives. Returns False when it had joined one before."""
     cpu.install()
-    kernels.install_adam()
+    kernels.install()
     if dist.is_initialized():
         return False
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

@@ -1,10 +1,12 @@
-"""Computes the training loss: cross-entropy at trained positions, summed and divided by a global count."""
+"""Sums the training loss: cross-entropies at trained positions, divided by a global count.
+
+The output layer computes them (model/output/token_losses.py).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
 from nvlm_train.device_batch import DevicePack
@@ -32,11 +34,10 @@ def training_loss(trained_tokens: Tensor, failed: Tensor) -> Finish:
         failed: int32 [samples of the replica]: 1 where a sample is not trained on (`kept_weights`).
     """
 
-    def finish(pack: DevicePack, logits: Tensor) -> tuple[Tensor, LabelLosses]:
+    def finish(pack: DevicePack, losses_L: Tensor) -> tuple[Tensor, LabelLosses]:
         labels = pack.labels
         assert labels is not None, "packs of a step have labels"
         weights_L = kept_weights(pack, failed)
-        losses_L = vocab_parallel_cross_entropy(logits.float(), labels.ids_L[:, None])[:, 0]
         report = LabelLosses(losses_L.detach(), weights_L, labels.sources_L)
         return (losses_L * weights_L).sum() / trained_tokens, report
 

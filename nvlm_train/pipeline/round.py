@@ -1,6 +1,7 @@
 """Runs one round: tile-parallel encoding, then the 1F1B schedule over its microbatches.
 
-Training and generation differ in what they do with the logits: each brings its own `Finish`.
+Training needs losses of its labels and generation logits, and they do different things with them: each brings
+its own `Finish`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ class Replica:
 
 
 Finish = Callable[[DevicePack, Tensor], tuple[Tensor, Any]]
-"""What the last pipeline stage does with a pack: it takes vocabulary-parallel logits of the wanted positions,
-[L, 1, V / TP], and returns a scalar for the backward, and a result."""
+"""What the last pipeline stage does with a pack: it takes the losses of its labels, fp32 [L], or where it has
+none vocabulary-parallel logits of the wanted positions, [L, 1, V / TP]. It returns a scalar for the backward,
+and a result."""
 
 
 def run_round(
@@ -96,8 +98,8 @@ def _forward_step(
     pack, features = next(inputs)
     output = model(pack, features, relayed)
 
-    def loss_function(logits: Tensor) -> tuple[Tensor, Tensor, Any]:
-        scalar, result = finish(pack, logits)
+    def loss_function(output: Tensor) -> tuple[Tensor, Tensor, Any]:
+        scalar, result = finish(pack, output)
         # Returning a token count tells megatron-core not to divide by the number of microbatches.
         # Nobody reads it, because the scalar is normalised already.
         return scalar, torch.tensor(1, dtype=torch.int), result

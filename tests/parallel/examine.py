@@ -63,9 +63,21 @@ def is_compiled_when_installed_late() -> bool:
 
 def what_install_adam_changes() -> set[str]:
     """Returns the names in the optimizer modules that are other objects afterwards."""
-    modules = [importlib.import_module(name) for name in OPTIMIZER_MODULES]
+    return _changed(OPTIMIZER_MODULES, kernels.install_adam)
+
+
+def what_install_weight_gradient_changes() -> tuple[set[str], str]:
+    """Returns the names in megatron-core's linears that are other objects, and what the kernel is."""
+    module = "megatron.core.tensor_parallel.layers"
+    changed = _changed((module,), kernels.install_weight_gradient)
+    kernel = sys.modules[module].fused_weight_gradient_mlp_cuda
+    return changed, f"{kernel.__module__}.{kernel.__qualname__}"
+
+
+def _changed(names: tuple[str, ...], install: Callable[[], None]) -> set[str]:
+    modules = [importlib.import_module(name) for name in names]
     before = [dict(vars(module)) for module in modules]
-    kernels.install_adam()
+    install()
     return {
         f"{module.__name__}.{name}"
         for module, old in zip(modules, before, strict=True)

@@ -63,17 +63,6 @@ def test_rotary_turns_pairs() -> None:
     assert torch.autograd.gradcheck(lambda value: cpu_kernels.rotary(value, both), (x,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [0, 6])
-def test_weight_gradient_is_added(rows: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    inputs, grad = torch.randn(rows, 4).to(dtype), torch.randn(rows, 3).to(dtype)
-    main_grad = torch.randn(3, 4)
-    expected = main_grad + (grad.t() @ inputs).float()
-    cpu_kernels.WeightGradient.wgrad_gemm_accum_fp32(inputs, grad, main_grad)
-    torch.testing.assert_close(main_grad, expected)
-
-
 def test_gradients_are_scaled_where_they_are() -> None:
     gradients = [torch.ones(3), torch.full((2, 2), 4.0)]
     places = [gradient.data_ptr() for gradient in gradients]

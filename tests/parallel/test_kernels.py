@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from nvlm_train.parallel import kernels
 from nvlm_train.parallel.adam import GroupStepAdamW
 from nvlm_train.parallel.kernels import Available, Kernels, choose
 from tests.parallel import examine
+from tests.parallel.calls import RecordedCalls
+
+UPDATE = "aten._fused_adamw_.default"
 
 CPU = Kernels("megatron", "torch_sdpa", "torch", "torch", "torch")
-TORCH = Kernels("megatron", "torch_sdpa", "torch", "torch", "separate")
+TORCH = Kernels("megatron", "torch_sdpa", "torch", "torch", "torch")
 APEX = Kernels("megatron", "torch_sdpa", "torch", "apex", "apex")
-ENGINE = Kernels(*["transformer_engine"] * 4, "separate")  # type: ignore[arg-type]
-ENGINE_APEX = Kernels(*["transformer_engine"] * 4, "apex")  # type: ignore[arg-type]
+ENGINE = Kernels(*["transformer_engine"] * 5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +35,7 @@ ENGINE_APEX = Kernels(*["transformer_engine"] * 4, "apex")  # type: ignore[arg-t
         (True, False, False, TORCH),
         (True, False, True, APEX),
         (True, True, False, ENGINE),
-        (True, True, True, ENGINE_APEX),
+        (True, True, True, ENGINE),
     ],
 )
 def test_choice(cuda: bool, engine: bool, apex: bool, expected: Kernels) -> None:
@@ -43,7 +46,22 @@ def test_apex_may_lack_its_optional_extension() -> None:
     chosen = choose(
         Available(cuda=True, transformer_engine=False, apex=True, apex_weight_gradient=False)
     )
-    assert (chosen.adam, chosen.weight_gradient) == ("apex", "separate")
+    assert (chosen.adam, chosen.weight_gradient) == ("apex", "torch")
+
+
+@pytest.mark.parametrize(
+    ("engine", "extension", "expected"),
+    [
+        (False, False, "separate"),
+        (False, True, "apex"),
+        # The output layer is megatron-core's: it needs one of the two others.
+        (True, False, "separate"),
+        (True, True, "transformer_engine"),
+    ],
+)
+def test_an_early_torch_refuses_fp32_sums(engine: bool, extension: bool, expected: str) -> None:
+    available = Available(True, engine, extension, extension, fp32_sums=False)
+    assert choose(available).weight_gradient == expected
 
 
 def test_the_choice_is_printed_by_name() -> None:
@@ -77,6 +95,17 @@ def test_install_adam_swaps_these_names_only(fresh: ProcessPoolExecutor) -> None
     }
 
 
+def test_install_weight_gradient_swaps_these_names_only(new: ProcessPoolExecutor) -> None:
+    """As on a GPU without apex: megatron-core's linears then take fused gradients, and call ours."""
+    changed, kernel = new.submit(examine.what_install_weight_gradient_changes).result(timeout=120)
+    layers = "megatron.core.tensor_parallel.layers"
+    assert changed == {
+        f"{layers}.fused_weight_gradient_mlp_cuda",
+        f"{layers}._grad_accum_fusion_available",
+    }
+    assert kernel == "nvlm_train.parallel.weight_gradient.WeightGradient"
+
+
 def test_adam_is_torchs_with_the_step_in_the_group() -> None:
     ours, theirs = _parameters(), _parameters()
     optimizer, reference = GroupStepAdamW(_groups(ours)), torch.optim.AdamW(_groups(theirs))
@@ -93,6 +122,31 @@ def test_adam_is_torchs_with_the_step_in_the_group() -> None:
         torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
         assert set(optimizer.state[own]) == {"exp_avg", "exp_avg_sq"}
     assert [group["step"] for group in optimizer.param_groups] == [20, 20]
+
+
+def test_a_step_is_one_call_a_group_whatever_the_number_of_parameters() -> None:
+    """torch's functional AdamW, called before, makes a step tensor for each parameter."""
+    counts = []
+    for number in (3, 30):
+        parameters = [torch.nn.Parameter(torch.ones(4)) for _ in range(number)]
+        optimizer = GroupStepAdamW(_groups(parameters))
+        _train(optimizer, parameters, range(2))
+        with RecordedCalls() as calls:
+            optimizer.step()
+        counts.append(Counter(calls.names))
+    assert counts[0] == counts[1] == Counter({"aten.full.default": 2, UPDATE: 2})
+
+
+def test_every_parameter_is_updated_by_the_same_step() -> None:
+    """One tensor is the step of all: nothing may count in it for each parameter."""
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(5)]
+    optimizer = GroupStepAdamW(parameters, lr=0.1)
+    for _ in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.tensor([0.5, -2.0])
+        optimizer.step()
+    assert all(torch.equal(parameter, parameters[0]) for parameter in parameters)
+    assert optimizer.param_groups[0]["step"] == 3
 
 
 def test_adam_goes_on_from_its_state() -> None:

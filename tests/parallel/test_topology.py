@@ -92,7 +92,6 @@ def _threads(times: int) -> list[int]:
     return counts
 
 
-@pytest.mark.slow
 def test_groups_of_an_earlier_stage_are_ended(workers: WorkerPool) -> None:
     """Each group has threads: one more stage must not leave dozens of them."""
     for counts in workers.run(4, _threads, 4):
@@ -196,7 +195,6 @@ assert not dist.is_initialized()
 """
 
 
-@pytest.mark.slow
 def test_a_world_that_was_joined_is_left(tmp_path: Path) -> None:
     """It runs in a process of its own, because the pool's workers are in a world already."""
     environment = {**os.environ, "MASTER_PORT": str(free_port())}

@@ -65,10 +65,7 @@ def test_the_table_lists_the_tensors_that_the_code_has(kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(each, marks=[] if each == "siglip" else pytest.mark.slow) for each in KINDS],
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_steps_are_those_of_one_process(workers: WorkerPool, kind: str) -> None:
     model = replace(MODEL, vision=replace(MODEL.vision, kind=kind))
     run = partial(gradients.losses_of_training, model=model)
