@@ -187,4 +187,5 @@ def implementations(kernels: Kernels) -> tuple[type, type, type]:
         return RMSNorm, ColumnParallelLinear, RowParallelLinear
     from megatron.core.extensions import transformer_engine as te
 
-    return te.TENorm, te.TEColumnParallelLinear, te.TERowParallelLinear
+    norm = te.TENorm if kernels.norm == "transformer_engine" else RMSNorm
+    return norm, te.TEColumnParallelLinear, te.TERowParallelLinear

@@ -66,7 +66,8 @@ def choose(available: Available) -> Kernels:
     attention, cross = _torch_attention(available)
     if available.transformer_engine:
         gradient = engine if own != "separate" else own
-        return Kernels(engine, engine, engine, engine, gradient, cross)
+        # Its norm takes the GPU as long as torch's and the host three times as long.
+        return Kernels(engine, engine, "torch", engine, gradient, cross)
     adam: Literal["apex", "torch"] = "apex" if available.apex else "torch"
     return Kernels("megatron", attention, "torch", adam, own, cross)
 
