@@ -94,7 +94,7 @@ def detect() -> Kernels:
             transformer_engine=_is_installed("transformer_engine"),
             apex=_is_installed("apex") and has_amp(),
             apex_weight_gradient=_is_installed("fused_weight_gradient_mlp_cuda"),
-            half_precision_heads=torch.cuda.is_available()
+            half_precision_heads=torch.cuda.device_count() > 0
             and torch.cuda.get_device_capability() >= (8, 0),
             varlen=_is_installed("torch.nn.attention.varlen"),
             triton=_is_installed("triton"),
