@@ -51,6 +51,7 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
         perform_initialization=True,
         gradient_accumulation_fusion=kernels.weight_gradient != "separate",
         masked_softmax_fusion=False,
+        # Without dropout nothing is left to fuse with the addition; with it, compiled masks would be others.
         bias_dropout_fusion=False,
         bias_activation_fusion=True,
         # By default every transfer between stages ends with a synchronisation of the whole device.
