@@ -238,8 +238,12 @@ class ParallelConfig:
     """Tensor-parallel ranks also share the sequence where layers are not cut."""
     distributed_optimizer: bool = True
     """Data-parallel ranks share the optimizer's state; otherwise each holds all of it."""
-    overlap_grad_reduce: bool = False
-    """Gradients are reduced over data-parallel ranks while the backward pass runs."""
+    overlap_grad_reduce: bool = True
+    """Gradients are reduced over data-parallel ranks, where there are several, while the last backward pass
+    runs."""
+    overlap_param_gather: bool = True
+    """Ranks that share the optimizer's state gather new weights while the next step's first forward pass
+    runs."""
     recompute: Literal["none", "selective", "full"] = "none"
     """The backward pass makes again what was not kept: nothing, attention, or whole layers."""
     max_tiles_in_flight: int = 256

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nvlm_train.model.layers import RMSNorm, drawing_for_heads, grouped_attention
-from nvlm_train.model.zero_grads import zeros_for
+from nvlm_train.model.zero_grads import PassedBy, zeros_for
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Gate(nn.Module):
         return torch.tanh(self.alpha) * x
 
 
-class GatedCrossAttention(MegatronModule):
+class GatedCrossAttention(PassedBy, MegatronModule):
     """It has the language model's heads and KV groups, no bias and no RoPE, and norms the context on entry.
 
     The arguments of `__init__` and `forward` are those that megatron-core's TransformerLayer passes.
@@ -242,7 +242,7 @@ class GatedFeedForwardLayer(TransformerLayer):
         return hidden_SBH + output_SBH, context
 
 
-class GatedFeedForward(MegatronModule):
+class GatedFeedForward(PassedBy, MegatronModule):
     """It is the language model's MLP once more, behind a norm and a gate."""
 
     def __init__(self, config: TransformerConfig, submodules: Any) -> None:

@@ -46,6 +46,7 @@ class Topology:
     data_size: int
     data_rank: int
     replica_group: ProcessGroup
+    tensor_group: ProcessGroup
     data_group: ProcessGroup
 
     @property
@@ -209,6 +210,7 @@ def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
         data_size=mpu.get_data_parallel_world_size(),
         data_rank=mpu.get_data_parallel_rank(),
         replica_group=mpu.get_model_parallel_group(),
+        tensor_group=mpu.get_tensor_model_parallel_group(),
         data_group=mpu.get_data_parallel_group(),
     )
 

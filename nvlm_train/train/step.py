@@ -68,13 +68,16 @@ def forward_backward(engine: Engine, batch: StepBatch, trained_tokens: int) -> l
         On the last pipeline stage the losses by label of this rank's microbatches; elsewhere an empty
         list.
     """
+    engine.model.begin_gather()
     head = engine.parts.timed(loss_head(trained_tokens))
     losses: list[LabelLosses] = []
     for round_ in batch.rounds[:-1]:
         with _without_gradient_sync(engine):
             losses += run_round(engine.replica, round_, head, forward_only=False)
     engine.model.module.config.no_sync_func = engine.model.no_sync
-    return losses + run_round(engine.replica, batch.rounds[-1], head, forward_only=False)
+    losses += run_round(engine.replica, batch.rounds[-1], head, forward_only=False)
+    engine.model.check_gathered()
+    return losses
 
 
 @contextlib.contextmanager
