@@ -255,8 +255,17 @@ class GatedFeedForward(PassedBy, MegatronModule):
         """Computes what is added to the residual stream: zero outside the spans."""
         if spans is None:
             return zeros_for(hidden_SBH, self)
-        output_SBH, _ = self.mlp(self.norm(hidden_SBH))
+        output_SBH = self._feed_forward(self.norm(hidden_SBH))
         return self.gate(output_SBH) * self._sees(hidden_SBH, spans)
+
+    def _feed_forward(self, normed_SBH: Tensor) -> Tensor:
+        """Runs the MLP; where the layer's own is made again in backward, this one is too."""
+        if self.config.recompute_granularity != "selective" or "mlp" not in (
+            self.config.recompute_modules or ()
+        ):
+            return self.mlp(normed_SBH)[0]  # type: ignore[no-any-return]
+        output_SBH, _ = tensor_parallel.checkpoint(self.mlp, False, normed_SBH)
+        return output_SBH  # type: ignore[no-any-return]
 
     def _sees(self, hidden_SBH: Tensor, spans: list[list[int]]) -> Tensor:
         sharded = self.config.sequence_parallel

@@ -43,7 +43,11 @@ class Outcome(NamedTuple):
 
 
 def outcome(
-    name: str, parallel: ParallelConfig, rounds: int = 1, broken_step: int | None = None, **changes: Any
+    name: str,
+    parallel: ParallelConfig,
+    rounds: int = 1,
+    broken_step: int | None = None,
+    **changes: Any,
 ) -> Outcome:
     """Trains on a mixed step, an all-text one, one in which a replica has text only, and a mixed one.
 
@@ -76,6 +80,11 @@ def outcome(
         weights if is_first else {},
         len(engine.model.bucket_groups),
     )
+
+
+def outcome_of(name: str, parallel: ParallelConfig, rounds: int, more: dict[str, Any]) -> Outcome:
+    """Calls `outcome` with options by name, which a call on the workers cannot have."""
+    return outcome(name, parallel, rounds, **more)
 
 
 def start(name: str, parallel: ParallelConfig, **changes: Any) -> Engine:
@@ -169,7 +178,7 @@ def _not_marked() -> Any:
     return mock.patch.object(
         DataParallel,
         "_make_forward_pre_hook",
-        lambda self: DistributedDataParallel._make_forward_pre_hook(self),
+        DistributedDataParallel._make_forward_pre_hook,
     )
 
 
@@ -178,8 +187,18 @@ def _read_too_early() -> Any:
     return mock.patch.object(DataParallel, "gather_weights", lambda self: None)
 
 
+def _as_ready() -> Any:
+    """Each replica reduces a bucket as soon as its gradients are there, as megatron-core does."""
+
+    def start(self: DataParallel, number: int, **options: Any) -> None:
+        self._start[number](**options)
+
+    return mock.patch.object(DataParallel, "_start_in_order", start)
+
+
 _BUGS: dict[str, Callable[[], Any]] = {
     "weights are read before they are gathered": _no_waiting,
-    "packs pass by a module whose weights then are not gathered": _not_marked,
     "weights are saved before they are gathered": _read_too_early,
+    "a module that packs pass by gathers its own weights only": _not_marked,
+    "buckets start when they are ready": _as_ready,
 }

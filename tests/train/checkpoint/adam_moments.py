@@ -74,7 +74,9 @@ def small_buckets() -> Iterator[None]:
     original = engine_module.ddp_config
 
     def small(stage, topology):
-        return dataclasses.replace(original(stage, topology), overlap_grad_reduce=True, bucket_size=BUCKET)
+        return dataclasses.replace(
+            original(stage, topology), overlap_grad_reduce=True, bucket_size=BUCKET
+        )
 
     with mock.patch.object(engine_module, "ddp_config", small):
         yield
