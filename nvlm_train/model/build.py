@@ -17,7 +17,7 @@ from nvlm_train.parallel.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-_RECOMPUTED = {"norms": "layernorm", "mlp": "mlp", "attention": "core_attn"}
+RECOMPUTED = {"norms": "layernorm", "mlp": "mlp", "attention": "core_attn"}
 """A part of a layer in the recipe's words -> in megatron-core's."""
 
 
@@ -26,7 +26,7 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
     language, parallel = recipe.model.language, stage.parallel
     dtype = DTYPES[recipe.precision]
     whole = parallel.recompute == "full"
-    parts = [_RECOMPUTED[part] for part in parallel.recomputed_parts]
+    parts = [RECOMPUTED[part] for part in parallel.recomputed_parts]
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,

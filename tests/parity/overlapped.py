@@ -1,9 +1,14 @@
-"""Runs on the workers: steps whose communication overlaps, in buckets so small that there are many."""
+"""Runs on the workers: steps whose communication overlaps, in buckets so small that there are many.
+
+On GPUs `torchrun --nproc-per-node N -m tests.parity.overlapped` compares them over NCCL with steps whose
+communication does not overlap, and says by how much they differ.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -202,3 +207,32 @@ _BUGS: dict[str, Callable[[], Any]] = {
     "a module that packs pass by gathers its own weights only": _not_marked,
     "buckets start when they are ready": _as_ready,
 }
+
+
+def main() -> None:
+    """Prints for each model and layout the worst difference that overlap makes."""
+    from nvlm_train.parallel.topology import process_group
+    from tests.parity.test_overlap import worst_error
+
+    with process_group():
+        layouts = [ParallelConfig()] if dist.get_world_size() < 4 else [
+            ParallelConfig(), ParallelConfig(pipeline=2),
+            ParallelConfig(tensor=2, sequence_parallel=True),
+        ]  # fmt: skip
+        for name in ("d", "x", "h", "x with feed-forward", "flamingo"):
+            for layout in layouts:
+                off = recipes.with_parallel(
+                    layout, overlap_grad_reduce=False, overlap_param_gather=False
+                )
+                found, expected = (outcome(name, each) for each in (layout, off))
+                if dist.get_rank() == 0:
+                    of_gradients = worst_error(found.gradients, expected.gradients)
+                    of_weights = worst_error([found.weights], [expected.weights])
+                    sys.stdout.write(
+                        f"{name} TP{layout.tensor} PP{layout.pipeline}: gradients differ by "
+                        f"{of_gradients:.1e}, weights by {of_weights:.1e}\n"
+                    )
+
+
+if __name__ == "__main__":
+    main()
