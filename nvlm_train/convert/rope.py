@@ -50,7 +50,7 @@ STRETCHED = {
         scaling="llama3",
     ),
 }
-"""Kinds that `model.language.rope_scaling` describes (nvlm_train/model/rope.py computes them)."""
+"""Kinds that `model.language.rope_scaling` describes (nvlm_train/model/attention/rope.py computes them)."""
 
 
 @dataclass(frozen=True)

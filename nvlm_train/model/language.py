@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from nvlm_train.config.schema import CrossAttentionConfig, LanguageConfig
 from nvlm_train.device_batch import DevicePack
 from nvlm_train.model.attention.choice import choose_cores
+from nvlm_train.model.attention.rope import Turns, angles, rotary_embedding
 from nvlm_train.model.block import decoder_block_spec
 from nvlm_train.model.output.layer import OutputLayer
 from nvlm_train.model.pack import pack_for_layers
-from nvlm_train.model.rope import Turns, angles, rotary_embedding
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
 
