@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nvlm_train.config.layouts import recomputed_parts
 from nvlm_train.config.schema import (
     LanguageConfig,
     ModelConfig,
@@ -200,7 +201,7 @@ def activation_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> 
     cross path come on top.
     """
     parts = layer_activations(model.language, stage.parallel)
-    kept = set(parts) - set(stage.parallel.recomputed_parts)
+    kept = set(parts) - set(recomputed_parts(stage.parallel))
     if stage.parallel.recompute == "full":
         kept = {"layer"}
     numbers = sum(parts[part] for part in kept)

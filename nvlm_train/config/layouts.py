@@ -1,4 +1,4 @@
-"""Rules on layouts: what tensor and pipeline parallelism cut, and how many ranks that takes."""
+"""Rules on layouts: what tensor and pipeline parallelism cut, how many ranks that takes, what is recomputed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import math
 from collections.abc import Iterable
 
 from nvlm_train.config.ranges import Problems, divisors, in_range, use
-from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+from nvlm_train.config.schema import (
+    ModelConfig,
+    ParallelConfig,
+    Recipe,
+    RecomputedPart,
+    StageConfig,
+)
 
 
 def vocabulary_is_cut_evenly(recipe: Recipe) -> Problems:
@@ -63,6 +69,11 @@ def layout_fits_world(path: str, stage: StageConfig, world_size: int) -> Problem
             f"{path}.parallel: tensor={layout.tensor} x pipeline={layout.pipeline} = {replica} ranks do not "
             f"divide the world of {world_size}; start a multiple of {replica} processes or change the layout"
         )
+
+
+def recomputed_parts(parallel: ParallelConfig) -> tuple[RecomputedPart, ...]:
+    """The parts of a layer that are made again by themselves, and not with the whole layer."""
+    return () if isinstance(parallel.recompute, str) else parallel.recompute
 
 
 def padded_rows(rows: int, tensor_sizes: Iterable[int]) -> int:

@@ -243,20 +243,13 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     """Data-parallel ranks share the optimizer's state; otherwise each holds all of it."""
     overlap_grad_reduce: bool = True
-    """Gradients are reduced over data-parallel ranks, where there are several, while the last backward pass
-    runs."""
+    """Data-parallel ranks reduce gradients while a step's last backward pass runs."""
     overlap_param_gather: bool = True
-    """Ranks that share the optimizer's state gather new weights while the next step's first forward pass
-    runs."""
+    """Those that share the optimizer's state gather weights while the next step's first forward pass runs."""
     recompute: Recompute = "none"
     """The backward pass makes again what was not kept: nothing, whole layers, or these parts of a layer."""
     max_tiles_in_flight: int = 256
     """At most this many are encoded before one run of the pipeline schedule, per model replica. [tiles]"""
-
-    @property
-    def recomputed_parts(self) -> tuple[RecomputedPart, ...]:
-        """Returns the parts of a layer that are made again by themselves."""
-        return () if isinstance(self.recompute, str) else self.recompute
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
+from nvlm_train.config.layouts import recomputed_parts
 from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.geometry import head_size
 from nvlm_train.model.global_weights import part_of
@@ -26,7 +27,7 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
     language, parallel = recipe.model.language, stage.parallel
     dtype = DTYPES[recipe.precision]
     whole = parallel.recompute == "full"
-    parts = [RECOMPUTED[part] for part in parallel.recomputed_parts]
+    parts = [RECOMPUTED[part] for part in recomputed_parts(parallel)]
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from nvlm_train.config.layouts import recomputed_parts
 from nvlm_train.config.schema import ParallelConfig, Recipe, Recompute, StageConfig
 from nvlm_train.costs import activation_bytes
 from nvlm_train.errors import TrainingError
@@ -91,7 +92,7 @@ def _better_recompute(parallel: ParallelConfig) -> list[Recompute]:
     if parallel.recompute == "full":
         return []
     smaller: list[Recompute] = [("norms",), ("mlp", "norms")]
-    own = set(parallel.recomputed_parts)
+    own = set(recomputed_parts(parallel))
     return [each for each in smaller if not own.issuperset(each)] + ["full"]
 
 
