@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nvlm_train.config.schema import (
+from nvlm_train.config.model_schema import (
     LanguageConfig,
     ModelConfig,
     ProjectorConfig,
-    StageConfig,
     VisionConfig,
 )
+from nvlm_train.config.schema import StageConfig
 from nvlm_train.convert.vision import kind_of
 from nvlm_train.geometry import (
     head_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nvlm_train.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from nvlm_train.config.model_schema import LanguageConfig, ModelConfig, VisionConfig
 
 PIXEL_SHUFFLE = 2
 """Pixel shuffle joins 2 x 2 neighbouring patches into one token (NVLM 1.0, section 4.1)."""

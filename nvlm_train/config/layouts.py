@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.config.ranges import Problems, divisors, in_range, use
-from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+from nvlm_train.config.schema import Recipe, StageConfig
 
 
 def vocabulary_is_cut_evenly(recipe: Recipe) -> Problems:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable
 
 from nvlm_train.config.layouts import layout_fits_model, layout_fits_world, vocabulary_is_cut_evenly
+from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.config.ranges import Problems, above_zero, below_one, in_range
-from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.config.shapes import (
     language_shapes_fit,
     vision_shapes_fit,

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nvlm_train.config.schema import CrossAttentionConfig, LanguageConfig
+from nvlm_train.config.model_schema import CrossAttentionConfig, LanguageConfig
 from nvlm_train.device_batch import DevicePack
 from nvlm_train.model.block import decoder_block_spec
 from nvlm_train.model.output.layer import OutputLayer

@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nvlm_train.config.schema import ModelConfig
+from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.device_batch import DevicePack
 from nvlm_train.geometry import tile_feature_size
 from nvlm_train.model import context_p2p

@@ -8,17 +8,19 @@ from typing import Literal
 import torch
 
 from nvlm_train.batch import Microbatch, RankShare, Round, SampleInfo, StepBatch
-from nvlm_train.config.schema import (
-    BatchConfig,
+from nvlm_train.config.model_schema import (
     LanguageConfig,
     ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
     ProjectorConfig,
-    Recipe,
-    StageConfig,
     TokenizerConfig,
     VisionConfig,
+)
+from nvlm_train.config.schema import (
+    BatchConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    StageConfig,
 )
 from nvlm_train.geometry import tokens_per_tile
 

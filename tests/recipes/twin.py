@@ -10,14 +10,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from nvlm_train.config.schema import (
-    LanguageConfig,
-    ModelConfig,
-    ParallelConfig,
-    Recipe,
-    StageConfig,
-    VisionConfig,
-)
+from nvlm_train.config.model_schema import LanguageConfig, ModelConfig, VisionConfig
+from nvlm_train.config.schema import ParallelConfig, Recipe, StageConfig
 
 RANKS = 4
 """A test has this many processes."""
