@@ -104,9 +104,12 @@ class StageConfig:
     steps: int
     """The stage makes this many optimizer steps. [steps]"""
     sequence_length: int
-    """A pack has this many tokens; image tokens and padding are included. [tokens]"""
+    """A sample is cut at this many tokens; image tokens are included. [tokens]"""
     batch: BatchConfig
     optimizer: OptimizerConfig
+    pack_length: int | None = None
+    """A pack, one microbatch, holds whole samples of at most this many tokens in all; null:
+    `sequence_length`. [tokens]"""
     tiling: TilingConfig = field(default_factory=TilingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     system_message: str | None = None

@@ -37,18 +37,17 @@ class LanguageModel(MegatronModule):
         config: TransformerConfig,
         language: LanguageConfig,
         cross: CrossAttentionConfig | None,
-        sequence_length: int,
+        pack_length: int,
         topology: Topology,
         kernels: Kernels,
     ) -> None:
         super().__init__(config)
-        self.sequence_length = sequence_length
         self.kernels = kernels
         if topology.is_first_pp_stage:
             self.embedding = LanguageModelEmbedding(
                 config,
                 language.vocab_size,
-                sequence_length,
+                pack_length,
                 position_embedding_type="none",
                 # Image features are spliced in first; the sequence is scattered after that.
                 scatter_to_sequence_parallel=False,

@@ -16,6 +16,7 @@ from torch import nn
 from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.geometry import pack_lengths
 from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology, device
@@ -41,7 +42,8 @@ class Engine:
     @property
     def replica(self) -> Replica:
         """Returns what the rounds of this stage run on."""
-        return Replica(self.model, self.encoder, self.topology, self.stage.sequence_length)
+        lengths = self.stage.sequence_length, pack_lengths(self.stage)
+        return Replica(self.model, self.encoder, self.topology, *lengths)
 
     def reload_optimizer_weights(self) -> None:
         """Copies the model's weights into the optimizer, which keeps fp32 copies of its own.

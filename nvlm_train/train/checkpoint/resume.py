@@ -16,7 +16,7 @@ Rule = Callable[[RunState, Plain, Plain], Iterator[str]]
 """(state, recipe of the checkpoint, present recipe) -> each forbidden difference, with both values."""
 
 _DATA_FIELDS = (
-    "trainable", "blend", "sequence_length", "batch", "tiling", "system_message", "prompts",
+    "trainable", "blend", "sequence_length", "pack_length", "batch", "tiling", "system_message", "prompts",
 )  # fmt: skip
 """Fields of a stage that decide the batch of its step n. None may change while the stage is unfinished."""
 

@@ -75,6 +75,12 @@ def advice(recipe: Recipe, stage_name: str, error: BaseException) -> str:
             f"  {path}.parallel.recompute={parallel.recompute}: {better} keeps fewer activations, "
             "for up to a third more time"
         )
+    if stage.pack_length is not None and stage.pack_length > stage.sequence_length:
+        lines.append(
+            f"  {path}.pack_length={stage.pack_length}: fewer samples a pack, which keeps fewer activations; "
+            f"{path}.sequence_length={stage.sequence_length} is the least "
+            "(in a new run, or from the next stage on)"
+        )
     lines += [
         f"  {path}.parallel.tensor={parallel.tensor}, {path}.parallel.pipeline={parallel.pipeline}: larger "
         "values share weights and activations over more ranks",
