@@ -63,11 +63,13 @@ def recipe(
     parallel: ParallelConfig,
     model: ModelConfig = MODEL,
     sequence_length: int = SEQUENCE_LENGTH,
+    pack_length: int | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     **changes: object,
 ) -> Recipe:
     """Returns a one-stage recipe around `stage`."""
-    own = replace(stage(parallel, **changes), sequence_length=sequence_length)  # type: ignore[arg-type]
+    own = stage(parallel, **changes)  # type: ignore[arg-type]
+    own = replace(own, sequence_length=sequence_length, pack_length=pack_length)
     return Recipe(
         name="parity",
         run_dir="unused",

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from nvlm_train.batch import SampleRef, StepPlan
-from nvlm_train.data.plan.packing.attention_cost import AttentionCost
+from nvlm_train.data.plan.attention_cost import AttentionCost
 from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.viewing.samples import SampleView, view_ref
