@@ -113,6 +113,7 @@ def _stage(stage: StageConfig, data: Path) -> StageConfig:
         steps=2,
         # The smoke data's samples have up to some 100 tokens, tiles of four tokens included.
         sequence_length=max(128, stage.sequence_length // 16),
+        pack_length=stage.pack_length and max(192, stage.pack_length // 16),
         batch=replace(stage.batch, size=6),
         optimizer=replace(stage.optimizer, warmup_steps=1),
         parallel=_layout(stage.parallel),
