@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from nvlm_train.config.layouts import recomputed_parts
 from nvlm_train.config.schema import Recipe, StageConfig
-from nvlm_train.geometry import head_size
+from nvlm_train.geometry import head_size, pack_length
 from nvlm_train.model.global_weights import part_of
 from nvlm_train.model.nvlm import NVLM
 from nvlm_train.parallel.kernels import Kernels
@@ -73,7 +73,7 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
 def build_model(recipe: Recipe, stage: StageConfig, topology: Topology, kernels: Kernels) -> NVLM:
     """Builds this rank's shard of the model with uninitialised weights, frozen as the stage says."""
     config = transformer_config(recipe, stage, kernels)
-    model = NVLM(config, recipe.model, stage.sequence_length, topology, kernels)
+    model = NVLM(config, recipe.model, pack_length(stage), topology, kernels)
     freeze(model, stage.trainable)
     return model
 

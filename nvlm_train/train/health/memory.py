@@ -78,6 +78,12 @@ def advice(recipe: Recipe, stage_name: str, error: BaseException) -> str:
             f"  {path}.parallel.recompute={_written(parallel.recompute)}: {saved}; full costs up to a third "
             "more time, the others less"
         )
+    if stage.pack_length is not None and stage.pack_length > stage.sequence_length:
+        lines.append(
+            f"  {path}.pack_length={stage.pack_length}: fewer samples a pack, which keeps fewer activations; "
+            f"{path}.sequence_length={stage.sequence_length} is the least "
+            "(in a new run, or from the next stage on)"
+        )
     lines += [
         f"  {path}.parallel.tensor={parallel.tensor}, {path}.parallel.pipeline={parallel.pipeline}: larger "
         "values share weights and activations over more ranks",
