@@ -1,4 +1,4 @@
-"""The norm of all gradients without a look at any of them: what megatron-core has of Transformer Engine or apex.
+"""The norm of all gradients, without a look at any of them, where no library brings it.
 
 Its own stand-in builds a tensor of the norms of single gradients on the host, and on a GPU waits for each.
 """

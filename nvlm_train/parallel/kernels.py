@@ -103,7 +103,7 @@ def _is_installed(module: str) -> bool:
 
 
 def install() -> None:
-    """Gives megatron-core the kernels that it has none of: Adam, gradient norm, and weight gradient's product."""
+    """Gives megatron-core what it lacks: Adam, the norm of gradients, the product of weight gradients."""
     install_adam()
     install_gradient_norm()
     install_weight_gradient()
@@ -121,7 +121,7 @@ def install_adam() -> None:
 
 
 def install_gradient_norm() -> None:
-    """Gives megatron-core a norm that stays on the device where it has neither Transformer Engine nor apex."""
+    """Gives megatron-core a norm that stays on the device, without Transformer Engine and apex."""
     from nvlm_train.parallel.gradient_norm import l2_norm
 
     module = "megatron.core.optimizer.clip_grads"

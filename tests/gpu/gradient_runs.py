@@ -20,6 +20,7 @@ from tests.model.cross_runs import together
 from tests.parity import cross_gradients, cross_recipes, dropout_runs, gradients, recipes
 
 UNLABELLED: list[cross_recipes.Sample] = [(8, [cross_recipes.TALL]), (7, [])]
+NOTHING_AGAIN = ParallelConfig()
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
@@ -36,7 +37,7 @@ class Found(NamedTuple):
 def run(
     name: str,
     path: Path,
-    parallel: ParallelConfig = ParallelConfig(),
+    parallel: ParallelConfig = NOTHING_AGAIN,
     **changes: object,
 ) -> Found:
     """Computes both steps: packs with tiles, one of text, one without a label, then text alone.

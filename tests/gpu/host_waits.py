@@ -1,8 +1,8 @@
 """Runs on the workers: a step in which the host may wait for the device in two places only.
 
 On a GPU CUDA's own check says where it waits (`torch.cuda.set_sync_debug_mode`): elsewhere it raises. It
-does not see collectives, nor `torch.cuda.synchronize`, which is counted by hand. On a CPU, where nothing waits,
-calls that read a tensor are counted (tests/train/host_reads.py).
+does not see collectives, nor `torch.cuda.synchronize`, which is counted by hand. On a CPU, where nothing
+waits, calls that read a tensor are counted (tests/train/host_reads.py).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Path:
 
 CPU, CPU_BF16 = Path("own", "fp32"), Path("own", "bf16")
 EXACT = {"torch fp32": Path("torch", "fp32")}
-"""It rounds nowhere to less than fp32. Transformer Engine's products of fp32 matrices do: they run in TF32."""
+"""It rounds to nothing less than fp32. Transformer Engine's products of fp32 matrices run in TF32."""
 FAST = {"torch bf16": Path("torch", "bf16")}
 """Paths that train."""
 HAS_ENGINE = importlib.util.find_spec("transformer_engine") is not None

@@ -36,7 +36,7 @@ def check_recomputation(run: Run, precision: str) -> None:
     """
     kept = run(DROPOUT, ParallelConfig())
     plain = run({}, ParallelConfig())
-    assert all(abs(a - b) > 1e-3 for a, b in zip(kept.losses, plain.losses, strict=True))
+    assert worst_distance(kept.gradients, plain.gradients) > 2 * TOLERANCE["bf16"]
     for form, parallel in RECOMPUTE.items():
         again = run(DROPOUT, parallel)
         assert again.losses == pytest.approx(kept.losses, rel=1e-5), form
@@ -101,21 +101,24 @@ def check_slopes(slopes: dict[str, tuple[float, float]]) -> None:
         assert by_differences == pytest.approx(by_backward, rel=SLOPE_TOLERANCE, abs=NOISE), key
 
 
+@pytest.mark.slow
 def test_recomputation_draws_the_same_masks(workers: WorkerPool) -> None:
     def run(changes: dict[str, object], parallel: ParallelConfig) -> Found:
-        return workers.run(1, gradient_runs.with_changes, H, CPU_BF16, parallel, changes)[0]
+        return workers.run(1, gradient_runs.with_changes, H, CPU, parallel, changes)[0]
 
-    check_recomputation(run, "bf16")
+    check_recomputation(run, "fp32")
 
 
+@pytest.mark.slow
 def test_other_masks_at_recomputation_are_caught(workers: WorkerPool) -> None:
-    check_caught(workers, CPU_BF16)
+    check_caught(workers, CPU)
 
 
 def test_what_the_recipe_says_is_dropped(workers: WorkerPool) -> None:
     check_rate(workers.run(1, attention_masks.rates_of, D, CPU, RATE)[0])
 
 
+@pytest.mark.slow
 def test_another_rate_is_caught(workers: WorkerPool) -> None:
     """Negative control: the check would see 0.13 instead of 0.1."""
     (masks,) = workers.run(1, attention_masks.rates_of, D, CPU, 1.3 * RATE)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.gpu import gradient_runs
 from tests.gpu.gradient_runs import Found
-from tests.gpu.paths import CPU_BF16, D, GPU, H, LOSS_TOLERANCE, TOLERANCE, X
+from tests.gpu.paths import CPU_BF16, GPU, LOSS_TOLERANCE, TOLERANCE, D, H, X
 from tests.parity.test_bf16 import worst_distance
 from tests.workers import WorkerPool
 

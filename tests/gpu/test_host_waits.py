@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.gpu import host_waits
-from tests.gpu.paths import CPU, D, FAST, H, X
+from tests.gpu.paths import CPU, FAST, D, H, X
 from tests.train.test_host_reads import AT_MOST
 from tests.workers import WorkerPool
 

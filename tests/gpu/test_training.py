@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: the losses of a CPU, through the hand-over; and the same losses after a stop or a kill."""
+"""Whole runs on a GPU: a CPU's losses, through the hand-over; the same losses after a stop or a kill."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nvlm_train.train.checkpoint.directory import complete_checkpoints
 from nvlm_train.train.signals import EXIT_REQUEUE
 from tests.gpu import training_runs
 from tests.gpu.paths import FAST
@@ -14,14 +15,14 @@ from tests.train.smoke import make_smoke_data, read_metrics
 from tests.workers import WorkerPool
 
 STEPS = 8
-"""Four of each stage, with a checkpoint every second."""
+"""Four of each stage."""
 KILLED_AFTER = 3
-"""The third step is done again, then comes the hand-over."""
-CONTINUES = {"fp32": 1e-5, "bf16": 2e-3}
-"""Relative difference of losses between two runs of one kind. A GPU adds in no fixed order: in fp32 that
-leaves 1e-7 a step, in bf16 now and then another rounding (2e-3). Dropout is on: without the generators'
-states a step of fp32 is off by 1e-3 and more."""
-AS_ON_A_CPU = 1e-4
+"""Steps of the first stage, whose dropout is on."""
+CONTINUES = {"fp32": (1e-5, 1e-3), "bf16": (2e-3, 5e-2)}
+"""Relative differences of losses and of gradient norms between two runs of one kind. A GPU adds in no fixed
+order: in fp32 that leaves 1e-7 a step, in bf16 now and then another rounding (2e-3). The small model's loss
+hardly depends on dropout, its gradient does."""
+AS_ON_A_CPU = (1e-4, 1e-3)
 """As between layouts."""
 H_SMOKE = ["model=nvlm_h_smoke", *NO_DROPOUT]
 
@@ -33,14 +34,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def check(found: Path, expected: Path, tolerance: float) -> None:
-    """Compares losses of the same samples, step by step."""
+def check(found: Path, expected: Path, tolerances: tuple[float, float]) -> None:
+    """Compares losses and gradient norms of the same samples, step by step."""
     ours, theirs = read_metrics(found), read_metrics(expected)
     for key in ("global_step", "stage", "samples_hash", "trained_tokens"):
         assert [each[key] for each in ours] == [each[key] for each in theirs]
     assert len(ours) == STEPS
-    losses = [[each["loss"] for each in records] for records in (ours, theirs)]
-    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    for key, tolerance in zip(("loss", "grad_norm"), tolerances, strict=True):
+        values = [[each[key] for each in records] for records in (ours, theirs)]
+        assert values[0] == pytest.approx(values[1], rel=tolerance), key
 
 
 @pytest.mark.gpu
@@ -74,6 +76,7 @@ def check_killed(pool: WorkerPool, shards: Path, directory: Path, path: str) -> 
     whole, killed = directory / "whole", directory / "killed"
     training_runs.kill(shards, killed, path, KILLED_AFTER, [])
     assert len(read_metrics(killed)) == KILLED_AFTER
+    assert complete_checkpoints(killed)
     assert pool.run(1, training_runs.run, shards, killed, path, []) == [0]
     assert pool.run(1, training_runs.run, shards, whole, path, []) == [0]
     check(killed, whole, CONTINUES["fp32"])
@@ -88,4 +91,4 @@ def test_a_killed_run_goes_on(workers: WorkerPool, shards: Path, tmp_path: Path)
     broken = training_runs.run_without_generators
     assert workers.run(1, broken, shards, other, "CPU", []) == [0]
     with pytest.raises(AssertionError):
-        check(other, tmp_path / "whole", 10 * CONTINUES["fp32"])
+        check(other, tmp_path / "whole", (10 * CONTINUES["fp32"][0], 10 * CONTINUES["fp32"][1]))

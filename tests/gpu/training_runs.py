@@ -24,6 +24,8 @@ SIZES = (
     # As in the other tests of this folder, so that a GPU's encoder is compiled once.
     "model.vision.batch_tiles=4",
     "model.language.head_dim=64",
+    # A save waits for the one before it: after the third step the first one's is complete.
+    "checkpoint.interval_steps=1",
 )
 
 

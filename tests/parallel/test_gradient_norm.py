@@ -17,8 +17,8 @@ def test_it_is_megatron_cores(workers: WorkerPool) -> None:
 
 
 def test_it_is_installed_and_reads_nothing(workers: WorkerPool) -> None:
-    """megatron-core's stand-in reads every gradient's norm inside of `torch.tensor`, where it cannot be counted,
-    and then their norm, where it can."""
+    """megatron-core's stand-in reads every norm inside of `torch.tensor`, where it cannot be counted, and
+    then the norm of these, where it can."""
     assert workers.run(1, norms.installed)[0] == "nvlm_train.parallel.gradient_norm"
     assert workers.run(1, norms.scalars_read)[0] == (0, 1)
 

@@ -53,7 +53,7 @@ def test_torchs_exception_is_ours(workers: WorkerPool, tmp_path: Path) -> None:
 def test_between_torch_and_transformer_engine(
     gpu: WorkerPool, tmp_path: Path, writer: str, reader: str
 ) -> None:
-    """Weights are loaded bit for bit, and training goes on; without Transformer Engine from torch to torch."""
+    """Weights are loaded bit for bit, and training goes on; without the library from torch to torch."""
     arguments = (writer, reader, ParallelConfig(), tmp_path / "saved")
     found, expected = gpu.run(1, other_kernels.across, *arguments)[0]
     assert found.keys() == expected.keys()
