@@ -1,4 +1,4 @@
-"""Rules on layouts: what tensor and pipeline parallelism cut, how many ranks that takes, what is made again."""
+"""Rules on layouts: what tensor and pipeline parallelism cut, ranks they take, what is made again."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nvlm_train.config.schema import LanguageConfig, ParallelConfig, Recompute
+from nvlm_train.config.model_schema import LanguageConfig
+from nvlm_train.config.schema import ParallelConfig, Recompute
 from nvlm_train.vision.tile_parallel import encode_round
 from tests.parity import gradients, recipes
 
