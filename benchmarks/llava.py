@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 -m benchmarks.llava
 
 Both are frozen ViT, projector and language model of the shapes of `benchmarks/step_time.py`, TP2 without
-sequence parallelism (LLaVAModel has it with Transformer Engine only), fp32, one sample of 7 tiles: 1,792 image
-and 128 text tokens, of which 64 are trained. LLaVAModel is built from megatron-core's local layers, as its
-users build it where there is no Transformer Engine; its encoder lacks InternViT's layer scales and query
-and key norms. Both run megatron-core's schedule, DDP and distributed AdamW with the same CPU kernels
+sequence parallelism (LLaVAModel has it with Transformer Engine only), fp32, one sample of 7 tiles: 1,792
+image and 128 text tokens, of which 64 are trained. LLaVAModel is built from megatron-core's local layers,
+as its users build it where there is no Transformer Engine; its encoder lacks InternViT's layer scales and
+query and key norms. Both run megatron-core's schedule, DDP and distributed AdamW with the same CPU kernels
 (`parallel/cpu.py`): what differs is the model. Before anything is measured, both language models get the
 same weights and the same features, and must have the same loss.
 
@@ -342,7 +342,11 @@ def compare(sizes: Sizes, repeats: int) -> dict[str, Any]:
         turns: list[tuple[str, Step]] = [("own", own), ("llava", llava)]
         for side, step in turns if repeat % 2 else reversed(turns):
             seconds[side].append(_timed(step))
-    return {"tokens": sizes.length, "trained_tokens": sizes.trained, "first_loss": round(loss, 4)} | {
+    return {
+        "tokens": sizes.length,
+        "trained_tokens": sizes.trained,
+        "first_loss": round(loss, 4),
+    } | {
         clock: _ratios(*([each[place] for each in seconds[side]] for side in ("own", "llava")))
         for place, clock in enumerate(("wall", "cpu"))
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import build_topology, collect_engines, device
 from nvlm_train.train.engine import Engine, build_engine
 from nvlm_train.train.placing import place
+from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.step import run_step
 from nvlm_train.vision.intern_vit import InternViT
 from nvlm_train.vision.tile_parallel import encode_tiles
@@ -78,7 +80,6 @@ def training_row(row: TrainingRow, repeats: Repeats, keep: Path | None) -> Row:
 def _train(
     engine: Engine, recipe: Recipe, batch: StepBatch, repeats: Repeats, keep: Path | None
 ) -> Row:
-    stage = recipe.stages["sft"]
     # Training places a step while the one before it runs.
     placed = place(batch, engine.topology)
     results = [run_step(engine, placed, num_sources=1)]
@@ -89,20 +90,32 @@ def _train(
     seconds = seconds_of(step, repeats.timed, repeats.warm_up)
     peak = peak_gib()
     activity = trace(step, keep)
-    result = results[-1]
-    predicted = costs.rank_memory(recipe.model, stage, recipe.precision, data_size=1) / 2**30
     return (
-        {
-            "samples": result.samples,
-            "trained_tokens": result.work.trained_tokens,
-            "losses": [round(each.loss, 4) for each in results],
-        }
-        | speed(result.work.tokens, result.samples, seconds)
-        | utilisation(flops_by_part(recipe.model, stage, result.work), seconds)
+        step_figures(recipe, results, seconds)
         | waiting(activity, seconds)
         | encoding_figures(engine.encoder, batch, repeats)
-        | memory(peak, predicted)
+        | memory(peak, predicted_gib(recipe))
     )
+
+
+def step_figures(recipe: Recipe, results: Sequence[StepResult], seconds: float) -> Row:
+    """Work, losses, throughput and MFU of steps that took `seconds` each."""
+    last = results[-1]
+    return (
+        {
+            "samples": last.samples,
+            "trained_tokens": last.work.trained_tokens,
+            "losses": [round(each.loss, 4) for each in results],
+        }
+        | speed(last.work.tokens, last.samples, seconds)
+        | utilisation(flops_by_part(recipe.model, recipe.stages["sft"], last.work), seconds)
+    )
+
+
+def predicted_gib(recipe: Recipe) -> float:
+    """What the planner says of this rank's memory."""
+    stage = recipe.stages["sft"]
+    return costs.rank_memory(recipe.model, stage, recipe.precision, data_size=1) / 2**30
 
 
 def make_batch(row: TrainingRow) -> StepBatch:
