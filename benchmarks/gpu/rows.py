@@ -139,7 +139,7 @@ def make_engine(recipe: Recipe, kernels: Kernels) -> Engine:
     engine = build_engine(small, stage, build_topology(stage.parallel, small.seed), kernels)
     randomise(engine.model.module)
     engine.reload_optimizer_weights()
-    engine.encoder = make_encoder(vision)
+    engine.features.encoder = make_encoder(vision)
     return engine
 
 

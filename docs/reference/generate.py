@@ -30,6 +30,7 @@ METRICS = (
     ("train/tracking/step_record.py", "SourceRecord", "{field}/SOURCE"),
     ("train/part_timer.py", "PartSeconds", "seconds/{field}"),
     ("train/tracking/step_record.py", "PartSpeed", "{field}/PART"),
+    ("train/tracking/step_record.py", "BesideSeconds", "seconds/{field}"),
     ("train/tracking/step_record.py", "PeakShare", "{field}"),
     ("train/tracking/step_record.py", "PartPeakShare", "{field}/PART"),
     ("train/health/stragglers.py", "SlowestRank", "{field}"),

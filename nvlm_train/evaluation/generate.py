@@ -148,7 +148,7 @@ def _encode(replica: Replica, tiles_TCEE: Tensor) -> Tensor | None:
     topology = replica.topology
     split = split_tiles(len(tiles_TCEE), topology.replica_size)
     own = tiles_TCEE.split(split)[topology.replica_rank]
-    return encode_share(replica.encoder, own, split, topology)
+    return encode_share(replica.features.encoder, own, split, topology)
 
 
 def _next_tokens(replica: Replica, packs: list[_Pack]) -> list[list[int]]:

@@ -46,6 +46,9 @@ class Topology:
     data_size: int
     data_rank: int
     replica_group: ProcessGroup
+    features_group: ProcessGroup
+    """The replica's ranks once more, for features that are exchanged beside the training: collectives of one
+    group wait for each other."""
     data_group: ProcessGroup
 
     @property
@@ -209,8 +212,27 @@ def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
         data_size=mpu.get_data_parallel_world_size(),
         data_rank=mpu.get_data_parallel_rank(),
         replica_group=mpu.get_model_parallel_group(),
+        features_group=_make_features_group(parallel),
         data_group=mpu.get_data_parallel_group(),
     )
+
+
+def _make_features_group(parallel: ParallelConfig) -> ProcessGroup:
+    """Makes `Topology.features_group` of every replica, and returns this rank's."""
+    from megatron.core import parallel_state as mpu
+
+    own: ProcessGroup = mpu.get_model_parallel_group()
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    if tensor * pipeline == 1:
+        return own
+    data = dist.get_world_size() // (tensor * pipeline)
+    for replica in range(data):
+        firsts = [(stage * data + replica) * tensor for stage in range(pipeline)]
+        ranks = [first + each for first in firsts for each in range(tensor)]
+        # megatron-core's function remembers the group, and it is left with the others.
+        made = mpu.create_group(ranks, group_desc="FEATURES")
+        own = made if replica == mpu.get_data_parallel_rank() else own
+    return own
 
 
 def _seed_dropout(seed: int) -> None:

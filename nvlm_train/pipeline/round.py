@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from nvlm_train.device_batch import DevicePack, DeviceRound
 from nvlm_train.parallel.topology import Topology
-from nvlm_train.vision.encoder import VisionEncoder
-from nvlm_train.vision.tile_parallel import encode_round
+from nvlm_train.vision.ahead import FeatureSource
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Replica:
     """Holds this rank's shard of one model replica. `model` may be wrapped in megatron-core's DDP."""
 
     model: nn.Module
-    encoder: VisionEncoder
+    features: FeatureSource
     topology: Topology
     sequence_length: int
 
@@ -51,7 +50,7 @@ def run_round(
     Returns:
         On the last pipeline stage the result of each pack, in order; elsewhere an empty list.
     """
-    encoded = encode_round(replica.encoder, round_, replica.topology)
+    encoded = replica.features.of(round_)
     features: Sequence[Tensor | None] = encoded or [None] * len(round_.packs)
     return run_features(replica, round_.packs, features, round_.relayed, finish, forward_only)
 

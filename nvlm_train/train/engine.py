@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
@@ -11,7 +12,6 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from torch import nn
 
 from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.data.plan.plan import DataPlan
@@ -22,6 +22,7 @@ from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.pipeline.round import Replica
 from nvlm_train.train.optimizer import set_groups
 from nvlm_train.train.part_timer import PartTimer
+from nvlm_train.vision.ahead import FeatureSource
 from nvlm_train.vision.build import build_vision_encoder
 from nvlm_train.vision.encoder import VisionEncoder
 
@@ -33,15 +34,20 @@ class Engine:
     stage: StageConfig
     topology: Topology
     model: DistributedDataParallel
-    encoder: VisionEncoder
+    features: FeatureSource
     optimizer: MegatronOptimizer
     parts: PartTimer = field(default_factory=PartTimer)
     """What this rank's time goes to."""
 
     @property
+    def encoder(self) -> VisionEncoder:
+        """The whole vision encoder."""
+        return self.features.encoder
+
+    @property
     def replica(self) -> Replica:
         """Returns what the rounds of this stage run on."""
-        return Replica(self.model, self.encoder, self.topology, self.stage.sequence_length)
+        return Replica(self.model, self.features, self.topology, self.stage.sequence_length)
 
     def reload_optimizer_weights(self) -> None:
         """Copies the model's weights into the optimizer, which keeps fp32 copies of its own.
@@ -82,7 +88,7 @@ def build_engine(
     encoder = build_vision_encoder(
         recipe.model.vision, DTYPES[recipe.precision], device(), recipe.seed
     )
-    engine = Engine(stage, topology, model, encoder, optimizer)
+    engine = Engine(stage, topology, model, FeatureSource(encoder, topology), optimizer)
     _watch(engine)
     engine.set_learning_rate(stage.optimizer.lr)
     return engine
@@ -90,10 +96,10 @@ def build_engine(
 
 def _watch(engine: Engine) -> None:
     """Lets the engine's timer see where its parts begin and end."""
-    module, encoder = engine.model.module, engine.encoder
-    assert isinstance(encoder, nn.Module), "an encoder is a torch module (vision/build.py)"
+    module = engine.model.module
     is_last = engine.topology.is_last_pp_stage
-    engine.parts.watch(encoder, module, module.language_model.decoder if is_last else None)
+    engine.parts.watch(module, module.language_model.decoder if is_last else None)
+    engine.features.around = partial(engine.parts.within, "encode")
 
 
 def ddp_config(stage: StageConfig) -> DistributedDataParallelConfig:

@@ -43,6 +43,7 @@ from nvlm_train.train.engine import Engine, StageWork, build_engine
 from nvlm_train.train.fitting import require_fitting
 from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.schedule import Position, stages_to_run
+from nvlm_train.vision.ahead import FeatureSource
 from nvlm_train.vision.build import build_vision_encoder
 
 logger = logging.getLogger(__name__)
@@ -294,4 +295,4 @@ def _empty_replica(recipe: Recipe, stage_name: str) -> Replica:
         recipe.model.vision, DTYPES[recipe.precision], device(), recipe.seed
     )
     model = build_model(recipe, stage, topology, kernels.detect()).eval()
-    return Replica(model, encoder, topology, stage.sequence_length)
+    return Replica(model, FeatureSource(encoder, topology), topology, stage.sequence_length)

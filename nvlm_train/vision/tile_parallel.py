@@ -94,5 +94,5 @@ def _to_first_stage(own: Tensor, tile_split: tuple[int, ...], topology: Topology
     send_split = [len(own)] * receivers + [0] * (topology.replica_size - receivers)
     receive_split = list(tile_split) if topology.is_first_pp_stage else [0] * len(tile_split)
     received = own.new_empty((sum(receive_split), *own.shape[1:]))
-    dist.all_to_all_single(received, send, receive_split, send_split, group=topology.replica_group)
+    dist.all_to_all_single(received, send, receive_split, send_split, group=topology.features_group)
     return received if topology.is_first_pp_stage else None

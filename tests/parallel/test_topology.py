@@ -35,7 +35,7 @@ def _places(layouts: list[ParallelConfig]) -> list[dict]:
     places = []
     for parallel in layouts:
         topology = build_topology(parallel, seed=1)
-        groups = ("replica_group", "data_group")
+        groups = ("replica_group", "features_group", "data_group")
         shared = {name: dist.get_process_group_ranks(getattr(topology, name)) for name in groups}
         ends = {"first": topology.is_first_pp_stage, "last": topology.is_last_pp_stage}
         places.append({**topology.__dict__, **shared, **ends, **asdict(topology.share)})
@@ -67,6 +67,7 @@ def test_data_parallel_ranks_lie_inside_pipeline_stages(workers: WorkerPool) -> 
         (1, 1),
     ]
     assert [p["replica_group"] for p in places] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [p["features_group"] for p in places] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     assert [p["data_group"] for p in places] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [p["replica_rank"] for p in places] == [0, 0, 1, 1]
 

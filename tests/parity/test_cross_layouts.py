@@ -49,7 +49,7 @@ def reference(request: pytest.FixtureRequest, workers: WorkerPool) -> tuple:
     return request.param, *run[0]
 
 
-FAST = ("full recompute", "TP2 SP", "PP4", "DP2 overlapped", "TP2 SP PP2")
+FAST = ("full recompute", "PP4", "DP2 overlapped", "TP2 SP PP2")
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(each, marks=[] if each == "TP2 PP2" else pytest.mark.slow) for each in LAYOUTS],
+)
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_gradients_do_not_depend_on_layout(workers: WorkerPool, language: str, layout: str) -> None:
     model = replace(MODEL, language=LANGUAGES[language])
@@ -55,7 +58,10 @@ def test_cross_attention_has_heads_of_the_same_size(workers: WorkerPool, name: s
 
 @pytest.mark.parametrize(
     "parallel",
-    [ParallelConfig(tensor=2, pipeline=2), ParallelConfig(pipeline=2, overlap_grad_reduce=True)],
+    [
+        ParallelConfig(tensor=2, pipeline=2),
+        pytest.param(ParallelConfig(pipeline=2, overlap_grad_reduce=True), marks=pytest.mark.slow),
+    ],
     ids=["TP2 PP2", "PP2 DP2 overlapped"],
 )
 def test_both_copies_of_a_tied_table_stay_equal(

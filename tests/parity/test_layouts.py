@@ -74,7 +74,15 @@ def test_deliberate_bugs_are_caught(workers: WorkerPool, reference, bug: str) ->
 
 
 @pytest.mark.parametrize(
-    "layout", ["TP2 SP", "PP2", "DP2", "DP2 overlapped", "TP2 SP PP2", "PP2 DP2"]
+    "layout",
+    [
+        "TP2 SP PP2",
+        "DP2 overlapped",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("TP2 SP", "PP2", "DP2", "PP2 DP2")
+        ),
+    ],
 )
 def test_losses_of_training_do_not_depend_on_layout(workers: WorkerPool, layout: str) -> None:
     world, parallel, _ = LAYOUTS[layout]

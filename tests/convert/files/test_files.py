@@ -86,9 +86,9 @@ def test_a_tensor_in_two_files(sharded: Path) -> None:
 
 
 def test_a_file_that_the_index_does_not_name(sharded: Path) -> None:
-    save_file({"extra": torch.zeros(1)}, sharded / "consolidated.safetensors")
+    save_file({"extra": torch.zeros(1)}, sharded / "others.safetensors")
     found = problems(sharded)
-    assert "consolidated.safetensors is there, but" in found and "unexpected=['extra']" in found
+    assert "others.safetensors is there, but" in found and "unexpected=['extra']" in found
 
 
 def test_an_index_that_places_a_tensor_elsewhere(sharded: Path) -> None:

@@ -68,6 +68,7 @@ def test_every_shipped_model_holds_its_tokenizer_s_ids(path: Path) -> None:
     assert Tokenizer(recipe.model.tokenizer).vocab_size == NUM_IDS
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_table_end_training_in_every_layout(
     workers: WorkerPool, tmp_path: Path
 ) -> None:

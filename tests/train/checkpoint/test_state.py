@@ -156,6 +156,20 @@ def test_the_model_may_not_change_between_stages(recipe: Recipe) -> None:
     assert "model.projector.ffn_hidden_size=8" in refusal(end, changed)
 
 
+def test_the_encoder_s_batch_counts_and_not_who_states_it(recipe: Recipe) -> None:
+    """Recipes of before stated 8 tiles, which is what follows from InternViT-6B's sizes today."""
+    large = {"hidden_size": 3200, "num_heads": 25, "ffn_hidden_size": 12800}
+    sizes = large | {"tile_size": 448, "patch_size": 14}
+
+    def taking(tiles: int | None) -> Recipe:
+        vision = replace(recipe.model.vision, batch_tiles=tiles, **sizes)
+        return replace(recipe, model=replace(recipe.model, vision=vision))
+
+    check(state_of(taking(8)), taking(None))
+    check(state_of(taking(None)), taking(8))
+    assert "model.vision.batch_tiles=8, was 16" in refusal(state_of(taking(16)), taking(None))
+
+
 def test_a_stage_that_is_gone(recipe: Recipe) -> None:
     only = replace(recipe, schedule=("pretrain",), stages={"pretrain": recipe.stages["pretrain"]})
     assert "is in stage sft, which schedule=['pretrain'] does not have" in refusal(

@@ -150,7 +150,7 @@ def test_warning_goes_on(workers: WorkerPool, data: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "rank", "part"),
     [
-        ("DP2", 1, "data"),
+        pytest.param("DP2", 1, "data", marks=slow),
         pytest.param("TP2 PP2", 2, "compute", marks=slow),
         pytest.param("TP2 PP2", 1, "data", marks=slow),
     ],
