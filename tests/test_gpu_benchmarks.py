@@ -47,6 +47,8 @@ def test_rows_of_a_toy() -> None:
     d, x, shards, reference, encoder = rows.values()
     same = ("samples", "trained_tokens", "tokens", "tiles", "tflop", "predicted_gib")
     assert {name: shards[name] for name in same} == {name: d[name] for name in same}
+    for row in (d, x, shards):
+        assert 0 < row["part_ms"]["layers"] <= sum(row["part_ms"].values()) < 1.2 * row["ms"] + 50
     assert shards["data_ms"] >= 0 and shards["loader_samples_per_s"] > 0
     assert d["tokens"] == reference["tokens"] > x["tokens"]
     assert d["samples"] == x["samples"] == reference["samples"] == TOY.samples

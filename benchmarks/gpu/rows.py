@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import statistics
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +37,8 @@ from nvlm_train.config.schema import (
 from nvlm_train.costs import StepWork
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import build_topology, collect_engines, device
+from nvlm_train.train import placing
 from nvlm_train.train.engine import Engine, build_engine
-from nvlm_train.train.placing import place
 from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.step import run_step
 from nvlm_train.vision.intern_vit import InternViT
@@ -80,22 +83,50 @@ def training_row(row: TrainingRow, repeats: Repeats, keep: Path | None) -> Row:
 def _train(
     engine: Engine, recipe: Recipe, batch: StepBatch, repeats: Repeats, keep: Path | None
 ) -> Row:
-    # Training places a step while the one before it runs.
-    placed = place(batch, engine.topology)
-    results = [run_step(engine, placed, num_sources=1)]
-
-    def step() -> None:
-        results.append(run_step(engine, placed, num_sources=1))
-
-    seconds = seconds_of(step, repeats.timed, repeats.warm_up)
-    peak = peak_gib()
-    activity = trace(step, keep)
+    steps = Steps(engine, itertools.repeat(batch))
+    steps()
+    seconds = seconds_of(steps, repeats.timed, repeats.warm_up)
+    peak, parts = peak_gib(), steps.part_ms(repeats.timed)
+    activity = trace(steps, keep)
     return (
-        step_figures(recipe, results, seconds)
+        step_figures(recipe, steps.results, seconds)
+        | {"part_ms": parts}
         | waiting(activity, seconds)
         | encoding_figures(engine.encoder, batch, repeats)
         | memory(peak, predicted_gib(recipe))
     )
+
+
+class Steps:
+    """Takes steps as training does: on a GPU, one is placed and its tiles encoded while the last one trains.
+
+    Args:
+        engine: what trains.
+        batches: a step takes one of them.
+    """
+
+    def __init__(self, engine: Engine, batches: Iterable[StepBatch]) -> None:
+        self._engine = engine
+        self._placed = placing.ahead(batches, engine.topology, engine.features)
+        self._part_seconds: list[dict[str, float]] = []
+        self.results: list[StepResult] = []
+        self.data_seconds: list[float] = []
+        """What each step waited for its batch."""
+
+    def __call__(self) -> None:
+        started = time.perf_counter()
+        batch = next(self._placed)
+        self.data_seconds.append(time.perf_counter() - started)
+        self.results.append(run_step(self._engine, batch, num_sources=1))
+        beside = {"encode_beside": self._engine.features.read_beside()}
+        self._part_seconds.append(vars(self._engine.parts.read()) | beside)
+
+    def part_ms(self, steps: int) -> dict[str, float]:
+        """Mean milliseconds of each part over the last steps (`train/part_timer.py`)."""
+        last = self._part_seconds[-steps:]
+        return {
+            part: round(statistics.mean(each[part] for each in last) * 1e3, 1) for part in last[0]
+        }
 
 
 def step_figures(recipe: Recipe, results: Sequence[StepResult], seconds: float) -> Row:

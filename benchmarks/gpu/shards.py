@@ -21,6 +21,7 @@ from benchmarks.gpu.packs import Planned, make_plan, turns_of
 from benchmarks.gpu.rows import (
     Repeats,
     Row,
+    Steps,
     TrainingRow,
     make_engine,
     memory,
@@ -34,12 +35,9 @@ from nvlm_train.config.schema import LoaderConfig, Recipe
 from nvlm_train.data.dataset import build_data
 from nvlm_train.data.prepare.write import prepare_shards
 from nvlm_train.parallel.topology import collect_engines
-from nvlm_train.train import placing
 from nvlm_train.train.engine import StageWork
-from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.schedule import Position
 from nvlm_train.train.start import open_loader
-from nvlm_train.train.step import run_step
 
 SAMPLES_PER_SHARD = 16
 WORKERS = 4
@@ -93,27 +91,19 @@ def _train(row: TrainingRow, recipe: Recipe, repeats: Repeats, keep: Path | None
     engine = make_engine(recipe, row.kernels)
     plan, encoder = build_data(recipe.stages["sft"], recipe, str(Path.cwd()))
     work = StageWork(engine, plan, encoder, {})
-    results: list[StepResult] = []
-    waits: list[float] = []
     with open_loader(recipe, Position("sft", 0), work) as loader:
-        batches = placing.ahead(loader, engine.topology)
-
-        def step() -> None:
-            started = time.perf_counter()
-            batch = next(batches)
-            waits.append(time.perf_counter() - started)
-            results.append(run_step(engine, batch, num_sources=1))
-
+        step = Steps(engine, loader)
         seconds = seconds_of(step, repeats.timed, repeats.warm_up + 1)
-        peak = peak_gib()
-        data_ms = statistics.median(waits[-repeats.timed :]) * 1e3
+        peak, parts = peak_gib(), step.part_ms(repeats.timed)
+        data_ms = statistics.median(step.data_seconds[-repeats.timed :]) * 1e3
         activity = trace(step, keep)
     return (
-        step_figures(recipe, results, seconds)
+        step_figures(recipe, step.results, seconds)
         | {
             "data_ms": round(data_ms, 1),
             "loader_samples_per_s": round(_loader_speed(recipe, work), 1),
-            "tiles": results[-1].work.tiles,
+            "tiles": step.results[-1].work.tiles,
+            "part_ms": parts,
         }
         | waiting(activity, seconds)
         | memory(peak, predicted_gib(recipe))
