@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu import targets
 from benchmarks.gpu.activity import KERNEL_FAILURES, describe_device, free_memory
@@ -47,7 +48,8 @@ DEFAULT = ("d", "x", "h", "text", "transformers", "encoder_300m", "encoder_6b")
 def rows_of(sizes: Sizes, repeats: Repeats) -> dict[str, MakeRow]:
     """Every row by its name."""
     found = kernels.detect()
-    torch_only = replace(found, linear="megatron", attention="torch_sdpa", norm="torch")
+    plain: Any = "torch_varlen" if found.attention == "transformer_engine" else found.attention
+    torch_only = replace(found, linear="megatron", attention=plain, norm="torch")
     three = replace(sizes, language="toy" if sizes == TOY else "3b")
 
     def encoder(name: str, tiles: int) -> MakeRow:

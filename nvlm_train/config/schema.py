@@ -226,6 +226,10 @@ class OptimizerConfig:
     """A gradient whose L2 norm over all trained parameters is larger is scaled down to it. [none]"""
 
 
+RecomputedPart = Literal["norms", "mlp", "attention"]
+Recompute = Literal["none", "full"] | tuple[RecomputedPart, ...]
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """The layout of one stage over ranks; data parallelism is what remains of the world."""
@@ -238,12 +242,21 @@ class ParallelConfig:
     """Tensor-parallel ranks also share the sequence where layers are not cut."""
     distributed_optimizer: bool = True
     """Data-parallel ranks share the optimizer's state; otherwise each holds all of it."""
-    overlap_grad_reduce: bool = False
-    """Gradients are reduced over data-parallel ranks while the backward pass runs."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """The backward pass makes again what was not kept: nothing, attention, or whole layers."""
+    overlap_grad_reduce: bool = True
+    """Gradients are reduced over data-parallel ranks, where there are several, while the last backward pass
+    runs."""
+    overlap_param_gather: bool = True
+    """Ranks that share the optimizer's state gather new weights while the next step's first forward pass
+    runs."""
+    recompute: Recompute = "none"
+    """The backward pass makes again what was not kept: nothing, whole layers, or these parts of a layer."""
     max_tiles_in_flight: int = 256
     """At most this many are encoded before one run of the pipeline schedule, per model replica. [tiles]"""
+
+    @property
+    def recomputed_parts(self) -> tuple[RecomputedPart, ...]:
+        """Returns the parts of a layer that are made again by themselves."""
+        return () if isinstance(self.recompute, str) else self.recompute
 
 
 @dataclass(frozen=True)

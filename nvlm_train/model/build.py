@@ -17,12 +17,16 @@ from nvlm_train.parallel.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+RECOMPUTED = {"norms": "layernorm", "mlp": "mlp", "attention": "core_attn"}
+"""A part of a layer in the recipe's words -> in megatron-core's."""
+
 
 def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> TransformerConfig:
     """Makes megatron-core's config of the language model in one stage's layout."""
     language, parallel = recipe.model.language, stage.parallel
     dtype = DTYPES[recipe.precision]
-    recompute = parallel.recompute
+    whole = parallel.recompute == "full"
+    parts = [RECOMPUTED[part] for part in parallel.recomputed_parts]
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -51,15 +55,17 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
         perform_initialization=True,
         gradient_accumulation_fusion=kernels.weight_gradient != "separate",
         masked_softmax_fusion=False,
+        # Without dropout nothing is left to fuse with the addition; with it, compiled masks would be others.
         bias_dropout_fusion=False,
         bias_activation_fusion=True,
         # By default every transfer between stages ends with a synchronisation of the whole device.
         batch_p2p_sync=False,
         # Its kernel turns all segments of a pack at once.
         apply_rope_fusion=kernels.attention == "transformer_engine",
-        recompute_granularity=None if recompute == "none" else recompute,
-        recompute_method="uniform" if recompute == "full" else None,
-        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_granularity="full" if whole else "selective" if parts else None,
+        recompute_modules=parts,
+        recompute_method="uniform" if whole else None,
+        recompute_num_layers=1 if whole else None,
     )
 
 

@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from nvlm_train.batch import RankShare
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.errors import ConfigError
-from nvlm_train.parallel import cpu, kernels
+from nvlm_train.parallel import cpu, kernels, recompute
 
 
 class Layout(NamedTuple):
@@ -26,6 +26,18 @@ class Layout(NamedTuple):
     tensor: int
     pipeline: int
     data: int
+
+
+class FeatureGroups(NamedTuple):
+    """Holds groups in which features of tiles are exchanged beside the training.
+
+    Collectives of one group wait for each other, so these are not the groups that layers use.
+    """
+
+    replica: ProcessGroup
+    """All ranks of this replica."""
+    first_stage: ProcessGroup
+    """Those of its first pipeline stage; on the ranks of other stages their tensor-parallel group."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +58,7 @@ class Topology:
     data_size: int
     data_rank: int
     replica_group: ProcessGroup
-    features_group: ProcessGroup
-    """The replica's ranks once more, for features that are exchanged beside the training: collectives of one
-    group wait for each other."""
+    features: FeatureGroups
     data_group: ProcessGroup
 
     @property
@@ -98,6 +108,7 @@ def start_process_group() -> bool:
     """Joins the world for as long as the process lives. Returns False when it had joined one before."""
     cpu.install()
     kernels.install()
+    recompute.install()
     if dist.is_initialized():
         return False
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -212,27 +223,33 @@ def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
         data_size=mpu.get_data_parallel_world_size(),
         data_rank=mpu.get_data_parallel_rank(),
         replica_group=mpu.get_model_parallel_group(),
-        features_group=_make_features_group(parallel),
+        features=_make_feature_groups(parallel),
         data_group=mpu.get_data_parallel_group(),
     )
 
 
-def _make_features_group(parallel: ParallelConfig) -> ProcessGroup:
-    """Makes `Topology.features_group` of every replica, and returns this rank's."""
+def _make_feature_groups(parallel: ParallelConfig) -> FeatureGroups:
+    """Makes those of every replica, and returns this rank's."""
     from megatron.core import parallel_state as mpu
 
-    own: ProcessGroup = mpu.get_model_parallel_group()
+    replica_group, first_stage = (
+        mpu.get_model_parallel_group(),
+        mpu.get_tensor_model_parallel_group(),
+    )
     tensor, pipeline = parallel.tensor, parallel.pipeline
-    if tensor * pipeline == 1:
-        return own
     data = dist.get_world_size() // (tensor * pipeline)
-    for replica in range(data):
-        firsts = [(stage * data + replica) * tensor for stage in range(pipeline)]
-        ranks = [first + each for first in firsts for each in range(tensor)]
-        # megatron-core's function remembers the group, and it is left with the others.
-        made = mpu.create_group(ranks, group_desc="FEATURES")
-        own = made if replica == mpu.get_data_parallel_rank() else own
-    return own
+    for replica in range(data if tensor * pipeline > 1 else 0):
+        stages = [
+            range(first, first + tensor)
+            for first in ((stage * data + replica) * tensor for stage in range(pipeline))
+        ]
+        # megatron-core's function remembers the groups, and they are left with its own.
+        whole = mpu.create_group([rank for stage in stages for rank in stage])
+        first = mpu.create_group(list(stages[0]))
+        if replica == mpu.get_data_parallel_rank():
+            replica_group = whole
+            first_stage = first if mpu.is_pipeline_first_stage() else first_stage
+    return FeatureGroups(replica_group, first_stage)
 
 
 def _seed_dropout(seed: int) -> None:

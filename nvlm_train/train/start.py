@@ -195,7 +195,7 @@ def _check_weights(recipe: Recipe, position: Position, run: Run, engine: Engine)
         CheckpointError: they are not.
     """
     if run.state is not None:
-        global_weights.check_fingerprint(engine.model.module, run.state.weights_fingerprint)
+        global_weights.check_fingerprint(engine.whole_model(), run.state.weights_fingerprint)
     if broken := not_finite(engine):
         raise CheckpointError(
             f"stage {position.stage} cannot start at step {position.step}: {summary(broken)}; "
@@ -251,7 +251,7 @@ def run_state(
         recipe=plain_recipe(recipe),
         layout=work.engine.topology.layout,
         shard_digests=work.plan.digests,
-        weights_fingerprint=global_weights.fingerprint(work.engine.model.module),
+        weights_fingerprint=global_weights.fingerprint(work.engine.whole_model()),
         wandb_run_id=wandb_run_id,
         versions=library_versions(),
         outside=work.outside,

@@ -111,10 +111,13 @@ def test_masks_of_words_by_rank_are_caught(workers: WorkerPool) -> None:
 RECOMPUTED = ("single", "TP2", "TP2 SP", "TP2 SP PP2")
 
 
-@pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=slow)])
+@pytest.mark.parametrize(
+    "recompute",
+    ["full", ("norms", "mlp"), pytest.param(("attention",), marks=slow)],
+)
 @pytest.mark.parametrize(("name", "layout"), cases({("h", "TP2 SP")}, RECOMPUTED))
 def test_recomputation_draws_the_same_masks(
-    workers: WorkerPool, name: str, layout: str, recompute: str
+    workers: WorkerPool, name: str, layout: str, recompute: str | tuple[str, ...]
 ) -> None:
     world, parallel = LAYOUTS[layout]
     again = recipes.with_parallel(parallel, recompute=recompute)

@@ -161,6 +161,24 @@ def test_out_of_memory_is_explained(tmp_path: Path, error: Exception) -> None:
         raise RuntimeError("shapes do not fit")
 
 
+def test_advice_says_what_recomputation_would_save(tmp_path: Path) -> None:
+    """Of the stage's full packs, in the recipe's own words."""
+    for stated, offered in {
+        "none": ["[norms] saves", "[mlp,norms] saves", "full saves"],
+        "[norms]": ["[mlp,norms] saves", "full saves"],
+        "[mlp,norms]": ["full saves"],
+    }.items():
+        setting = f"stages.sft.parallel.recompute={stated}"
+        recipe = smoke_recipe(tmp_path, tmp_path, setting)
+        (line,) = [
+            each
+            for each in memory.advice(recipe, "sft", MemoryError()).splitlines()
+            if "recompute" in each
+        ]
+        assert f"{setting}: " in line and line.count("saves") == len(offered)
+        assert all(each in line for each in offered)
+
+
 def test_unusable_health_is_refused(tmp_path: Path) -> None:
     wrong = ["health.hang_grace_seconds=1", "health.spike_window=2", "health.straggler_threshold=1"]
     with pytest.raises(ConfigError) as caught:
