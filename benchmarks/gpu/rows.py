@@ -144,9 +144,10 @@ def step_figures(recipe: Recipe, results: Sequence[StepResult], seconds: float) 
 
 
 def predicted_gib(recipe: Recipe) -> float:
-    """What the planner says of this rank's memory."""
-    stage = recipe.stages["sft"]
-    return costs.rank_memory(recipe.model, stage, recipe.precision, data_size=1) / 2**30
+    """What the planner says of this rank's memory, activations of full packs included (`nvlm doctor`)."""
+    model, stage, precision = recipe.model, recipe.stages["sft"], recipe.precision
+    needed = costs.rank_memory(model, stage, precision, data_size=1)
+    return (needed + costs.activation_bytes(model, stage, precision)) / 2**30
 
 
 def make_batch(row: TrainingRow) -> StepBatch:
@@ -299,7 +300,6 @@ def waiting(activity: Activity, seconds: float) -> Row:
 
 
 def memory(peak: float | None, predicted: float) -> Row:
-    """Predicted: weights, gradients, optimizer state and encoder; activations come on top."""
     return {
         "peak_gib": None if peak is None else round(peak, 2),
         "predicted_gib": round(predicted, 2),
