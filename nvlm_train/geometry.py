@@ -86,14 +86,19 @@ def pack_length(stage: StageConfig) -> int:
 
 
 def pack_lengths(stage: StageConfig) -> tuple[int, ...]:
-    """Lists the lengths that packs are filled up to, ascending; all packs of a step have one of them.
+    """Lists the lengths that a stage's packs are filled up to, ascending; all packs of a step have one."""
+    return lengths_between(stage.sequence_length, pack_length(stage), stage.parallel.tensor)
+
+
+def lengths_between(shortest: int, longest: int, tensor: int) -> tuple[int, ...]:
+    """Lists lengths of packs, ascending, from the longest sample's to the longest pack's.
 
     They are the longest sample's and eighths of the pack length that are longer, rounded up to what tensor
     parallelism divides. Where a pack is as long as a sample may be, there is one.
     """
-    longest, unit = pack_length(stage), math.lcm(_LENGTH_UNIT, stage.parallel.tensor)
+    unit = math.lcm(_LENGTH_UNIT, tensor)
     eighths = (longest * part / _LENGTHS for part in range(1, _LENGTHS + 1))
-    least = (max(each, stage.sequence_length) for each in eighths)
+    least = (max(each, shortest) for each in eighths)
     return tuple(sorted({min(math.ceil(each / unit) * unit, longest) for each in least}))
 
 
