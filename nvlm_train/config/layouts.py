@@ -1,4 +1,4 @@
-"""Rules on layouts: what tensor and pipeline parallelism cut, ranks they take, what is made again."""
+"""Rules on layouts: what parallelism cuts, how many ranks that takes, and what is recomputed."""
 
 from __future__ import annotations
 

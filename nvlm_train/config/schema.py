@@ -16,6 +16,8 @@ RECIPE_FORMAT = 1
 """Grows when a field changes its meaning or its name; `load.py` refuses others."""
 
 TrainablePart = Literal["projector", "cross_attention", "language_model"]
+RecomputedPart = Literal["norms", "mlp", "attention"]
+Recompute = Literal["none", "full"] | tuple[RecomputedPart, ...]
 TileTags = Literal["none", "1d", "2d_grid", "2d_bbox"]
 
 
@@ -71,10 +73,6 @@ class OptimizerConfig:
     """Adam adds this to the root of the second moment. [none]"""
     clip_grad: float = 10.0
     """A gradient whose L2 norm over all trained parameters is larger is scaled down to it. [none]"""
-
-
-RecomputedPart = Literal["norms", "mlp", "attention"]
-Recompute = Literal["none", "full"] | tuple[RecomputedPart, ...]
 
 
 @dataclass(frozen=True)
