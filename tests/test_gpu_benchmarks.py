@@ -59,7 +59,15 @@ def test_rows_of_a_toy() -> None:
 def test_parts_of_a_toy() -> None:
     rows = run("benchmarks.gpu_parts", "--repeats", "1")["rows"]
     parts = {row["part"] for row in rows}
-    assert {"rope", "attention", "cross_attention", "loss", "layer", "encoder_6b"} <= parts
+    assert {
+        "rope",
+        "attention",
+        "cross_attention",
+        "loss",
+        "layer",
+        "recompute",
+        "encoder_6b",
+    } <= parts
     for row in rows:
         assert row.get("error", 0.0) < 1e-2, row
     assert sum("error" in row for row in rows) > 15

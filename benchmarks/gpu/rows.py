@@ -22,14 +22,8 @@ from benchmarks.gpu.shapes import SFT, Sizes, make_recipe
 from nvlm_train import costs, geometry
 from nvlm_train.batch import StepBatch
 from nvlm_train.cards import bf16_peak
-from nvlm_train.config.schema import (
-    Architecture,
-    ModelConfig,
-    Recipe,
-    StageConfig,
-    TrainablePart,
-    VisionConfig,
-)
+from nvlm_train.config.model_schema import Architecture, ModelConfig, VisionConfig
+from nvlm_train.config.schema import Recipe, StageConfig, TrainablePart
 from nvlm_train.costs import StepWork
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import build_topology, collect_engines, device
@@ -126,7 +120,7 @@ def make_engine(recipe: Recipe, kernels: Kernels) -> Engine:
     engine = build_engine(small, stage, build_topology(stage.parallel, small.seed), kernels)
     randomise(engine.model.module)
     engine.reload_optimizer_weights()
-    engine.encoder = make_encoder(vision)
+    engine.features.encoder = make_encoder(vision)
     return engine
 
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from nvlm_train.device_batch import Spans
 from nvlm_train.model.layers import RMSNorm, drawing_for_heads, grouped_attention
 from nvlm_train.model.pack import Pack, Sight
-from nvlm_train.model.zero_grads import zeros_for
+from nvlm_train.model.zero_grads import PassedBy, zeros_for
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Gate(nn.Module):
         return torch.tanh(self.alpha) * x
 
 
-class GatedCrossAttention(MegatronModule):
+class GatedCrossAttention(PassedBy, MegatronModule):
     """It has the language model's heads and KV groups, no bias and no RoPE, and norms the context on entry.
 
     The arguments of `__init__` and `forward` are those that megatron-core's TransformerLayer passes.
@@ -278,7 +278,7 @@ class GatedFeedForwardLayer(CrossLayer):
         return pack.sight()
 
 
-class GatedFeedForward(MegatronModule):
+class GatedFeedForward(PassedBy, MegatronModule):
     """It is the language model's MLP once more, behind a norm and a gate."""
 
     def __init__(self, config: TransformerConfig, submodules: Any) -> None:
@@ -292,8 +292,17 @@ class GatedFeedForward(MegatronModule):
         if sight is None:
             return zeros_for(hidden_SBH, self)
         assert sight.sees_S11 is not None, "a pack with a context says which rows see it"
-        output_SBH, _ = self.mlp(self.norm(hidden_SBH))
+        output_SBH = self._feed_forward(self.norm(hidden_SBH))
         sees_SBH = sight.sees_S11.to(hidden_SBH.dtype)
         if self.config.sequence_parallel:
             sees_SBH = tensor_parallel.scatter_to_sequence_parallel_region(sees_SBH)
         return self.gate(output_SBH) * sees_SBH
+
+    def _feed_forward(self, normed_SBH: Tensor) -> Tensor:
+        """Runs the MLP; where the layer's own is made again in backward, this one is too."""
+        if self.config.recompute_granularity != "selective" or "mlp" not in (
+            self.config.recompute_modules or ()
+        ):
+            return self.mlp(normed_SBH)[0]  # type: ignore[no-any-return]
+        output_SBH, _ = tensor_parallel.checkpoint(self.mlp, False, normed_SBH)
+        return output_SBH  # type: ignore[no-any-return]

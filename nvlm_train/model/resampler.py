@@ -16,16 +16,16 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nvlm_train.config.schema import ResamplerConfig
+from nvlm_train.config.model_schema import ResamplerConfig
 from nvlm_train.device_batch import Span
 from nvlm_train.model.cross_attention import CrossSubmodules, attend, column_linear, row_linear
 from nvlm_train.model.layers import RMSNorm, implementations, mlp_spec
 from nvlm_train.model.pack import Sight
-from nvlm_train.model.zero_grads import zeros_for
+from nvlm_train.model.zero_grads import PassedBy, zeros_for
 from nvlm_train.parallel.kernels import Kernels
 
 
-class Resampler(MegatronModule):
+class Resampler(PassedBy, MegatronModule):
     """Latents attend to a tile's features and to themselves, in tensor-parallel layers."""
 
     def __init__(
