@@ -35,7 +35,7 @@ def _places(layouts: list[ParallelConfig]) -> list[dict]:
     places = []
     for parallel in layouts:
         topology = build_topology(parallel, seed=1)
-        groups = ("replica_group", "tensor_group", "data_group")
+        groups = ("replica_group", "data_group")
         shared = {name: dist.get_process_group_ranks(getattr(topology, name)) for name in groups}
         shared["features"] = [dist.get_process_group_ranks(group) for group in topology.features]
         ends = {"first": topology.is_first_pp_stage, "last": topology.is_last_pp_stage}
@@ -56,7 +56,6 @@ def test_tensor_parallel_ranks_are_neighbours(workers: WorkerPool) -> None:
     assert [p["last"] for p in places] == [False, False, True, True]
     for rank, place in enumerate(places):
         assert place["replica_group"] == [0, 1, 2, 3] and place["data_group"] == [rank]
-        assert place["tensor_group"] == [rank - rank % 2, rank - rank % 2 + 1]
         assert (place["dp_size"], place["replica_size"]) == (1, 4)
         assert place["features"] == [[0, 1, 2, 3], [0, 1] if rank < 2 else [2, 3]]
 
