@@ -17,7 +17,10 @@ from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.geometry import length_for, pack_lengths
 from tests.parity import cross_gradients, cross_recipes, gradients, recipes
 
-SAMPLES = [sample for pack in [*cross_recipes.MIXED, *cross_recipes.TEXT_ONLY] for sample in pack]
+SAMPLES = 2 * [
+    sample for pack in [*cross_recipes.MIXED, *cross_recipes.TEXT_ONLY] for sample in pack
+]
+"""Twice, with other words and pixels: enough for packs of both lengths."""
 
 
 @cache

@@ -12,14 +12,15 @@ from tests.parity.cross_recipes import ALL as MODELS
 from tests.parity.test_layouts import TOLERANCE, worst_error
 from tests.workers import WorkerPool
 
-LONG = 1000
+LONG = 900
 """No eighth of it is a multiple of 64: shorter packs are rounded up."""
 LAYOUTS = {
     "single": (1, ParallelConfig(), 1),
     "TP2 SP PP2": (4, ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True), 1),
-    "PP2 DP2 in two rounds": (4, ParallelConfig(pipeline=2), 2),
+    "PP2 in two rounds": (2, ParallelConfig(pipeline=2), 2),
+    "DP2": (2, ParallelConfig(), 1),
 }
-SLOW = ("PP2 DP2 in two rounds",)
+SLOW = ("PP2 in two rounds", "DP2")
 
 
 @pytest.fixture(scope="module", params=["d beside x", "x", "h"])
@@ -45,7 +46,7 @@ def test_longer_packs_have_the_same_gradients(
 ) -> None:
     name, expected_loss, expected = reference
     world, parallel, rounds = LAYOUTS[layout]
-    assert pack_lengths.num_packs(name, LONG) * 2 <= pack_lengths.num_packs(name, None)
+    assert 1 < pack_lengths.num_packs(name, LONG) < pack_lengths.num_packs(name, None)
     loss, found = workers.run(world, pack_lengths.gradients_of_step, name, parallel, LONG, rounds)[
         0
     ]
