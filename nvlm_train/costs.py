@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nvlm_train.config.schema import (
+from nvlm_train.config.layouts import recomputed_parts
+from nvlm_train.config.model_schema import (
     LanguageConfig,
     ModelConfig,
     ProjectorConfig,
-    StageConfig,
     VisionConfig,
 )
+from nvlm_train.config.schema import ParallelConfig, StageConfig
 from nvlm_train.convert.vision import kind_of
 from nvlm_train.geometry import (
     head_size,
     kv_size,
+    num_cross_layers,
     query_size,
     tile_feature_size,
     tokens_per_tile,
@@ -64,12 +66,6 @@ def projector_weights(inputs: int, projector: ProjectorConfig, outputs: int) -> 
     if projector.ffn_hidden_size is None:
         return inputs * outputs
     return inputs * projector.ffn_hidden_size + projector.ffn_hidden_size * outputs
-
-
-def num_cross_layers(model: ModelConfig) -> int:
-    """Counts the layers with cross-attention: 10 at 72B and at 34B."""
-    cross = model.cross_attention
-    return model.language.num_layers // cross.every if cross else 0
 
 
 def cross_query_weights(model: ModelConfig) -> int:
@@ -167,6 +163,44 @@ def rank_memory(model: ModelConfig, stage: StageConfig, precision: str, data_siz
         if part in stage.trainable:
             total += count * (4 + 12 / spread)
     return round(total)
+
+
+def layer_activations(language: LanguageConfig, parallel: ParallelConfig) -> dict[str, float]:
+    """Counts the numbers that a rank keeps of a decoder layer for backward, for each token of a pack.
+
+    They are listed by what makes them again: a part of the recipe's `recompute`, or `full` alone. `layer` is
+    the layer's input, which nothing makes again. Attention is counted without a matrix of scores, and
+    dropout, rotary angles and norms' scales are left out: small numbers beside these.
+    """
+    tensor = parallel.tensor
+    hidden = language.hidden_size / (tensor if parallel.sequence_parallel else 1)
+    queries, states = query_size(language) / tensor, kv_size(language) / tensor
+    return {
+        "layer": hidden,
+        "norms": 2 * hidden,
+        # The first product's output, and that of SwiGLU, which is half as wide.
+        "mlp": 3 * language.ffn_hidden_size / tensor,
+        "attention": queries,
+        # What the second norm reads; one product's queries, keys and values; the rotated queries and
+        # keys; the heads' outputs side by side.
+        "full": hidden + (queries + 2 * states) + (queries + states) + queries,
+    }
+
+
+def activation_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> int:
+    """Adds up bytes of the decoder layers' activations on the first pipeline stage, when all are in flight.
+
+    It has 1 / pipeline of the layers, and keeps as many packs of them as there are stages. What is made
+    again in backward is not counted: recomputation holds that of one layer at a time. Logits, tiles and the
+    cross path come on top.
+    """
+    parts = layer_activations(model.language, stage.parallel)
+    kept = set(parts) - set(recomputed_parts(stage.parallel))
+    if stage.parallel.recompute == "full":
+        kept = {"layer"}
+    numbers = sum(parts[part] for part in kept)
+    width = 2 if precision == "bf16" else 4
+    return round(numbers * stage.sequence_length * model.language.num_layers * width)
 
 
 def checkpoint_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> int:

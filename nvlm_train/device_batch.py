@@ -11,12 +11,11 @@ context, T tiles, E tile edge in pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from nvlm_train.batch import StepBatch
+from nvlm_train.batch import StepBatch
 
 
 class Span(NamedTuple):

@@ -5,23 +5,25 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nvlm_train import costs, geometry
-from nvlm_train.config.schema import (
+from nvlm_train.config.model_schema import (
     CrossAttentionConfig,
     LanguageConfig,
     ModelConfig,
-    ParallelConfig,
     ProjectorConfig,
+    Recompute,
     TokenizerConfig,
     VisionConfig,
 )
+from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.costs import StepWork
 from tests.hugging_face import encoder_sizes, sizes
-from tests.parity import cross_gradients, cross_recipes, recipes
+from tests.parity import cross_gradients, cross_recipes, kept, recipes
 from tests.workers import WorkerPool
 
 VISION_6B = VisionConfig(
@@ -180,3 +182,32 @@ def test_flops_count_what_is_computed() -> None:
     assert costs.step_flops(recipes.MODEL, nothing, tiles) == pytest.approx(
         4 * weights * 1000 + encoder + projector
     )
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    ["none", "full", ("norms",), ("mlp",), ("attention",), ("mlp", "norms")],
+    ids=lambda each: each if isinstance(each, str) else " and ".join(each),
+)
+def test_activations_are_those_that_autograd_keeps(
+    workers: WorkerPool, recompute: Recompute
+) -> None:
+    measured = workers.run(1, kept.numbers_of_a_layer, recompute)[0]
+    model = replace(recipes.MODEL, language=kept.LANGUAGE)
+    stage = recipes.stage(ParallelConfig(recompute=recompute))
+    tokens = stage.sequence_length * model.language.num_layers
+    predicted = costs.activation_bytes(model, stage, "fp32") / 4 / tokens
+    assert predicted == pytest.approx(measured, rel=0.04)
+
+
+def test_activations_are_shared_by_tensor_parallel_ranks() -> None:
+    """A sequence is cut where layers are not, and a pipeline's first stage keeps a pack for each stage."""
+
+    def of(precision: str = "fp32", **layout: Any) -> int:
+        return costs.activation_bytes(
+            recipes.MODEL, recipes.stage(ParallelConfig(**layout)), precision
+        )
+
+    assert of(tensor=2, sequence_parallel=True) == of() / 2 == of("bf16")
+    assert of() / 2 < of(tensor=2) < of() == of(pipeline=2)
+    assert of(recompute="full") == recipes.SEQUENCE_LENGTH * 4 * 64 * 4

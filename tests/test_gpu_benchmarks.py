@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import rows as gpu_rows
+from benchmarks.gpu import targets
 from benchmarks.gpu.activity import Activity, read_activity
 from benchmarks.gpu.packs import digest, encode, make_plan, pack, without_images
 from benchmarks.gpu.shapes import LARGE, TOY, make_recipe
@@ -38,28 +39,64 @@ def run(module: str, *options: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_rows_of_a_toy() -> None:
-    names = ["d", "x", "transformers", "encoder_300m"]
+    names = ["d", "x", "d_shards", "transformers", "encoder_300m"]
     found = run("benchmarks.gpu", "--rows", *names, "--repeats", "1", "--warm-up", "0")
     rows = found["rows"]
     assert list(rows) == names
     assert found["plan"] == digest(make_plan(TOY))
-    d, x, reference, encoder = rows.values()
+    d, x, shards, reference, encoder = rows.values()
+    same = ("samples", "trained_tokens", "tokens", "tiles", "tflop", "predicted_gib")
+    assert {name: shards[name] for name in same} == {name: d[name] for name in same}
+    for row in (d, x, shards):
+        assert 0 < row["part_ms"]["layers"] <= sum(row["part_ms"].values()) < 1.2 * row["ms"] + 50
+    assert shards["data_ms"] >= 0 and shards["loader_samples_per_s"] > 0
     assert d["tokens"] == reference["tokens"] > x["tokens"]
     assert d["samples"] == x["samples"] == reference["samples"] == TOY.samples
     assert d["tiles"] == x["tiles"] == reference["tiles"]
     # The same initial distribution and labels: both begin near a uniform guess, and both learn.
-    for row in (d, x, reference):
+    for row in (d, x, shards, reference):
         assert row["losses"][0] == pytest.approx(math.log(1024), abs=0.3)
         assert row["losses"][-1] < row["losses"][0]
         assert row["operations"] > 1000
     assert encoder["tiles_per_s"] > 0
 
 
+def test_targets_are_read_off_the_rows_of_a_run() -> None:
+    d = {"tokens_per_s": 30.0, "samples_per_s": 10.0, "mfu": 0.44, "busy": 0.96, "peak_gib": 44.0,
+         "predicted_gib": 40.0}  # fmt: skip
+    rows: dict[str, dict[str, Any]] = {
+        "d": d, "x": d | {"samples_per_s": 17.6}, "h": d | {"samples_per_s": 12.5, "peak_gib": 45.0},
+        "text": d | {"mfu": 0.5}, "transformers": d | {"tokens_per_s": 15.0},
+        "d_stage_1": d | {"samples_per_s": 14.0},
+        "encoder_300m": {"tiles_per_s": 700.4}, "encoder_6b": {"tiles_per_s": 40.9},
+    }  # fmt: skip
+    assert set(rows) == set(targets.ROWS)
+    answers = [each.answer(rows) for each in targets.TARGETS]
+    assert answers == [
+        "2.00", "0.44, missed", "0.88, missed", "0.96", "1.76", "1.25, missed", "1.40", "700",
+        "40.9, missed", "1.10", "1.10", "1.12, missed",
+    ]  # fmt: skip
+    # On a CPU, or when a row failed, nothing is said.
+    assert (
+        targets.TARGETS[-1].answer({"h": {"peak_gib": None, "predicted_gib": 1.0}})
+        == "not measured"
+    )
+    assert targets.TARGETS[0].answer({"d": {"error": "no kernel"}}) == "not measured"
+
+
 @pytest.mark.slow
 def test_parts_of_a_toy() -> None:
     rows = run("benchmarks.gpu_parts", "--repeats", "1")["rows"]
     parts = {row["part"] for row in rows}
-    assert {"rope", "attention", "cross_attention", "loss", "layer", "encoder_6b"} <= parts
+    assert {
+        "rope",
+        "attention",
+        "cross_attention",
+        "loss",
+        "layer",
+        "recompute",
+        "encoder_6b",
+    } <= parts
     for row in rows:
         assert row.get("error", 0.0) < 1e-2, row
     assert sum("error" in row for row in rows) > 15
@@ -159,7 +196,11 @@ def test_tables_show_figures_and_failures() -> None:
     steps = {"rows": {"d": {"ms": 1234.56, "mfu": 0.1234, "packs": 8}, "x": {"error": "Broken: a|b"},
                       "encoder_6b": {"tiles_per_s": 12.3}}}  # fmt: skip
     parts = {"rows": [{"part": "rope", "variant": "gathered", "ms": 0.51234, "error": 0.002}]}
-    training, encoders, rope = tables([steps, parts])
+    asked, training, encoders, rope = tables([steps, parts])
+    assert asked.splitlines()[3:5] == [
+        "| D, MFU (0.50 is hoped for) | at least 0.45 | 0.12, missed |",
+        "| D, MFU over the text-only model's | at least 0.90 | not measured |",
+    ]
     assert training.splitlines() == [
         "| row | packs | ms a step | MFU |",
         "| --- | --- | --- | --- |",

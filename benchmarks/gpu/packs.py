@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu.shapes import Sizes, make_recipe
 from nvlm_train.batch import Microbatch, Round, SampleInfo, StepBatch
-from nvlm_train.config.schema import Architecture, VisionConfig
+from nvlm_train.config.model_schema import Architecture, VisionConfig
 from nvlm_train.data.dataset import build_encoder
 from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.data.plan.packing import best_fit_decreasing
@@ -67,18 +67,23 @@ def encode(
     edge = sizes.vision.tile_size
     return [
         encoder.encode(
-            str(number), _record(planned), [(planned.columns * edge, planned.rows * edge)]
+            str(number), record_of(planned), [(planned.columns * edge, planned.rows * edge)]
         )
         for number, planned in enumerate(plan)
     ]
 
 
-def _record(planned: Planned) -> bytes:
-    turns = [
+def record_of(planned: Planned) -> bytes:
+    """A sample's record, as JSON."""
+    return json.dumps({"conversations": turns_of(planned)}).encode()
+
+
+def turns_of(planned: Planned) -> list[dict[str, str]]:
+    """A question about an image, and its answer, of so many words as planned."""
+    return [
         {"from": "human", "value": "<image>\n" + "word " * planned.question_words},
         {"from": "gpt", "value": "word " * planned.answer_words},
     ]
-    return json.dumps({"conversations": turns}).encode()
 
 
 def without_images(sample: EncodedSample) -> EncodedSample:

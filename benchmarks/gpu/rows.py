@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +26,14 @@ from benchmarks.gpu.shapes import SFT, Sizes, make_recipe
 from nvlm_train import costs, geometry
 from nvlm_train.batch import StepBatch
 from nvlm_train.cards import bf16_peak
-from nvlm_train.config.schema import (
-    Architecture,
-    ModelConfig,
-    Recipe,
-    StageConfig,
-    TrainablePart,
-    VisionConfig,
-)
+from nvlm_train.config.model_schema import Architecture, ModelConfig, VisionConfig
+from nvlm_train.config.schema import Recipe, StageConfig, TrainablePart
 from nvlm_train.costs import StepWork
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import build_topology, collect_engines, device
+from nvlm_train.train import placing
 from nvlm_train.train.engine import Engine, build_engine
-from nvlm_train.train.placing import place
+from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.step import run_step
 from nvlm_train.vision.intern_vit import InternViT
 from nvlm_train.vision.tile_parallel import encode_tiles
@@ -78,31 +77,71 @@ def training_row(row: TrainingRow, repeats: Repeats, keep: Path | None) -> Row:
 def _train(
     engine: Engine, recipe: Recipe, batch: StepBatch, repeats: Repeats, keep: Path | None
 ) -> Row:
-    stage = recipe.stages["sft"]
-    # Training places a step while the one before it runs.
-    placed = place(batch, engine.topology)
-    results = [run_step(engine, placed, num_sources=1)]
-
-    def step() -> None:
-        results.append(run_step(engine, placed, num_sources=1))
-
-    seconds = seconds_of(step, repeats.timed, repeats.warm_up)
-    peak = peak_gib()
-    activity = trace(step, keep)
-    result = results[-1]
-    predicted = costs.rank_memory(recipe.model, stage, recipe.precision, data_size=1) / 2**30
+    steps = Steps(engine, itertools.repeat(batch))
+    steps()
+    seconds = seconds_of(steps, repeats.timed, repeats.warm_up)
+    peak, parts = peak_gib(), steps.part_ms(repeats.timed)
+    activity = trace(steps, keep)
     return (
-        {
-            "samples": result.samples,
-            "trained_tokens": result.work.trained_tokens,
-            "losses": [round(each.loss, 4) for each in results],
-        }
-        | speed(result.work.tokens, result.samples, seconds)
-        | utilisation(flops_by_part(recipe.model, stage, result.work), seconds)
+        step_figures(recipe, steps.results, seconds)
+        | {"part_ms": parts}
         | waiting(activity, seconds)
         | encoding_figures(engine.encoder, batch, repeats)
-        | memory(peak, predicted)
+        | memory(peak, predicted_gib(recipe))
     )
+
+
+class Steps:
+    """Takes steps as training does: on a GPU, one is placed and its tiles encoded while the last one trains.
+
+    Args:
+        engine: what trains.
+        batches: a step takes one of them.
+    """
+
+    def __init__(self, engine: Engine, batches: Iterable[StepBatch]) -> None:
+        self._engine = engine
+        self._placed = placing.ahead(batches, engine.topology, engine.features)
+        self._part_seconds: list[dict[str, float]] = []
+        self.results: list[StepResult] = []
+        self.data_seconds: list[float] = []
+        """What each step waited for its batch."""
+
+    def __call__(self) -> None:
+        started = time.perf_counter()
+        batch = next(self._placed)
+        self.data_seconds.append(time.perf_counter() - started)
+        self.results.append(run_step(self._engine, batch, num_sources=1))
+        beside = {"encode_beside": self._engine.features.read_beside()}
+        self._part_seconds.append(vars(self._engine.parts.read()) | beside)
+
+    def part_ms(self, steps: int) -> dict[str, float]:
+        """Mean milliseconds of each part over the last steps (`train/part_timer.py`)."""
+        last = self._part_seconds[-steps:]
+        return {
+            part: round(statistics.mean(each[part] for each in last) * 1e3, 1) for part in last[0]
+        }
+
+
+def step_figures(recipe: Recipe, results: Sequence[StepResult], seconds: float) -> Row:
+    """Work, losses, throughput and MFU of steps that took `seconds` each."""
+    last = results[-1]
+    return (
+        {
+            "samples": last.samples,
+            "trained_tokens": last.work.trained_tokens,
+            "losses": [round(each.loss, 4) for each in results],
+        }
+        | speed(last.work.tokens, last.samples, seconds)
+        | utilisation(flops_by_part(recipe.model, recipe.stages["sft"], last.work), seconds)
+    )
+
+
+def predicted_gib(recipe: Recipe) -> float:
+    """What the planner says of this rank's memory, activations of full packs included (`nvlm doctor`)."""
+    model, stage, precision = recipe.model, recipe.stages["sft"], recipe.precision
+    needed = costs.rank_memory(model, stage, precision, data_size=1)
+    return (needed + costs.activation_bytes(model, stage, precision)) / 2**30
 
 
 def make_batch(row: TrainingRow) -> StepBatch:
@@ -126,7 +165,7 @@ def make_engine(recipe: Recipe, kernels: Kernels) -> Engine:
     engine = build_engine(small, stage, build_topology(stage.parallel, small.seed), kernels)
     randomise(engine.model.module)
     engine.reload_optimizer_weights()
-    engine.encoder = make_encoder(vision)
+    engine.features.encoder = make_encoder(vision)
     return engine
 
 
@@ -255,7 +294,6 @@ def waiting(activity: Activity, seconds: float) -> Row:
 
 
 def memory(peak: float | None, predicted: float) -> Row:
-    """Predicted: weights, gradients, optimizer state and encoder; activations come on top."""
     return {
         "peak_gib": None if peak is None else round(peak, 2),
         "predicted_gib": round(predicted, 2),

@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu.tables RESULT.json...
 
-Rows of several files are joined, those of later files last.
+Rows of several files are joined, those of later files last. What is asked of a GPU comes first, beside what
+was measured.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.gpu import targets
 
 Row = Mapping[str, Any]
 
@@ -27,6 +30,8 @@ TRAINING = {
     "synchronisations": "syncs",
     "host_reads": "host reads",
     "encode_ms": "encoder ms",
+    "data_ms": "data ms",
+    "loader_samples_per_s": "loader samples/s",
     "peak_gib": "peak GiB",
     "predicted_gib": "predicted",
 }
@@ -77,7 +82,7 @@ def _cell(value: object) -> str:
 
 
 def tables(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of gpu.py's rows one for training and one for encoders; of gpu_parts.py's one for each part."""
+    """Of gpu.py's rows: targets, training, encoders; of gpu_parts.py's one table for each part."""
     steps: dict[str, Row] = {}
     parts: dict[str, list[Row]] = {}
     for result in results:
@@ -91,6 +96,7 @@ def tables(results: Sequence[Mapping[str, Any]]) -> list[str]:
         encoders = {name: row for name, row in steps.items() if name.startswith("encoder")}
         training = [(name, row) for name, row in steps.items() if name not in encoders]
         found += [
+            targets.table(steps),
             table("row", TRAINING, training),
             table("encoder", ENCODERS, encoders.items()),
         ]

@@ -33,6 +33,7 @@ from benchmarks.gpu_parts.linear import (
     product_rows,
     weight_gradient_rows,
 )
+from benchmarks.gpu_parts.recompute import recompute_rows
 from benchmarks.gpu_parts.variants import Row, Timing
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.parallel.topology import build_topology, process_group
@@ -49,6 +50,7 @@ def parts_of(sizes: Sizes, timing: Timing) -> dict[str, Callable[[], list[Row]]]
     return {
         "products": lambda: product_rows(sizes, timing),
         "layer": lambda: layer_rows(sizes, timing),
+        "recompute": lambda: recompute_rows(sizes, timing),
         "rope": lambda: rope_rows(sizes, config, timing),
         "attention": lambda: attention_rows(sizes, config, timing),
         "cross_attention": lambda: cross_rows(sizes, config, timing),

@@ -26,9 +26,14 @@ from benchmarks.gpu_parts.variants import (
     random,
     with_gradients,
 )
-from nvlm_train.model.layers import SdpaAttention
+from nvlm_train.model.attention import intervals
+from nvlm_train.model.attention.masks import Masks, block_mask, mask_arrays
+from nvlm_train.model.attention.packed import FlexAttention, VarlenAttention
+from nvlm_train.model.attention.rope import Turns, turn
+from nvlm_train.model.layers import PackAttention, SdpaAttention
 from nvlm_train.model.pack import Pack
 from nvlm_train.parallel.topology import device
+from nvlm_train.parallel.transfer import send
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Segments:
             wanted_L=self.cu_seqlens.new_empty(0).long(),
             cu_seqlens_q=self.cu_seqlens,
             cu_seqlens_kv=self.cu_seqlens,
+            cu_seqlens=self.cu_seqlens,
             max_seqlen_q=self.longest,
             max_seqlen_kv=self.longest,
         )
@@ -99,6 +105,16 @@ def rope_rows(sizes: Sizes, config: TransformerConfig, timing: Timing) -> list[R
         function = torch.compile(rotate_pack, dynamic=False)
         return lambda states: function(states, cos, sin)
 
+    def as_trained() -> Variant:
+        by = Turns.of(turns[..., : channels // 2], torch.bfloat16)
+
+        def function(q: Tensor, k: Tensor) -> Tensor:
+            return torch.cat([each.flatten() for each in turn(q, k, by)])
+
+        return Variant(
+            "as_trained", lambda: with_gradients(function, (query, key), output_gradient), False
+        )
+
     def variant(name: str, make: Callable[[], Callable[[Tensor], Tensor]], cuda: bool) -> Variant:
         def prepare():  # type: ignore[no-untyped-def]
             return with_gradients(both(make()), (query, key), output_gradient)
@@ -115,6 +131,7 @@ def rope_rows(sizes: Sizes, config: TransformerConfig, timing: Timing) -> list[R
             variant("gathered", lambda: by_gather(torch.bfloat16), False),
             variant("gathered_compiled", compiled, True),
             variant("transformer_engine", lambda: by_megatron(fused), True),
+            as_trained(),
         ],
         timing,
     )
@@ -143,6 +160,8 @@ def attention_rows(sizes: Sizes, config: TransformerConfig, timing: Timing) -> l
     makers: list[tuple[str, Callable[[], Callable[..., Tensor]], bool]] = [
         ("sdpa_by_segment", lambda: _by_segment(config, segments), False),
         ("varlen", lambda: _varlen(segments, group=1), True),
+        ("varlen_as_trained", lambda: _module(VarlenAttention, config, segments), True),
+        ("flex_as_trained", lambda: _module(FlexAttention, config, segments), True),
         ("varlen_repeated_kv", lambda: _varlen(segments, group_size(config)), True),
         ("flex_compiled", lambda: _flex(segments), True),
         ("transformer_engine", lambda: _engine(config, segments), True),
@@ -160,9 +179,19 @@ def group_size(config: TransformerConfig) -> int:
 
 
 def _by_segment(config: TransformerConfig, segments: Segments) -> Callable[..., Tensor]:
-    """As the torch path does today; lengths are read from the device in every call."""
-    module = SdpaAttention(config, 1, AttnMaskType.causal, "self")
-    packed = segments.packed()
+    """One call a segment, as on a CPU, and where weights are dropped."""
+    return _module(SdpaAttention, config, segments)
+
+
+def _module(
+    kind: type[PackAttention], config: TransformerConfig, segments: Segments
+) -> Callable[..., Tensor]:
+    """As training runs it, without RoPE."""
+    module = kind(config, 1, AttnMaskType.causal, "self")
+    own = intervals.of_segments(segments.lengths)
+    packed = replace(
+        segments.packed(), masks=Masks(tokens=block_mask(own, iter(send(mask_arrays(own)))))
+    )
     return lambda query, key, value: module(query, key, value, None, packed_seq_params=packed)
 
 

@@ -28,15 +28,21 @@ from benchmarks.gpu_parts.variants import (
     with_gradients,
 )
 from nvlm_train.batch import Microbatch
+from nvlm_train.device_batch import Span, Spans
+from nvlm_train.model.attention import intervals
+from nvlm_train.model.attention.masks import block_mask, mask_arrays
+from nvlm_train.model.attention.packed import attend_context
 from nvlm_train.model.cross_attention import attend
+from nvlm_train.model.pack import Sight
 from nvlm_train.parallel.topology import device
+from nvlm_train.parallel.transfer import send
 
 
 def cross_rows(sizes: Sizes, config: TransformerConfig, timing: Timing) -> list[Row]:
     """Each span of tokens sees its part of the context: the first pack of X in the plan."""
     microbatch, *_ = pack(encode("x", sizes, make_plan(sizes)), sizes.pack_length)
     assert microbatch.context is not None, "a pack of X has a context"
-    spans = microbatch.context.spans.to(device())
+    spans = tuple(Span(*row) for row in microbatch.context.spans.tolist())
     groups, channels = config.num_query_groups, config.kv_channels
     context = microbatch.context.length
     inputs = (
@@ -47,7 +53,7 @@ def cross_rows(sizes: Sizes, config: TransformerConfig, timing: Timing) -> list[
     output_gradient = random(*inputs[0].shape).detach()
 
     def today(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(query, key, value, spans.tolist())
+        return attend(query, key, value, Sight(spans))
 
     def heads_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda query, key, value: function(query.flatten(1, 2), key, value)
@@ -57,6 +63,7 @@ def cross_rows(sizes: Sizes, config: TransformerConfig, timing: Timing) -> list[
         ("varlen_gathered_kv", lambda: heads_first(_gathered(microbatch)), True),
         ("varlen_disjoint_calls", lambda: heads_first(_disjoint(microbatch)), True),
         ("flex_compiled", lambda: heads_first(_flex_spans(microbatch)), True),
+        ("flex_as_trained", lambda: _as_trained(spans, sizes.pack_length, context), True),
         (
             "transformer_engine_gathered_kv",
             lambda: heads_first(_gathered_te(config, microbatch)),
@@ -77,13 +84,15 @@ def cross_rows(sizes: Sizes, config: TransformerConfig, timing: Timing) -> list[
     return [row | shape for row in rows]
 
 
-Span = tuple[int, int, int, int]
-"""(start, stop, first, last): tokens [start, stop) see the context's [first, last)."""
-
-
 def _spans(microbatch: Microbatch) -> list[Span]:
     assert microbatch.context is not None
-    return [tuple(row) for row in microbatch.context.spans.tolist()]  # type: ignore[misc]
+    return [Span(*row) for row in microbatch.context.spans.tolist()]
+
+
+def _as_trained(spans: Spans, tokens: int, context: int) -> Callable[..., Tensor]:
+    seen = intervals.of_spans(spans, tokens, context)
+    sight = Sight(spans, block_mask(seen, iter(send(mask_arrays(seen)))))
+    return lambda query, key, value: attend_context(query, key, value, sight)
 
 
 def disjoint_sets(spans: Sequence[Span]) -> list[list[Span]]:

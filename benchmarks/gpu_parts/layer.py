@@ -63,7 +63,7 @@ class LayerProblem:
     @classmethod
     def of(cls, sizes: Sizes) -> LayerProblem:
         config = layer_config(sizes, TORCH_ONLY)
-        layer = _build(config, TORCH_ONLY)
+        layer = build_layer(config, TORCH_ONLY)
         randomise(layer)
         weights = {name: value.detach().clone() for name, value in layer.named_parameters()}
         shape = (sizes.pack_length, 1, config.hidden_size)
@@ -105,7 +105,7 @@ def layer_rows(sizes: Sizes, timing: Timing) -> list[Row]:
     )
 
 
-def _build(config: TransformerConfig, chosen: Kernels) -> nn.Module:
+def build_layer(config: TransformerConfig, chosen: Kernels) -> nn.Module:
     """The first layer of the model's decoder."""
     first, *_ = decoder_block_spec(config, None, chosen).layer_specs
     return build_module(first, config=config, layer_number=1).to(device())  # type: ignore[no-any-return]
@@ -121,7 +121,7 @@ def _layer_run(
     config = layer_config(problem.sizes, chosen, precision)
     config.apply_rope_fusion = "rope" in fused
     config.gradient_accumulation_fusion = "buffer" in fused
-    layer = _build(config, chosen)
+    layer = build_layer(config, chosen)
     rotary = RotaryEmbedding(config.kv_channels, rotary_percent=1.0, rotary_base=1e6)
     angles = rotary(problem.sizes.pack_length + 1, packed_seq=True)
     packed = plan_segments(problem.sizes).packed()

@@ -46,7 +46,7 @@ def build(cls: type[T], raw: object, *, path: str = "", origin: Origin = lambda 
 
     Args:
         cls: a dataclass whose fields are bool, int, float, str, Literal, dataclasses, `X | None`,
-            `tuple[X, ...]` or `Mapping[str, X]`.
+            `tuple[X, ...]`, `Literal[...] | tuple[Literal[...], ...]` or `Mapping[str, X]`.
         raw: what the document holds.
         path: dotted prefix of the messages.
         origin: names the file that states a dotted key.
@@ -70,7 +70,7 @@ def _join(path: str, key: object) -> str:
 def _build(hint: Any, raw: object, path: str, report: _Report) -> object:
     kind, args = get_origin(hint), get_args(hint)
     if kind in (Union, types.UnionType):
-        return _build_optional(args, raw, path, report)
+        return _build_union(args, raw, path, report)
     if kind is Literal:
         return _build_choice(args, raw, path, report)
     if kind is tuple:
@@ -82,11 +82,22 @@ def _build(hint: Any, raw: object, path: str, report: _Report) -> object:
     return _build_scalar(hint, raw, path, report)
 
 
-def _build_optional(args: tuple[Any, ...], raw: object, path: str, report: _Report) -> object:
-    if raw is None:
+def _build_union(args: tuple[Any, ...], raw: object, path: str, report: _Report) -> object:
+    """Builds `X | None`, or a choice of words or a list of others."""
+    if raw is None and type(None) in args:
         return None
-    (inner,) = (arg for arg in args if arg is not type(None))
-    return _build(inner, raw, path, report)
+    inner, *lists = (arg for arg in args if arg is not type(None))
+    if not lists:
+        return _build(inner, raw, path, report)
+    (words,) = lists
+    if isinstance(raw, Sequence) and not isinstance(raw, str):
+        return _build(words, raw, path, report)
+    if raw in get_args(inner):
+        return raw
+    choices = ", ".join(get_args(inner))
+    listed = ", ".join(get_args(get_args(words)[0]))
+    claim = f"={raw} is neither one of {choices} nor a list"
+    return report.add(path, claim, f"use {choices} or a list of these: {listed}")
 
 
 def _build_choice(choices: tuple[Any, ...], raw: object, path: str, report: _Report) -> object:

@@ -93,7 +93,12 @@ def _memory(recipe: Recipe) -> Findings:
         stage = recipe.stages[name]
         replica = stage.parallel.tensor * stage.parallel.pipeline
         needed = costs.rank_memory(recipe.model, stage, recipe.precision, max(1, world // replica))
-        text = f"stage {name}: {gigabytes(needed)} a rank before activations"
+        activations = costs.activation_bytes(recipe.model, stage, recipe.precision)
+        text = (
+            f"stage {name}: {gigabytes(needed)} a rank before activations, "
+            f"{gigabytes(activations)} of full packs' activations"
+        )
+        needed += activations
         if not torch.cuda.is_available():
             yield ok("memory", text)
             continue
@@ -102,10 +107,10 @@ def _memory(recipe: Recipe) -> Findings:
             yield error(
                 "memory",
                 f"{text}, and a GPU has {gigabytes(total)}",
-                f"raise stages.{name}.parallel.tensor or .pipeline",
+                f"raise stages.{name}.parallel.tensor or .pipeline, or recompute more",
             )
         elif needed > 0.8 * total:
-            remedy = f"raise stages.{name}.parallel.tensor or .pipeline, or recompute"
+            remedy = f"raise stages.{name}.parallel.tensor or .pipeline, or recompute more"
             yield warning("memory", f"{text}, of {gigabytes(total)}", remedy)
         else:
             yield ok("memory", f"{text}, of {gigabytes(total)}")

@@ -16,7 +16,9 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from nvlm_train.config.schema import CrossAttentionConfig
+from nvlm_train.config.model_schema import CrossAttentionConfig
+from nvlm_train.model.attention import chosen
+from nvlm_train.model.attention.choice import choose_cores
 from nvlm_train.model.cross_attention import (
     CrossLayer,
     CrossSubmodules,
@@ -46,7 +48,7 @@ def decoder_block_spec(
         for number in numbers
     ]
     if numbers[-1] == config.num_layers:
-        layers[-1] = as_last(layers[-1])
+        layers[-1] = as_last(layers[-1], chosen.of_wanted(choose_cores(config, kernels)))
     norm, *_ = implementations(kernels)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
@@ -58,11 +60,12 @@ def _layer(config: TransformerConfig, kernels: Kernels) -> ModuleSpec:
 def _cross_layer(
     config: TransformerConfig, cross: CrossAttentionConfig, kernels: Kernels
 ) -> ModuleSpec:
-    norm, _, column, row = implementations(kernels)
+    norm, column, row = implementations(kernels)
     submodules = _submodules(config, kernels)
     submodules.pre_cross_attn_layernorm = norm
     submodules.cross_attention = ModuleSpec(
-        module=GatedCrossAttention, submodules=CrossSubmodules(column, row)
+        module=GatedCrossAttention,
+        submodules=CrossSubmodules(column, row, chosen.of_context(choose_cores(config, kernels))),
     )
     submodules.cross_attn_bda = get_bias_dropout_add
     kind = GatedFeedForwardLayer if cross.feed_forward == "gated" else CrossLayer
@@ -70,14 +73,14 @@ def _cross_layer(
 
 
 def _submodules(config: TransformerConfig, kernels: Kernels) -> TransformerLayerSubmodules:
-    norm, attention, column, row = implementations(kernels)
+    norm, column, row = implementations(kernels)
     head_norm = norm if config.qk_layernorm else None
     self_attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": mask_type(kernels)},
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,
-            core_attention=attention,
+            core_attention=chosen.of_tokens(choose_cores(config, kernels)),
             linear_proj=row,
             q_layernorm=head_norm,
             k_layernorm=head_norm,

@@ -8,8 +8,9 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
+from nvlm_train.config.layouts import recomputed_parts
 from nvlm_train.config.schema import Recipe, StageConfig
-from nvlm_train.geometry import head_size
+from nvlm_train.geometry import head_size, pack_length
 from nvlm_train.model.global_weights import part_of
 from nvlm_train.model.nvlm import NVLM
 from nvlm_train.parallel.kernels import Kernels
@@ -17,12 +18,16 @@ from nvlm_train.parallel.topology import Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+RECOMPUTED = {"norms": "layernorm", "mlp": "mlp", "attention": "core_attn"}
+"""A part of a layer in the recipe's words -> in megatron-core's."""
+
 
 def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> TransformerConfig:
     """Makes megatron-core's config of the language model in one stage's layout."""
     language, parallel = recipe.model.language, stage.parallel
     dtype = DTYPES[recipe.precision]
-    recompute = parallel.recompute
+    whole = parallel.recompute == "full"
+    parts = [RECOMPUTED[part] for part in recomputed_parts(parallel)]
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -51,22 +56,24 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
         perform_initialization=True,
         gradient_accumulation_fusion=kernels.weight_gradient != "separate",
         masked_softmax_fusion=False,
+        # Without dropout nothing is left to fuse with the addition; with it, compiled masks would be others.
         bias_dropout_fusion=False,
         bias_activation_fusion=True,
         # By default every transfer between stages ends with a synchronisation of the whole device.
         batch_p2p_sync=False,
         # Its kernel turns all segments of a pack at once.
         apply_rope_fusion=kernels.attention == "transformer_engine",
-        recompute_granularity=None if recompute == "none" else recompute,
-        recompute_method="uniform" if recompute == "full" else None,
-        recompute_num_layers=1 if recompute == "full" else None,
+        recompute_granularity="full" if whole else "selective" if parts else None,
+        recompute_modules=parts,
+        recompute_method="uniform" if whole else None,
+        recompute_num_layers=1 if whole else None,
     )
 
 
 def build_model(recipe: Recipe, stage: StageConfig, topology: Topology, kernels: Kernels) -> NVLM:
     """Builds this rank's shard of the model with uninitialised weights, frozen as the stage says."""
     config = transformer_config(recipe, stage, kernels)
-    model = NVLM(config, recipe.model, stage.sequence_length, topology, kernels)
+    model = NVLM(config, recipe.model, pack_length(stage), topology, kernels)
     freeze(model, stage.trainable)
     return model
 

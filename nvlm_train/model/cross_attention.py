@@ -10,6 +10,7 @@ hidden, G this rank's KV groups, R query heads of a group, D channels of a head.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,8 @@ from torch.nn import functional as F
 
 from nvlm_train.device_batch import Spans
 from nvlm_train.model.layers import RMSNorm, drawing_for_heads, grouped_attention
-from nvlm_train.model.pack import Pack
-from nvlm_train.model.zero_grads import zeros_for
+from nvlm_train.model.pack import Pack, Sight
+from nvlm_train.model.zero_grads import PassedBy, zeros_for
 
 
 @dataclass
@@ -38,6 +39,8 @@ class CrossSubmodules:
 
     column: type
     row: type
+    core: Callable[..., Tensor] | None = None
+    """Attends to the context, with the arguments of `attend`, which it is where nothing else is chosen."""
 
 
 class Gate(nn.Module):
@@ -55,7 +58,7 @@ class Gate(nn.Module):
         return torch.tanh(self.alpha) * x
 
 
-class GatedCrossAttention(MegatronModule):
+class GatedCrossAttention(PassedBy, MegatronModule):
     """It has the language model's heads and KV groups, no bias and no RoPE, and norms the context on entry.
 
     The arguments of `__init__` and `forward` are those that megatron-core's TransformerLayer passes.
@@ -82,11 +85,12 @@ class GatedCrossAttention(MegatronModule):
         self.linear_kv = column_linear(context_config, submodules, 2 * groups * channels)
         self.linear_proj = row_linear(config, submodules, width)
         self.gate = Gate(config)
+        self._core = submodules.core
 
     def forward(
         self,
         hidden_SBH: Tensor,
-        attention_mask: Spans,
+        attention_mask: Sight,
         key_value_states: Tensor | None,
         inference_context: None = None,
     ) -> tuple[Tensor, None]:
@@ -109,7 +113,8 @@ class GatedCrossAttention(MegatronModule):
         key_CGD, value_CGD = states_CBH[:, 0].unflatten(-1, (-1, 2, self._channels)).unbind(dim=2)
         dropout = self.config.attention_dropout if self.training else 0.0
         with drawing_for_heads(self.config, dropout):
-            attended = attend(query_SGRD, key_CGD, value_CGD, attention_mask, dropout)
+            core = self._core or attend
+            attended = core(query_SGRD, key_CGD, value_CGD, attention_mask, dropout)
         output_SBH, _ = self.linear_proj(attended.flatten(1).unsqueeze(1))
         return self.gate(output_SBH), None
 
@@ -165,7 +170,7 @@ def attend(
     query_SGRD: Tensor,
     key_CGD: Tensor,
     value_CGD: Tensor,
-    spans: Spans,
+    sight: Sight,
     dropout: float = 0.0,
 ) -> Tensor:
     """Lets each span's tokens attend to its part of the context; the result is zero outside the spans.
@@ -177,7 +182,7 @@ def attend(
         query_SGRD: [S, G, R, D].
         key_CGD: [C, G, D].
         value_CGD: [C, G, D].
-        spans: ascending and disjoint in their tokens.
+        sight: its spans, ascending and disjoint in their tokens.
         dropout: probability, on attention weights.
 
     Returns:
@@ -185,7 +190,7 @@ def attend(
     """
     parts: list[Tensor] = []
     end = 0
-    for start, rows, first, columns, count in _runs(spans):
+    for start, rows, first, columns, count in _runs(sight.spans):
         parts.append(query_SGRD.new_zeros(start - end, *query_SGRD.shape[1:]))
         end = start + count * rows
         # [count, G * R, rows, D] against [count, G, columns, D]
@@ -233,7 +238,7 @@ class CrossLayer(TransformerLayer):
             hidden_states,
             packed_seq_params=packed_seq_params,
             context=context,
-            context_mask=packed_seq_params.spans,
+            context_mask=packed_seq_params.sight(),
             **others,
         )
         return outputs
@@ -262,18 +267,18 @@ class GatedFeedForwardLayer(CrossLayer):
         hidden_SBH, _ = super()._forward_attention(
             hidden_states, packed_seq_params, context, **others
         )
-        spans = None if context is None else self.spans_of(packed_seq_params)
-        output_SBH = self.cross_feed_forward(hidden_SBH, spans)
+        sight = None if context is None else self.sight_of(packed_seq_params)
+        output_SBH = self.cross_feed_forward(hidden_SBH, sight)
         # As behind every other branch: megatron-core's bias-dropout-add, without a bias.
         output_SBH = F.dropout(output_SBH, self.hidden_dropout, self.training)
         return hidden_SBH + output_SBH, context
 
-    def spans_of(self, pack: Pack) -> Spans:
-        """Returns the spans of the rows that this layer's feed-forward sees."""
-        return pack.spans
+    def sight_of(self, pack: Pack) -> Sight:
+        """Returns what the rows see that this layer's feed-forward gets."""
+        return pack.sight()
 
 
-class GatedFeedForward(MegatronModule):
+class GatedFeedForward(PassedBy, MegatronModule):
     """It is the language model's MLP once more, behind a norm and a gate."""
 
     def __init__(self, config: TransformerConfig, submodules: Any) -> None:
@@ -282,19 +287,22 @@ class GatedFeedForward(MegatronModule):
         self.mlp = MLP(config, submodules)
         self.gate = Gate(config)
 
-    def forward(self, hidden_SBH: Tensor, spans: Spans | None) -> Tensor:
-        """Computes what is added to the residual stream: zero outside the spans."""
-        if spans is None:
+    def forward(self, hidden_SBH: Tensor, sight: Sight | None) -> Tensor:
+        """Computes what is added to the residual stream: zero for rows that see nothing."""
+        if sight is None:
             return zeros_for(hidden_SBH, self)
-        output_SBH, _ = self.mlp(self.norm(hidden_SBH))
-        return self.gate(output_SBH) * self._sees(hidden_SBH, spans)
+        assert sight.sees_S11 is not None, "a pack with a context says which rows see it"
+        output_SBH = self._feed_forward(self.norm(hidden_SBH))
+        sees_SBH = sight.sees_S11.to(hidden_SBH.dtype)
+        if self.config.sequence_parallel:
+            sees_SBH = tensor_parallel.scatter_to_sequence_parallel_region(sees_SBH)
+        return self.gate(output_SBH) * sees_SBH
 
-    def _sees(self, hidden_SBH: Tensor, spans: Spans) -> Tensor:
-        sharded = self.config.sequence_parallel
-        length = len(hidden_SBH) * (self.config.tensor_model_parallel_size if sharded else 1)
-        sees_SBH = hidden_SBH.new_zeros(length, 1, 1)
-        for start, stop, _, _ in spans:
-            sees_SBH[start:stop] = 1
-        if not sharded:
-            return sees_SBH
-        return tensor_parallel.scatter_to_sequence_parallel_region(sees_SBH)
+    def _feed_forward(self, normed_SBH: Tensor) -> Tensor:
+        """Runs the MLP; where the layer's own is made again in backward, this one is too."""
+        if self.config.recompute_granularity != "selective" or "mlp" not in (
+            self.config.recompute_modules or ()
+        ):
+            return self.mlp(normed_SBH)[0]  # type: ignore[no-any-return]
+        output_SBH, _ = tensor_parallel.checkpoint(self.mlp, False, normed_SBH)
+        return output_SBH  # type: ignore[no-any-return]

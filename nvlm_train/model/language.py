@@ -6,8 +6,10 @@ V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.transformer.module import MegatronModule
@@ -16,14 +18,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nvlm_train.config.schema import CrossAttentionConfig, LanguageConfig
+from nvlm_train.config.model_schema import CrossAttentionConfig, LanguageConfig
 from nvlm_train.device_batch import DevicePack
+from nvlm_train.model.attention.choice import choose_cores
+from nvlm_train.model.attention.rope import Turns, angles, rotary_embedding
 from nvlm_train.model.block import decoder_block_spec
 from nvlm_train.model.output.layer import OutputLayer
 from nvlm_train.model.pack import pack_for_layers
-from nvlm_train.model.rope import angles, rotary_embedding
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
+
+logger = logging.getLogger(__name__)
 
 
 class LanguageModel(MegatronModule):
@@ -37,18 +42,20 @@ class LanguageModel(MegatronModule):
         config: TransformerConfig,
         language: LanguageConfig,
         cross: CrossAttentionConfig | None,
-        sequence_length: int,
+        pack_length: int,
         topology: Topology,
         kernels: Kernels,
     ) -> None:
         super().__init__(config)
-        self.sequence_length = sequence_length
         self.kernels = kernels
+        self.cores = choose_cores(config, kernels)
+        if self.cores.reason is not None and torch.cuda.is_available():
+            logger.warning("attention in one call a segment and a span: %s", self.cores.reason)
         if topology.is_first_pp_stage:
             self.embedding = LanguageModelEmbedding(
                 config,
                 language.vocab_size,
-                sequence_length,
+                pack_length,
                 position_embedding_type="none",
                 # Image features are spliced in first; the sequence is scattered after that.
                 scatter_to_sequence_parallel=False,
@@ -104,12 +111,16 @@ class LanguageModel(MegatronModule):
             [S, 1, H]; on the last stage [L, 1, H], normalised. Under sequence parallelism this
             rank's part of it, with rows at the end that fill L up to a multiple of TP.
         """
+        turning = angles(self.rotary, pack, self.kernels)
+        is_engine, turns = self.cores.tokens == "transformer_engine", None
+        if not is_engine:
+            turns = Turns.of(turning, self.config.params_dtype)
         return self.decoder(
             hidden_SBH,
             None,
             context=context_CBH,
-            rotary_pos_emb=angles(self.rotary, pack, self.kernels),
-            packed_seq_params=pack_for_layers(self.config, pack, self.kernels),
+            rotary_pos_emb=turning if is_engine else None,
+            packed_seq_params=pack_for_layers(self.config, pack, self.cores, turns),
         )
 
     def logits(self, hidden_LBH: Tensor, length: int) -> Tensor:

@@ -22,27 +22,27 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from nvlm_train.device_batch import Spans
 from nvlm_train.model.cross_attention import CrossLayer, GatedFeedForwardLayer
 from nvlm_train.model.layers import SdpaAttention, grouped_attention
-from nvlm_train.model.pack import Pack
+from nvlm_train.model.pack import Pack, Sight
 
 _ROWS_AT_ONCE = 256
 """Asking positions that share a mask of [256, S]: 8 MiB at 8,192 tokens."""
 
 
-def as_last(layer: ModuleSpec) -> ModuleSpec:
-    """Turns the spec of a layer of block.py into that of the same layer as the model's last."""
+def as_last(layer: ModuleSpec, attention: type) -> ModuleSpec:
+    """Turns the spec of a layer of block.py into that of the same layer as the model's last.
+
+    Args:
+        layer: the spec.
+        attention: of the wanted rows.
+    """
     layer.module = {
         TransformerLayer: LastLayer,
         CrossLayer: LastLayer,
         GatedFeedForwardLayer: LastGatedFeedForwardLayer,
     }[layer.module]
-    attention = layer.submodules.self_attention.submodules
-    if attention.core_attention is SdpaAttention:
-        attention.core_attention = SdpaOfWanted
-    else:
-        attention.core_attention = _selecting(attention.core_attention)
+    layer.submodules.self_attention.submodules.core_attention = attention
     return layer
 
 
@@ -66,7 +66,7 @@ class LastLayer(TransformerLayer):
         hidden_LBH = self._add(self.self_attn_bda, attended, wanted_LBH)
         crossed = self.cross_attention(
             self.pre_cross_attn_layernorm(hidden_LBH),
-            attention_mask=packed_seq_params.of_wanted().spans,
+            attention_mask=packed_seq_params.sight_of_wanted(),
             key_value_states=context,
             inference_context=None,
         )
@@ -81,8 +81,8 @@ class LastLayer(TransformerLayer):
 class LastGatedFeedForwardLayer(GatedFeedForwardLayer, LastLayer):
     """The last layer may have cross-attention with its gated feed-forward."""
 
-    def spans_of(self, pack: Pack) -> Spans:
-        return pack.of_wanted().spans
+    def sight_of(self, pack: Pack) -> Sight:
+        return pack.sight_of_wanted()
 
 
 class _SelectsWanted:
@@ -93,7 +93,7 @@ class _SelectsWanted:
         return attended_SH.index_select(0, packed_seq_params.wanted_L)  # type: ignore[no-any-return]
 
 
-def _selecting(attention: type) -> type:
+def selecting(attention: type) -> type:
     """Makes a subclass of another library's attention that keeps the wanted rows."""
 
     class OfWanted(_SelectsWanted, attention):  # type: ignore[misc]
@@ -105,8 +105,8 @@ def _selecting(attention: type) -> type:
 class SdpaOfWanted(SdpaAttention):
     """`SdpaAttention` computes only the wanted rows here."""
 
-    def attend(self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: Pack) -> Tensor:
-        """Computes attention of the wanted rows, [N, L, D]."""
+    def attend(self, query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, packed: Pack) -> Tensor:
+        """Computes attention of the wanted rows, [L, N, D]."""
         bounds = list(accumulate(packed.lengths, initial=0))
         edges = [bisect.bisect_left(packed.wanted, bound) for bound in bounds]
         counts = [last - first for first, last in pairwise(edges)]
@@ -114,14 +114,14 @@ class SdpaOfWanted(SdpaAttention):
             packed.wanted_L.split(counts),
             pairwise(edges),
             bounds,
-            self.segments(query_NSD, key_GSD, value_GSD, packed),
+            self.segments(query_SND, key_SGD, value_SGD, packed),
             strict=False,
         )
         outputs = [
             self._of_segment(*states, wanted_L - start, [row - start for row in packed.wanted[a:b]])
             for wanted_L, (a, b), start, states in segments
         ]
-        return torch.cat(outputs, dim=1)
+        return torch.cat(outputs, dim=1).transpose(0, 1)
 
     def _of_segment(
         self,

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nvlm_train.model.attention.rope import turn
 from nvlm_train.model.pack import Pack
 from nvlm_train.parallel import cpu_kernels
 from nvlm_train.parallel.kernels import Kernels
@@ -46,8 +47,8 @@ class RMSNorm(nn.Module):
         return cpu_kernels.rms_norm(x, self.weight, self.eps)
 
 
-class SdpaAttention(nn.Module):
-    """Causal attention over packed samples uses torch's SDPA: no score matrix, no look across samples.
+class PackAttention(nn.Module):
+    """Turns queries and keys by their positions, then attends within each sample of a pack.
 
     Stands in for megatron-core's DotProductAttention, which materialises S x S scores and refuses
     packed sequences. The arguments of `__init__` and `forward` are those megatron-core passes.
@@ -83,33 +84,35 @@ class SdpaAttention(nn.Module):
             [S, N * D].
         """
         assert packed_seq_params is not None, "NVLM always runs packed sequences"
-        query_NSD, key_GSD, value_GSD = (
-            state.transpose(0, 1) for state in (query_SND, key_SGD, value_SGD)
-        )
+        if packed_seq_params.turns is not None:
+            query_SND, key_SGD = turn(query_SND, key_SGD, packed_seq_params.turns)
         with drawing_for_heads(self.config, self.dropout_now):
-            attended = self.attend(query_NSD, key_GSD, value_GSD, packed_seq_params)
-        return attended.transpose(0, 1).flatten(1)
+            return self.attend(query_SND, key_SGD, value_SGD, packed_seq_params).flatten(1)
 
     @property
     def dropout_now(self) -> float:
         """The probability of dropout on attention weights is zero outside training."""
         return self.dropout if self.training else 0.0
 
-    def attend(self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: Pack) -> Tensor:
-        """Computes attention of all tokens within their segments, [N, S, D]."""
-        segments = self.segments(query_NSD, key_GSD, value_GSD, packed)
-        return torch.cat([self.causal(*states) for states in segments], dim=1)
+    def attend(self, query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, packed: Pack) -> Tensor:
+        """Computes attention within segments, [S, N, D]; the last layer's, [L, N, D]."""
+        raise NotImplementedError
+
+
+class SdpaAttention(PackAttention):
+    """One call of torch's SDPA a segment: no score matrix, no look across samples. The fastest on a CPU."""
+
+    def attend(self, query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, packed: Pack) -> Tensor:
+        """Computes attention of all tokens within their segments, [S, N, D]."""
+        segments = self.segments(query_SND, key_SGD, value_SGD, packed)
+        return torch.cat([self.causal(*states) for states in segments], dim=1).transpose(0, 1)
 
     def segments(
-        self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor, packed: Pack
+        self, query_SND: Tensor, key_SGD: Tensor, value_SGD: Tensor, packed: Pack
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields views of each segment's queries, keys and values."""
-        return zip(
-            query_NSD.split(packed.lengths, dim=1),
-            key_GSD.split(packed.lengths, dim=1),
-            value_GSD.split(packed.lengths, dim=1),
-            strict=True,
-        )
+        """Yields views of each segment's queries, keys and values, heads first."""
+        states = (state.transpose(0, 1) for state in (query_SND, key_SGD, value_SGD))
+        return zip(*(state.split(packed.lengths, dim=1) for state in states), strict=True)
 
     def causal(self, query_NSD: Tensor, key_GSD: Tensor, value_GSD: Tensor) -> Tensor:
         """Computes causal attention within one segment, [N, S, D]."""
@@ -169,7 +172,7 @@ def drawing_for_heads(
 
 def mlp_spec(kernels: Kernels) -> ModuleSpec:
     """Describes megatron-core's tensor-parallel MLP on the chosen linears."""
-    _, _, column, row = implementations(kernels)
+    _, column, row = implementations(kernels)
     return ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row))
 
 
@@ -178,14 +181,11 @@ def mask_type(kernels: Kernels) -> AttnMaskType:
     return AttnMaskType.padding_causal if packed else AttnMaskType.causal
 
 
-def implementations(kernels: Kernels) -> tuple[type, type, type, type]:
+def implementations(kernels: Kernels) -> tuple[type, type, type]:
+    """Returns norm, column- and row-parallel linear."""
     if kernels.linear == "megatron":
-        return RMSNorm, SdpaAttention, ColumnParallelLinear, RowParallelLinear
+        return RMSNorm, ColumnParallelLinear, RowParallelLinear
     from megatron.core.extensions import transformer_engine as te
 
-    return (
-        te.TENorm,
-        te.TEDotProductAttention,
-        te.TEColumnParallelLinear,
-        te.TERowParallelLinear,
-    )
+    norm = te.TENorm if kernels.norm == "transformer_engine" else RMSNorm
+    return norm, te.TEColumnParallelLinear, te.TERowParallelLinear

@@ -6,7 +6,8 @@ Shape legend: S tokens of a pack, L positions whose logits are wanted, D head si
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -14,7 +15,23 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nvlm_train.device_batch import DevicePack, Spans
-from nvlm_train.parallel.kernels import Kernels
+from nvlm_train.model.attention.choice import Cores
+from nvlm_train.model.attention.masks import Masks, masks_for_layers
+from nvlm_train.model.attention.rope import Turns
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What rows of a pack see of the context."""
+
+    spans: Spans
+    mask: BlockMask | None = None
+    """The same, where one kernel attends for all spans."""
+    sees_S11: Tensor | None = None
+    """fp32 [S, 1, 1]: 1 for a row that sees anything, 0 for others. None where nothing asks for it."""
 
 
 @dataclass(kw_only=True)
@@ -23,7 +40,8 @@ class Pack(PackedSeqParams):
 
     With Transformer Engine the fields of `PackedSeqParams` are set, which its kernels read. Without it
     megatron-core would read `cu_seqlens_q` on the host, four times a layer, to turn queries and keys
-    segment by segment: it is None, angles come by position, and attention reads `lengths`.
+    segment by segment: it is None, and attention turns them by `turns` and reads `lengths`, `cu_seqlens` or
+    `masks`.
     """
 
     lengths: tuple[int, ...]
@@ -33,15 +51,31 @@ class Pack(PackedSeqParams):
     a multiple of TP under sequence parallelism."""
     wanted_L: Tensor
     """The same, int64."""
+    cu_seqlens: Tensor | None = None
+    """int32 [segments + 1], as `cu_seqlens_q`, for torch's kernel."""
+    turns: Turns | None = None
+    """How far queries and keys turn; None where megatron-core turns them."""
     spans: Spans = ()
     """Who sees what of the context."""
+    masks: Masks = field(default_factory=Masks)
 
-    def of_wanted(self) -> Pack:
-        """Returns the pack as the last layer's cross-attention sees it: only wanted rows ask."""
-        return replace(self, spans=spans_of_wanted(self.spans, self.wanted))
+    def sight(self) -> Sight:
+        """Returns what all tokens see of the context."""
+        return Sight(self.spans, self.masks.context, self.masks.sees_S11)
+
+    def sight_of_wanted(self) -> Sight:
+        """Returns what the last layer's wanted rows see of it."""
+        sees_S11 = self.masks.sees_S11
+        return Sight(
+            spans=spans_of_wanted(self.spans, self.wanted),
+            mask=self.masks.wanted_of_context,
+            sees_S11=None if sees_S11 is None else sees_S11.index_select(0, self.wanted_L),
+        )
 
 
-def pack_for_layers(config: TransformerConfig, pack: DevicePack, kernels: Kernels) -> Pack:
+def pack_for_layers(
+    config: TransformerConfig, pack: DevicePack, cores: Cores, turns: Turns | None = None
+) -> Pack:
     """Makes what the layers get of a pack on the device."""
     filling = -len(pack.wanted) % config.tensor_model_parallel_size
     if not config.sequence_parallel:
@@ -49,8 +83,8 @@ def pack_for_layers(config: TransformerConfig, pack: DevicePack, kernels: Kernel
     wanted_L = pack.wanted_L
     if filling:
         wanted_L = torch.cat([wanted_L, wanted_L[-1:].expand(filling)])
-    is_fused = kernels.attention == "transformer_engine"
-    longest = max(pack.lengths)
+    is_fused = cores.tokens == "transformer_engine"
+    longest, wanted = max(pack.lengths), pack.wanted + pack.wanted[-1:] * filling
     return Pack(
         qkv_format="thd",
         cu_seqlens_q=pack.cu_seqlens if is_fused else None,
@@ -58,9 +92,12 @@ def pack_for_layers(config: TransformerConfig, pack: DevicePack, kernels: Kernel
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         lengths=pack.lengths,
-        wanted=pack.wanted + pack.wanted[-1:] * filling,
+        wanted=wanted,
         wanted_L=wanted_L,
+        cu_seqlens=pack.cu_seqlens,
+        turns=turns,
         spans=pack.context.spans if pack.context else (),
+        masks=masks_for_layers(cores, pack, wanted),
     )
 
 

@@ -16,15 +16,16 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nvlm_train.config.schema import ResamplerConfig
+from nvlm_train.config.model_schema import ResamplerConfig
 from nvlm_train.device_batch import Span
 from nvlm_train.model.cross_attention import CrossSubmodules, attend, column_linear, row_linear
 from nvlm_train.model.layers import RMSNorm, implementations, mlp_spec
-from nvlm_train.model.zero_grads import zeros_for
+from nvlm_train.model.pack import Sight
+from nvlm_train.model.zero_grads import PassedBy, zeros_for
 from nvlm_train.parallel.kernels import Kernels
 
 
-class Resampler(MegatronModule):
+class Resampler(PassedBy, MegatronModule):
     """Latents attend to a tile's features and to themselves, in tensor-parallel layers."""
 
     def __init__(
@@ -63,7 +64,7 @@ class ResamplerLayer(MegatronModule):
         assert groups is not None and channels is not None
         self._channels = channels
         self._heads_per_group = config.num_attention_heads // groups
-        _, _, column, row = implementations(kernels)
+        _, column, row = implementations(kernels)
         linears = CrossSubmodules(column, row)
         self.latent_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.feature_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
@@ -95,7 +96,7 @@ class ResamplerLayer(MegatronModule):
             query[:, 0].unflatten(-1, (-1, self._heads_per_group, self._channels)),
             key,
             value,
-            spans,
+            Sight(spans),
         )
         output, _ = self.linear_proj(attended.flatten(1).unsqueeze(1))
         latents_TNH = latents_TNH + output.view_as(latents_TNH)

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 
 
+class PassedBy:
+    """Marks a module whose parts some packs do not call, although they call the module itself.
+
+    Whoever acts when a module is called, on the weights that it is about to use, must act for all its parts
+    then (pipeline/data_parallel.py).
+    """
+
+
 class _ZerosFor(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, like: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]

@@ -139,7 +139,6 @@ def _megatron_symbols() -> list[Patch]:
     clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     mlp = importlib.import_module("megatron.core.transformer.mlp")
-    rope = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
     # Without apex this name does not exist; megatron-core uses it only where it calls it.
     layers.__dict__.setdefault("fused_weight_gradient_mlp_cuda", None)
     return [
@@ -151,7 +150,6 @@ def _megatron_symbols() -> list[Patch]:
         Patch(layers, "_grad_accum_fusion_available", True),
         Patch(layers, "fused_weight_gradient_mlp_cuda", WeightGradient),
         Patch(mlp, "bias_swiglu_impl", cpu_kernels.swiglu),
-        Patch(rope, "_apply_rotary_pos_emb_bshd", cpu_kernels.rotary),
     ]
 
 

@@ -91,19 +91,15 @@ def _turned(x: Tensor, cosine: Tensor, sine: Tensor, direction: int) -> Tensor:
     return turned
 
 
-def rotary(x: Tensor, angles: Tensor, **options: Any) -> Tensor:
-    """Does what megatron-core's `_apply_rotary_pos_emb_bshd` does.
+def rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotates the pairs (x[i], x[i + D / 2]) of x [S, ..., D].
 
     Args:
-        x: [S, ..., D].
-        angles: [S, 1, 1, D].
-        options: megatron-core's, at their plain values.
+        x: queries or keys.
+        cosine: of the angles, [S, ..., D / 2].
+        sine: of the angles.
     """
-    plain = {"rotary_interleaved": False, "multi_latent_attention": False, "mscale": 1.0}
-    assert options.items() <= plain.items() and angles.shape[-1] == x.shape[-1], "RoPE as Qwen2's"
-    # Both halves of the angles are the same.
-    angles = angles[..., : x.shape[-1] // 2]
-    output: Tensor = _Rotary.apply(x, torch.cos(angles).to(x.dtype), torch.sin(angles).to(x.dtype))
+    output: Tensor = _Rotary.apply(x, cosine, sine)
     return output
 
 

@@ -17,13 +17,16 @@ class Kernels:
     """Names the implementation chosen for each task. A run prints it at its start."""
 
     linear: Literal["transformer_engine", "megatron"]
-    attention: Literal["transformer_engine", "torch_sdpa"]
+    attention: Literal["transformer_engine", "torch_varlen", "torch_flex", "torch_sdpa"]
+    """Of tokens to those of their sample. What else a recipe asks of it is weighed in model/attention."""
     norm: Literal["transformer_engine", "torch"]
     adam: Literal["transformer_engine", "apex", "torch"]
     weight_gradient: Literal["transformer_engine", "apex", "torch", "separate"]
     """What adds a linear's weight gradient to the fp32 buffer inside its matrix product. `separate` means
     that the sum is a step of its own. The output layer is megatron-core's: where Transformer Engine is
     chosen, it takes apex's extension, or torch's product without it (`install`)."""
+    cross_attention: Literal["torch_flex", "torch_sdpa"] = "torch_sdpa"
+    """Of tokens to a context."""
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in vars(self).items())
@@ -40,6 +43,13 @@ class Available:
     fp32_sums: bool = True
     """Whether torch adds products of bf16 factors to an fp32 matrix on CUDA: `addmm` with `out_dtype`,
     which refuses such a matrix before torch 2.10 (pytorch/pytorch#167931)."""
+    half_precision_heads: bool = True
+    """Whether the GPU has the matrix products that attention over whole packs is written for: compute
+    capability 8.0 (A100) or later."""
+    varlen: bool = True
+    """Whether torch has `nn.attention.varlen`: since 2.10."""
+    triton: bool = True
+    """Whether torch can compile flex attention."""
 
 
 def choose(available: Available) -> Kernels:
@@ -53,10 +63,24 @@ def choose(available: Available) -> Kernels:
     own: Literal["apex", "torch", "separate"] = "torch" if available.fp32_sums else "separate"
     if available.apex_weight_gradient:
         own = "apex"
+    attention, cross = _torch_attention(available)
     if available.transformer_engine:
-        return Kernels(engine, engine, engine, engine, engine if own != "separate" else own)
+        gradient = engine if own != "separate" else own
+        # Its norm takes the GPU as long as torch's and the host three times as long.
+        return Kernels(engine, engine, "torch", engine, gradient, cross)
     adam: Literal["apex", "torch"] = "apex" if available.apex else "torch"
-    return Kernels("megatron", "torch_sdpa", "torch", adam, own)
+    return Kernels("megatron", attention, "torch", adam, own, cross)
+
+
+def _torch_attention(
+    available: Available,
+) -> tuple[
+    Literal["torch_varlen", "torch_flex", "torch_sdpa"], Literal["torch_flex", "torch_sdpa"]
+]:
+    """Chooses among torch's attentions: varlen is the fastest for tokens, flex for a context."""
+    if not available.half_precision_heads or not available.triton:
+        return "torch_sdpa", "torch_sdpa"
+    return "torch_varlen" if available.varlen else "torch_flex", "torch_flex"
 
 
 def detect() -> Kernels:
@@ -70,6 +94,10 @@ def detect() -> Kernels:
             transformer_engine=_is_installed("transformer_engine"),
             apex=_is_installed("apex") and has_amp(),
             apex_weight_gradient=_is_installed("fused_weight_gradient_mlp_cuda"),
+            half_precision_heads=torch.cuda.device_count() > 0
+            and torch.cuda.get_device_capability() >= (8, 0),
+            varlen=_is_installed("torch.nn.attention.varlen"),
+            triton=_is_installed("triton"),
             # Pre-releases of 2.10 (2.10.0a0) are earlier.
             fp32_sums=torch.torch_version.TorchVersion(torch.__version__) >= "2.10",
         )

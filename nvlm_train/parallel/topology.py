@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from nvlm_train.batch import RankShare
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.errors import ConfigError
-from nvlm_train.parallel import cpu, kernels
+from nvlm_train.parallel import cpu, kernels, recompute
 
 
 class Layout(NamedTuple):
@@ -26,6 +26,18 @@ class Layout(NamedTuple):
     tensor: int
     pipeline: int
     data: int
+
+
+class FeatureGroups(NamedTuple):
+    """Holds groups in which features of tiles are exchanged beside the training.
+
+    Collectives of one group wait for each other, so these are not the groups that layers use.
+    """
+
+    replica: ProcessGroup
+    """All ranks of this replica."""
+    first_stage: ProcessGroup
+    """Those of its first pipeline stage; on the ranks of other stages their tensor-parallel group."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class Topology:
     data_size: int
     data_rank: int
     replica_group: ProcessGroup
+    features: FeatureGroups
     data_group: ProcessGroup
 
     @property
@@ -95,6 +108,7 @@ def start_process_group() -> bool:
     """Joins the world for as long as the process lives. Returns False when it had joined one before."""
     cpu.install()
     kernels.install()
+    recompute.install()
     if dist.is_initialized():
         return False
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -209,8 +223,33 @@ def build_topology(parallel: ParallelConfig, seed: int) -> Topology:
         data_size=mpu.get_data_parallel_world_size(),
         data_rank=mpu.get_data_parallel_rank(),
         replica_group=mpu.get_model_parallel_group(),
+        features=_make_feature_groups(parallel),
         data_group=mpu.get_data_parallel_group(),
     )
+
+
+def _make_feature_groups(parallel: ParallelConfig) -> FeatureGroups:
+    """Makes those of every replica, and returns this rank's."""
+    from megatron.core import parallel_state as mpu
+
+    replica_group, first_stage = (
+        mpu.get_model_parallel_group(),
+        mpu.get_tensor_model_parallel_group(),
+    )
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    data = dist.get_world_size() // (tensor * pipeline)
+    for replica in range(data if tensor * pipeline > 1 else 0):
+        stages = [
+            range(first, first + tensor)
+            for first in ((stage * data + replica) * tensor for stage in range(pipeline))
+        ]
+        # megatron-core's function remembers the groups, and they are left with its own.
+        whole = mpu.create_group([rank for stage in stages for rank in stage])
+        first = mpu.create_group(list(stages[0]))
+        if replica == mpu.get_data_parallel_rank():
+            replica_group = whole
+            first_stage = first if mpu.is_pipeline_first_stage() else first_stage
+    return FeatureGroups(replica_group, first_stage)
 
 
 def _seed_dropout(seed: int) -> None:

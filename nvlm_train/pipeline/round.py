@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from nvlm_train.device_batch import DevicePack, DeviceRound
 from nvlm_train.parallel.topology import Topology
-from nvlm_train.vision.encoder import VisionEncoder
-from nvlm_train.vision.tile_parallel import encode_round
+from nvlm_train.vision.ahead import FeatureSource
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,12 @@ class Replica:
     """Holds this rank's shard of one model replica. `model` may be wrapped in megatron-core's DDP."""
 
     model: nn.Module
-    encoder: VisionEncoder
+    features: FeatureSource
     topology: Topology
     sequence_length: int
+    """A sample, or a prompt with its answer, has at most this many tokens."""
+    pack_lengths: tuple[int, ...]
+    """A pack is filled up to one of these, ascending."""
 
 
 Finish = Callable[[DevicePack, Tensor], tuple[Tensor, Any]]
@@ -51,7 +53,7 @@ def run_round(
     Returns:
         On the last pipeline stage the result of each pack, in order; elsewhere an empty list.
     """
-    encoded = encode_round(replica.encoder, round_, replica.topology)
+    encoded = replica.features.of(round_)
     features: Sequence[Tensor | None] = encoded or [None] * len(round_.packs)
     return run_features(replica, round_.packs, features, round_.relayed, finish, forward_only)
 
@@ -68,20 +70,22 @@ def run_features(
 
     Args:
         replica: the model and its place.
-        packs: the round's.
+        packs: the round's, all of one length.
         features: by pack, [T, tokens per tile, feature size]; None past the first pipeline stage.
         relayed: rows of context that stages send with each pack.
         finish: what the last pipeline stage does with each pack.
         forward_only: whether to leave out the backward.
     """
     inputs = zip(packs, features, strict=True)
+    lengths = {sum(pack.lengths) for pack in packs}
+    assert len(lengths) == 1, f"packs of one round have lengths {lengths}"
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, relayed=relayed, finish=finish),
         data_iterator=iter(inputs),
         model=[replica.model],
         num_microbatches=len(packs),
         # What a stage sends: one shape for all packs, so that the receiver knows it.
-        seq_length=replica.sequence_length + relayed,
+        seq_length=lengths.pop() + relayed,
         micro_batch_size=1,
         forward_only=forward_only,
     )

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from torch import nn
 
 from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.geometry import pack_lengths
 from nvlm_train.model.build import DTYPES, build_model
+from nvlm_train.model.nvlm import NVLM
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology, device
+from nvlm_train.pipeline.data_parallel import DataParallel
 from nvlm_train.pipeline.round import Replica
 from nvlm_train.train.optimizer import set_groups
 from nvlm_train.train.part_timer import PartTimer
+from nvlm_train.vision.ahead import FeatureSource
 from nvlm_train.vision.build import build_vision_encoder
 from nvlm_train.vision.encoder import VisionEncoder
 
@@ -32,16 +36,31 @@ class Engine:
 
     stage: StageConfig
     topology: Topology
-    model: DistributedDataParallel
-    encoder: VisionEncoder
+    model: DataParallel
+    features: FeatureSource
     optimizer: MegatronOptimizer
     parts: PartTimer = field(default_factory=PartTimer)
     """What this rank's time goes to."""
 
     @property
+    def encoder(self) -> VisionEncoder:
+        """The whole vision encoder."""
+        return self.features.encoder
+
+    @property
     def replica(self) -> Replica:
         """Returns what the rounds of this stage run on."""
-        return Replica(self.model, self.encoder, self.topology, self.stage.sequence_length)
+        lengths = self.stage.sequence_length, pack_lengths(self.stage)
+        return Replica(self.model, self.features, self.topology, *lengths)
+
+    def whole_model(self) -> NVLM:
+        """Returns the model, when all its weights are what the last update made of them. Called by all ranks.
+
+        Everything that reads weights outside of a step asks for them here.
+        """
+        self.model.gather_weights()
+        module: NVLM = self.model.module
+        return module
 
     def reload_optimizer_weights(self) -> None:
         """Copies the model's weights into the optimizer, which keeps fp32 copies of its own.
@@ -72,9 +91,9 @@ def build_engine(
     """Builds a stage with uninitialised weights; the caller imports, initialises or resumes them."""
     module = build_model(recipe, stage, topology, kernels)
     module.train()
-    model = DistributedDataParallel(module.config, ddp_config(stage), module)
+    model = DataParallel(module.config, ddp_config(stage, topology), module)
     optimizer = get_megatron_optimizer(
-        config := optimizer_config(recipe, stage),
+        config := optimizer_config(recipe, stage, model.ddp_config),
         [model],
         config_overrides=get_standard_config_overrides(config),
         use_gloo_process_groups=False,
@@ -82,7 +101,7 @@ def build_engine(
     encoder = build_vision_encoder(
         recipe.model.vision, DTYPES[recipe.precision], device(), recipe.seed
     )
-    engine = Engine(stage, topology, model, encoder, optimizer)
+    engine = Engine(stage, topology, model, FeatureSource(encoder, topology), optimizer)
     _watch(engine)
     engine.set_learning_rate(stage.optimizer.lr)
     return engine
@@ -90,24 +109,32 @@ def build_engine(
 
 def _watch(engine: Engine) -> None:
     """Lets the engine's timer see where its parts begin and end."""
-    module, encoder = engine.model.module, engine.encoder
-    assert isinstance(encoder, nn.Module), "an encoder is a torch module (vision/build.py)"
+    module = engine.model.module
     is_last = engine.topology.is_last_pp_stage
-    engine.parts.watch(encoder, module, module.language_model.decoder if is_last else None)
+    engine.parts.watch(module, module.language_model.decoder if is_last else None)
+    engine.features.around = partial(engine.parts.within, "encode")
 
 
-def ddp_config(stage: StageConfig) -> DistributedDataParallelConfig:
-    """Returns the settings of megatron-core's DDP: gradients are accumulated and reduced in fp32."""
+def ddp_config(stage: StageConfig, topology: Topology) -> DistributedDataParallelConfig:
+    """Returns the settings of megatron-core's DDP: gradients are accumulated and reduced in fp32.
+
+    Here, and nowhere else, it is decided whether communication overlaps: where there is some.
+    """
+    parallel, has_replicas = stage.parallel, topology.data_size > 1
+    is_sharded = parallel.distributed_optimizer
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=stage.parallel.overlap_grad_reduce,
-        use_distributed_optimizer=stage.parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce and has_replicas,
+        overlap_param_gather=parallel.overlap_param_gather and is_sharded and has_replicas,
+        use_distributed_optimizer=is_sharded,
         # Non-finite values are looked for once a step, on all ranks alike (train/step.py).
         check_for_nan_in_grad=False,
     )
 
 
-def optimizer_config(recipe: Recipe, stage: StageConfig) -> OptimizerConfig:
+def optimizer_config(
+    recipe: Recipe, stage: StageConfig, ddp: DistributedDataParallelConfig
+) -> OptimizerConfig:
     """Returns the settings of megatron-core's AdamW; every step sets its learning rate (schedule.py)."""
     settings = stage.optimizer
     return OptimizerConfig(
@@ -121,5 +148,6 @@ def optimizer_config(recipe: Recipe, stage: StageConfig) -> OptimizerConfig:
         clip_grad=settings.clip_grad,
         bf16=recipe.precision == "bf16",
         params_dtype=DTYPES[recipe.precision],
-        use_distributed_optimizer=stage.parallel.distributed_optimizer,
+        use_distributed_optimizer=ddp.use_distributed_optimizer,
+        overlap_param_gather=ddp.overlap_param_gather,
     )

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from nvlm_train.config import rules
 from nvlm_train.config.schema import Recipe
+from nvlm_train.parallel.streams import training_stream
 from nvlm_train.parallel.topology import process_group
 from nvlm_train.train import placing, run_lock, start
 from nvlm_train.train.checkpoint.run_state import Run
@@ -38,7 +39,7 @@ def train(recipe: Recipe) -> int:
         NvlmError: something that the user has to fix, or that keeps training from going on.
     """
     record_collectives()
-    with process_group():
+    with process_group(), training_stream():
         rules.check(recipe, dist.get_world_size())
         announce.machine(recipe.precision)
         announce.model(recipe)
@@ -97,10 +98,13 @@ def run_stage(
     work = start.start_stage(recipe, position, run)
     engine, plan = work.engine, work.plan
     announce.stage(recipe, position, work)
-    timer, skips = StepTimer(engine.parts), SkipBudget(recipe.loader.max_skipped_fraction)
+    timer, skips = (
+        StepTimer(engine.parts, engine.features),
+        SkipBudget(recipe.loader.max_skipped_fraction),
+    )
     examples = ExampleSet(recipe, position.stage, plan, work.encoder)
     with start.open_loader(recipe, position, work, left_out) as loader:
-        for batch in placing.ahead(loader, engine.topology):
+        for batch in placing.ahead(loader, engine.topology, engine.features):
             timer.loaded()
             rate = learning_rate(stage.optimizer, batch.step, stage.steps)
             engine.set_learning_rate(rate)

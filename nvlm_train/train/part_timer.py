@@ -1,8 +1,9 @@
 """Splits the time of a step by what this rank did: encode, layers, output, optimizer, or none of them.
 
-Marks are set where one part ends and the next begins: by hooks on the encoder, on the model and on its
-layers, by gradients that pass between them in the backward, and by the step around the optimizer. What lies
-between two marks belongs to the first one's part, so the parts always add up to the whole.
+Marks are set where one part ends and the next begins: around the features of a round, by hooks on the model
+and on its layers, by gradients that pass between them in the backward, and by the step around the
+optimizer. What lies between two marks belongs to the first one's part, so the parts always add up to the
+whole.
 
 On a GPU a mark is an event on the stream, and nobody waits for it: at the end of a step those that the GPU
 has passed are read. The last ones, of the optimizer, are read a step later. That is also when their time
@@ -33,7 +34,7 @@ class PartSeconds:
     the time is the GPU's; on a CPU what other ranks kept waiting is in `seconds/waiting`, in any part."""
 
     encode: float = 0.0
-    """The rank encoded its share of the tiles for this long. [seconds]"""
+    """The rank encoded its share of the tiles, or waited for features of tiles, for this long. [seconds]"""
     layers: float = 0.0
     """Projector, layers and cross-attention of its stage took this long, forward and backward. [seconds]"""
     output: float = 0.0
@@ -89,16 +90,13 @@ class PartTimer:
         yield
         self._timeline.enter("waiting")
 
-    def watch(self, encoder: nn.Module, model: nn.Module, last_layers: nn.Module | None) -> None:
+    def watch(self, model: nn.Module, last_layers: nn.Module | None) -> None:
         """Sets marks around modules, from now on.
 
         Args:
-            encoder: the vision encoder.
             model: this pipeline stage. Its output is the next stage's input, or logits.
             last_layers: the layers of the last pipeline stage, which logits follow; None on other stages.
         """
-        encoder.register_forward_pre_hook(lambda *_: self._timeline.enter("encode"))
-        encoder.register_forward_hook(lambda *_: self._timeline.enter("waiting"))
         model.register_forward_pre_hook(lambda *_: self._timeline.enter("layers"))
         model.register_forward_hook(lambda *_: self._timeline.enter("waiting"))
         if last_layers is None:

@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-
-import torch
+from dataclasses import dataclass
+from typing import Any
 
 from nvlm_train.batch import StepBatch
 from nvlm_train.device_batch import DeviceStep
+from nvlm_train.parallel.streams import SideStream
 from nvlm_train.parallel.topology import Topology
 from nvlm_train.pipeline.placing import place_step
+from nvlm_train.vision.ahead import FeatureSource
 
 logger = logging.getLogger(__name__)
 
 
-def ahead(batches: Iterable[StepBatch], topology: Topology) -> Iterator[DeviceStep]:
-    """Places steps, on a GPU each while the one before it trains, on a stream of its own.
+def ahead(
+    batches: Iterable[StepBatch], topology: Topology, features: FeatureSource
+) -> Iterator[DeviceStep]:
+    """Places steps, on a GPU each while the one before it trains, and lets their rounds be encoded ahead.
 
     Without a GPU there is nothing to hide, and a step is placed when it is asked for.
     """
-    if not torch.cuda.is_available():
+    if not features.side.is_beside:
         yield from (place(batch, topology) for batch in batches)
         return
-    stream = torch.cuda.Stream()
-    waiting: DeviceStep | None = None
+    waiting: _Placed | None = None
     for batch in batches:
-        with torch.cuda.stream(stream):
-            placed = place(batch, topology)
+        with features.side.at_once():
+            placed = _Placed(place(batch, topology), features.side.mark())
+        features.expect(placed.step.rounds)
         if waiting is not None:
-            yield _handed_over(waiting, stream)
+            yield _handed_over(waiting, features.side)
         waiting = placed
     if waiting is not None:
-        yield _handed_over(waiting, stream)
+        yield _handed_over(waiting, features.side)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    step: DeviceStep
+    mark: Any
+    """The side stream's, behind the copies."""
 
 
 def place(batch: StepBatch, topology: Topology) -> DeviceStep:
@@ -59,11 +70,9 @@ def _first_samples(batch: StepBatch) -> dict[tuple[int, int], int]:
     return first
 
 
-def _handed_over(step: DeviceStep, stream: torch.cuda.Stream) -> DeviceStep:
+def _handed_over(placed: _Placed, side: SideStream) -> DeviceStep:
     """Lets the training stream wait for the copies, and keeps their memory until it has used them."""
-    now = torch.cuda.current_stream()
-    now.wait_stream(stream)
-    for tensor in (step.failed, *(round_.pixels_TCEE for round_ in step.rounds)):
-        # All tensors of a step but the pixels are views of one buffer.
-        tensor.record_stream(now)
+    step = placed.step
+    # All tensors of a step but the pixels are views of one buffer.
+    side.wait_for(placed.mark, (step.failed, *(round_.pixels_TCEE for round_ in step.rounds)))
     return step

@@ -22,6 +22,7 @@ from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.errors import CheckpointError, NvlmError
+from nvlm_train.geometry import pack_lengths
 from nvlm_train.model import global_weights
 from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel import kernels
@@ -43,6 +44,7 @@ from nvlm_train.train.engine import Engine, StageWork, build_engine
 from nvlm_train.train.fitting import require_fitting
 from nvlm_train.train.rank_zero import on_rank_0
 from nvlm_train.train.schedule import Position, stages_to_run
+from nvlm_train.vision.ahead import FeatureSource
 from nvlm_train.vision.build import build_vision_encoder
 
 logger = logging.getLogger(__name__)
@@ -194,7 +196,7 @@ def _check_weights(recipe: Recipe, position: Position, run: Run, engine: Engine)
         CheckpointError: they are not.
     """
     if run.state is not None:
-        global_weights.check_fingerprint(engine.model.module, run.state.weights_fingerprint)
+        global_weights.check_fingerprint(engine.whole_model(), run.state.weights_fingerprint)
     if broken := not_finite(engine):
         raise CheckpointError(
             f"stage {position.stage} cannot start at step {position.step}: {summary(broken)}; "
@@ -250,7 +252,7 @@ def run_state(
         recipe=plain_recipe(recipe),
         layout=work.engine.topology.layout,
         shard_digests=work.plan.digests,
-        weights_fingerprint=global_weights.fingerprint(work.engine.model.module),
+        weights_fingerprint=global_weights.fingerprint(work.engine.whole_model()),
         wandb_run_id=wandb_run_id,
         versions=library_versions(),
         outside=work.outside,
@@ -294,4 +296,5 @@ def _empty_replica(recipe: Recipe, stage_name: str) -> Replica:
         recipe.model.vision, DTYPES[recipe.precision], device(), recipe.seed
     )
     model = build_model(recipe, stage, topology, kernels.detect()).eval()
-    return Replica(model, encoder, topology, stage.sequence_length)
+    features = FeatureSource(encoder, topology)
+    return Replica(model, features, topology, stage.sequence_length, pack_lengths(stage))

@@ -69,13 +69,16 @@ def forward_backward(
         On the last pipeline stage the losses by label of this rank's packs; elsewhere an empty
         list.
     """
+    engine.model.begin_gather()
     finish = engine.parts.timed(training_loss(trained_tokens, batch.failed))
     losses: list[LabelLosses] = []
     for round_ in batch.rounds[:-1]:
         with _without_gradient_sync(engine):
             losses += run_round(engine.replica, round_, finish, forward_only=False)
     engine.model.module.config.no_sync_func = engine.model.no_sync
-    return losses + run_round(engine.replica, batch.rounds[-1], finish, forward_only=False)
+    losses += run_round(engine.replica, batch.rounds[-1], finish, forward_only=False)
+    engine.model.check_gathered()
+    return losses
 
 
 @contextlib.contextmanager

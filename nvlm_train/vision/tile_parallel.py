@@ -1,10 +1,12 @@
 """Tile-parallel encoding: the ranks of a model replica share the tiles of a round (docs/architecture.md).
 
-Each rank encodes its contiguous share with a whole encoder; one all-to-all brings the features to
-the first pipeline stage, whose tensor-parallel ranks each need all of them.
+Each rank encodes its contiguous share with a whole encoder. One all-to-all brings the features to the
+first pipeline stage, to each of its tensor-parallel ranks a block, and these ranks gather the blocks.
 """
 
 from __future__ import annotations
+
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -87,12 +89,31 @@ def _filled(batch_TCEE: Tensor, size: int) -> Tensor:
 def _to_first_stage(own: Tensor, tile_split: tuple[int, ...], topology: Topology) -> Tensor | None:
     if topology.replica_size == 1:
         return own
-    # Replica ranks 0 .. TP - 1 are the first stage's; each receives every rank's share, in order.
-    receivers = topology.tensor_size
-    send = own.new_empty((receivers * len(own), *own.shape[1:]))
-    send.view(receivers, *own.shape).copy_(own)
-    send_split = [len(own)] * receivers + [0] * (topology.replica_size - receivers)
-    receive_split = list(tile_split) if topology.is_first_pp_stage else [0] * len(tile_split)
-    received = own.new_empty((sum(receive_split), *own.shape[1:]))
-    dist.all_to_all_single(received, send, receive_split, send_split, group=topology.replica_group)
-    return received if topology.is_first_pp_stage else None
+    # Replica ranks 0 .. TP - 1 are the first stage's. Blocks of the round's tiles are as contiguous as the
+    # ranks' shares: each rank sends views of its own features, every one once, and nothing is copied.
+    receivers, num_tiles = topology.tensor_size, sum(tile_split)
+    block = -(-num_tiles // receivers)
+    blocks = [range(start * block, (start + 1) * block) for start in range(receivers)]
+    ends = list(accumulate(tile_split, initial=0))
+    shares = [range(start, end) for start, end in pairwise(ends)]
+    nobodys = [range(0)] * (topology.replica_size - receivers)
+    mine, to_me = shares[topology.replica_rank], (blocks + nobodys)[topology.replica_rank]
+    send_split = [_overlap(mine, each) for each in blocks + nobodys]
+    receive_split = [_overlap(each, to_me) for each in shares]
+    whole = own.new_empty((receivers * block if to_me else 0, *own.shape[1:]))
+    received = whole[to_me.start : to_me.start + sum(receive_split)]
+    dist.all_to_all_single(
+        received, own, receive_split, send_split, group=topology.features.replica
+    )
+    if not topology.is_first_pp_stage:
+        return None
+    if receivers > 1:
+        dist.all_gather_into_tensor(
+            whole, whole[to_me.start : to_me.stop], group=topology.features.first_stage
+        )
+    return whole[:num_tiles]
+
+
+def _overlap(one: range, other: range) -> int:
+    """Counts what both contiguous ranges hold."""
+    return max(0, min(one.stop, other.stop) - max(one.start, other.start))

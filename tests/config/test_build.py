@@ -103,3 +103,28 @@ def test_no_number_is_infinite_or_none_at_all(raw: object) -> None:
     """Every rule compares numbers, and NaN is neither below nor above a limit."""
     (problem,) = problems_of({"name": "a", "inner": {"rate": raw}})
     assert problem.startswith("inner.rate=") and "is not finite; give a finite number" in problem
+
+
+@dataclass(frozen=True)
+class Words:
+    kept: Literal["none", "full"] | tuple[Literal["norms", "mlp"], ...] = "none"
+
+
+def test_a_choice_of_words_or_a_list_of_others() -> None:
+    assert [build(Words, {"kept": each}).kept for each in ("full", ["mlp", "norms"], [])] == [
+        "full",
+        ("mlp", "norms"),
+        (),
+    ]
+
+
+def test_neither_a_word_nor_a_list_is_refused_with_both() -> None:
+    """So is `recompute=selective`, which older recipes have."""
+    for raw in ("selective", "mlp", None, True):
+        with pytest.raises(ConfigError) as caught:
+            build(Words, {"kept": raw})
+        assert str(caught.value).endswith(
+            "is neither one of none, full nor a list; use none, full or a list of these: norms, mlp"
+        )
+    with pytest.raises(ConfigError, match=r"kept\[1\]=mpl is not one of norms, mlp; use mlp"):
+        build(Words, {"kept": ["norms", "mpl"]})

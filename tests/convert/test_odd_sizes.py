@@ -90,7 +90,7 @@ def compare(
     assert_close([logits[:, :TOKENS] for logits in found], expected_of(model))
 
 
-@pytest.mark.parametrize("layout", ["single", "TP2 SP PP2"])
+@pytest.mark.parametrize("layout", [pytest.param("single", marks=pytest.mark.slow), "TP2 SP PP2"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_of_a_size_of_their_own(
     workers: WorkerPool, written: Callable[..., Any], family: str, layout: str
@@ -102,7 +102,7 @@ def test_heads_of_a_size_of_their_own(
     compare(workers, model, directory, layout, FAMILIES[family][1] | own)
 
 
-@pytest.mark.parametrize("layout", ALONE)
+@pytest.mark.parametrize("layout", ["single", pytest.param("PP2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_kv_head(
     workers: WorkerPool, written: Callable[..., Any], family: str, layout: str

@@ -9,10 +9,13 @@ from functools import partial
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nvlm_train.config.schema import LanguageConfig, ParallelConfig
+from nvlm_train.config.model_schema import LanguageConfig
+from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.device_batch import Span
 from nvlm_train.model.build import transformer_config
 from nvlm_train.model.cross_attention import CrossSubmodules, GatedCrossAttention
 from nvlm_train.model.layers import implementations
+from nvlm_train.model.pack import Sight
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
 from tests.parity import cross_recipes, recipes
@@ -37,7 +40,7 @@ def bytes_by_tiles(counts: tuple[int, ...]) -> dict[int, tuple[int, int]]:
     stage = recipe.stages["sft"]
     build_topology(stage.parallel, recipe.seed)
     chosen = kernels.detect()
-    _, _, column, row = implementations(chosen)
+    _, column, row = implementations(chosen)
     layer = GatedCrossAttention(
         transformer_config(recipe, stage, chosen), CrossSubmodules(column, row), layer_number=1
     )
@@ -47,11 +50,13 @@ def bytes_by_tiles(counts: tuple[int, ...]) -> dict[int, tuple[int, int]]:
         context_CBH = torch.randn(tiles * TILE_TOKENS, 1, HIDDEN, requires_grad=True)
         # Three tokens of each tile's tag, then text that sees all tiles.
         tags = [
-            [4 + 3 * tile, 7 + 3 * tile, TILE_TOKENS * tile, TILE_TOKENS * (tile + 1)]
+            (4 + 3 * tile, 7 + 3 * tile, TILE_TOKENS * tile, TILE_TOKENS * (tile + 1))
             for tile in range(tiles)
         ]
-        spans = torch.tensor([*tags, [4 + 3 * tiles, TEXT_TOKENS, 0, len(context_CBH)]])
-        found[tiles] = most_and_kept(partial(layer, hidden_SBH, spans, context_CBH))
+        spans = tuple(
+            Span(*span) for span in [*tags, (4 + 3 * tiles, TEXT_TOKENS, 0, len(context_CBH))]
+        )
+        found[tiles] = most_and_kept(partial(layer, hidden_SBH, Sight(spans), context_CBH))
     return found
 
 

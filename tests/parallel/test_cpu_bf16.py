@@ -65,6 +65,11 @@ def products_of_a_step() -> set[str]:
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            # Inference mode, which the encoder runs in, shows operators before they are taken apart.
+            with self:
+                parts = function.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
             if any(isinstance(a, Tensor) and a.dtype is torch.bfloat16 for a in args):
                 called.add(function.name().removeprefix("aten::").split(".")[0])
             return function(*args, **(kwargs or {}))

@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ from tests.parallel.calls import RecordedCalls
 UPDATE = "aten._fused_adamw_.default"
 
 CPU = Kernels("megatron", "torch_sdpa", "torch", "torch", "torch")
-TORCH = Kernels("megatron", "torch_sdpa", "torch", "torch", "torch")
-APEX = Kernels("megatron", "torch_sdpa", "torch", "apex", "apex")
-ENGINE = Kernels(*["transformer_engine"] * 5)  # type: ignore[arg-type]
+TORCH = Kernels("megatron", "torch_varlen", "torch", "torch", "torch", "torch_flex")
+APEX = Kernels("megatron", "torch_varlen", "torch", "apex", "apex", "torch_flex")
+_ENGINE = "transformer_engine"
+ENGINE = Kernels(_ENGINE, _ENGINE, "torch", _ENGINE, _ENGINE, "torch_flex")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,25 @@ def test_apex_may_lack_its_optional_extension() -> None:
 
 
 @pytest.mark.parametrize(
+    ("absent", "attention", "cross"),
+    [
+        ("varlen", "torch_flex", "torch_flex"),
+        ("triton", "torch_sdpa", "torch_sdpa"),
+        ("half_precision_heads", "torch_sdpa", "torch_sdpa"),
+    ],
+)
+def test_attention_takes_what_torch_and_the_gpu_have(
+    absent: str, attention: str, cross: str
+) -> None:
+    plain, engine = (
+        choose(replace(Available(True, each, False, False), **{absent: False}))
+        for each in (False, True)
+    )
+    assert (plain.attention, plain.cross_attention) == (attention, cross)
+    assert (engine.attention, engine.cross_attention) == ("transformer_engine", cross)
+
+
+@pytest.mark.parametrize(
     ("engine", "extension", "expected"),
     [
         (False, False, "separate"),
@@ -65,7 +86,10 @@ def test_an_early_torch_refuses_fp32_sums(engine: bool, extension: bool, expecte
 
 
 def test_the_choice_is_printed_by_name() -> None:
-    text = "linear=megatron attention=torch_sdpa norm=torch adam=apex weight_gradient=apex"
+    text = (
+        "linear=megatron attention=torch_varlen norm=torch adam=apex weight_gradient=apex "
+        "cross_attention=torch_flex"
+    )
     assert str(APEX) == text
 
 

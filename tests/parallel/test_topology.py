@@ -37,6 +37,7 @@ def _places(layouts: list[ParallelConfig]) -> list[dict]:
         topology = build_topology(parallel, seed=1)
         groups = ("replica_group", "data_group")
         shared = {name: dist.get_process_group_ranks(getattr(topology, name)) for name in groups}
+        shared["features"] = [dist.get_process_group_ranks(group) for group in topology.features]
         ends = {"first": topology.is_first_pp_stage, "last": topology.is_last_pp_stage}
         places.append({**topology.__dict__, **shared, **ends, **asdict(topology.share)})
     return places
@@ -56,6 +57,7 @@ def test_tensor_parallel_ranks_are_neighbours(workers: WorkerPool) -> None:
     for rank, place in enumerate(places):
         assert place["replica_group"] == [0, 1, 2, 3] and place["data_group"] == [rank]
         assert (place["dp_size"], place["replica_size"]) == (1, 4)
+        assert place["features"] == [[0, 1, 2, 3], [0, 1] if rank < 2 else [2, 3]]
 
 
 def test_data_parallel_ranks_lie_inside_pipeline_stages(workers: WorkerPool) -> None:
@@ -67,6 +69,13 @@ def test_data_parallel_ranks_lie_inside_pipeline_stages(workers: WorkerPool) -> 
         (1, 1),
     ]
     assert [p["replica_group"] for p in places] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    first, second = [0, 2], [1, 3]
+    assert [p["features"] for p in places] == [
+        [first, [0]],
+        [second, [1]],
+        [first, [2]],
+        [second, [3]],
+    ]
     assert [p["data_group"] for p in places] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [p["replica_rank"] for p in places] == [0, 0, 1, 1]
 

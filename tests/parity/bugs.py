@@ -101,9 +101,9 @@ def _stretched_positions():
 
 
 def _stale_gradients():
-    from nvlm_train.train.engine import DistributedDataParallel
+    from nvlm_train.train.engine import DataParallel
 
-    return mock.patch.object(DistributedDataParallel, "zero_grad_buffer", lambda self: None)
+    return mock.patch.object(DataParallel, "zero_grad_buffer", lambda self: None)
 
 
 _PATCHES = dict(

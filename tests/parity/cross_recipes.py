@@ -14,14 +14,14 @@ from importlib.resources import files
 import torch
 
 from nvlm_train.batch import Microbatch, RankShare, SampleInfo, StepBatch
-from nvlm_train.config.schema import (
+from nvlm_train.config.model_schema import (
     CrossAttentionConfig,
     ModelConfig,
     ProjectorConfig,
     ResamplerConfig,
-    TilingConfig,
     TokenizerConfig,
 )
+from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder

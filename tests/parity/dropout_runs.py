@@ -173,7 +173,7 @@ def attention_masks(name: str, parallel: ParallelConfig) -> list[Tensor]:
 
         def masked(self: Any, query: Tensor, key: Tensor, value: Tensor, pack: Any) -> Tensor:
             output = attend(self, query * 0, key * 0, torch.ones_like(value), pack)
-            seen.append(output[..., 0])
+            seen.append(output[..., 0].t())
             return output
 
         return mock.patch.object(kind, "attend", masked)

@@ -21,11 +21,14 @@ LAYOUTS = {
     "single": (1, ParallelConfig()),
     "full recompute": (1, ParallelConfig(recompute="full")),
     "PP2": (2, ParallelConfig(pipeline=2)),
-    "DP2 overlapped": (2, ParallelConfig(overlap_grad_reduce=True)),
+    "DP2 without overlap": (
+        2,
+        ParallelConfig(overlap_grad_reduce=False, overlap_param_gather=False),
+    ),
     "DP2 without distributed optimizer": (2, ParallelConfig(distributed_optimizer=False)),
     "TP2 SP PP2": (4, EVERY_PARALLELISM),
 }
-FAST = ("DP2 overlapped", "TP2 SP PP2")
+FAST = ("DP2 without overlap", "TP2 SP PP2")
 slow = pytest.mark.slow
 
 

@@ -87,9 +87,7 @@ SAME_MASKS = {
 
 
 @pytest.mark.parametrize("rule", SAME_MASKS)
-@pytest.mark.parametrize(
-    "name", ["d", "h", *(pytest.param(n, marks=slow) for n in ("x", *MODELS[3:]))]
-)
+@pytest.mark.parametrize("name", ["d", *(pytest.param(n, marks=slow) for n in MODELS if n != "d")])
 def test_masks_that_do_not_depend_on_the_layout(workers: WorkerPool, name: str, rule: str) -> None:
     """Losses and gradients per parameter are those of one process."""
     parallel, rates = SAME_MASKS[rule]
@@ -113,10 +111,13 @@ def test_masks_of_words_by_rank_are_caught(workers: WorkerPool) -> None:
 RECOMPUTED = ("single", "TP2", "TP2 SP", "TP2 SP PP2")
 
 
-@pytest.mark.parametrize("recompute", ["full", "selective"])
+@pytest.mark.parametrize(
+    "recompute",
+    ["full", ("norms", "mlp"), pytest.param(("attention",), marks=slow)],
+)
 @pytest.mark.parametrize(("name", "layout"), cases({("h", "TP2 SP")}, RECOMPUTED))
 def test_recomputation_draws_the_same_masks(
-    workers: WorkerPool, name: str, layout: str, recompute: str
+    workers: WorkerPool, name: str, layout: str, recompute: str | tuple[str, ...]
 ) -> None:
     world, parallel = LAYOUTS[layout]
     again = recipes.with_parallel(parallel, recompute=recompute)
@@ -138,7 +139,7 @@ def test_other_masks_at_recomputation_are_caught(workers: WorkerPool) -> None:
     assert difference(found, expected) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("parallel", [TP2, TP2_SP], ids=["TP2", "TP2 SP"])
+@pytest.mark.parametrize("parallel", [pytest.param(TP2, marks=slow), TP2_SP], ids=["TP2", "TP2 SP"])
 def test_heads_of_each_rank_have_masks_of_their_own(
     workers: WorkerPool, parallel: ParallelConfig
 ) -> None:

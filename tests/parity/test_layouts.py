@@ -16,23 +16,34 @@ from tests.workers import WorkerPool
 TOLERANCE = 1e-5
 """Of the largest value of each gradient, in fp32. 1e-6 is what is measured."""
 
+NO_OVERLAP = ParallelConfig(overlap_grad_reduce=False, overlap_param_gather=False)
 LAYOUTS = {
     "single in two rounds": (1, ParallelConfig(), 2),
     "full recompute": (1, ParallelConfig(recompute="full"), 1),
-    "selective recompute": (1, ParallelConfig(recompute="selective"), 1),
+    "norms recomputed": (1, ParallelConfig(recompute=("norms",)), 1),
+    "MLP recomputed": (1, ParallelConfig(recompute=("mlp",)), 1),
+    "attention recomputed": (1, ParallelConfig(recompute=("attention",)), 1),
     "TP2": (2, ParallelConfig(tensor=2), 1),
     "TP2 SP": (2, ParallelConfig(tensor=2, sequence_parallel=True), 1),
     "PP2": (2, ParallelConfig(pipeline=2), 1),
     "PP2 in two rounds": (2, ParallelConfig(pipeline=2), 2),
     "PP4": (4, ParallelConfig(pipeline=4), 1),
     "DP2": (2, ParallelConfig(), 1),
-    "DP2 overlapped": (2, ParallelConfig(overlap_grad_reduce=True), 1),
-    "DP2 overlapped in two rounds": (2, ParallelConfig(overlap_grad_reduce=True), 2),
+    "DP2 without overlap": (
+        2,
+        NO_OVERLAP,
+        1,
+    ),
+    "DP2 without overlap in two rounds": (
+        2,
+        NO_OVERLAP,
+        2,
+    ),
     "DP2 without distributed optimizer": (2, ParallelConfig(distributed_optimizer=False), 1),
     "TP2 PP2": (4, ParallelConfig(tensor=2, pipeline=2), 1),
     "TP2 SP PP2": (4, ParallelConfig(tensor=2, pipeline=2, sequence_parallel=True), 1),
     "PP2 DP2": (4, ParallelConfig(pipeline=2), 1),
-    "PP2 DP2 overlapped": (4, ParallelConfig(pipeline=2, overlap_grad_reduce=True), 1),
+    "PP2 DP2 without overlap": (4, ParallelConfig(pipeline=2, overlap_grad_reduce=False), 1),
     "TP2 SP DP2": (4, ParallelConfig(tensor=2, sequence_parallel=True), 1),
 }
 
@@ -74,7 +85,15 @@ def test_deliberate_bugs_are_caught(workers: WorkerPool, reference, bug: str) ->
 
 
 @pytest.mark.parametrize(
-    "layout", ["TP2 SP", "PP2", "DP2", "DP2 overlapped", "TP2 SP PP2", "PP2 DP2"]
+    "layout",
+    [
+        "TP2 SP PP2",
+        "DP2",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("TP2 SP", "PP2", "DP2 without overlap", "PP2 DP2")
+        ),
+    ],
 )
 def test_losses_of_training_do_not_depend_on_layout(workers: WorkerPool, layout: str) -> None:
     world, parallel, _ = LAYOUTS[layout]

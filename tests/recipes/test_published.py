@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from nvlm_train import costs
+from nvlm_train import costs, geometry
 from nvlm_train.config.paths import recipes_dir
 from nvlm_train.config.schema import StageConfig
 from tests.recipes.shipped import NAMES, load, table
@@ -95,6 +95,33 @@ def test_recipes_are_the_papers_tables(name: str) -> None:
     assert recipe.model.tokenizer.template == ("yi" if "34b" in name else "qwen2")
 
 
+TEXT, CAPTION, TILES = 280, 80, 4
+"""Tokens of text of a sample of SFT and of pretraining, and tiles of an image of a page: docs/recipes.md."""
+
+
+def tokens_of_a_sample(name: str, stage: StageConfig) -> int:
+    """What a sample takes in the decoder, by the assumption of docs/recipes.md."""
+    tiles = min(TILES, stage.tiling.max_tiles)
+    in_decoder = {"d": tiles, "x": 0, "h": 1}[name.split("_")[1]]
+    text = CAPTION if stage.prompts == "pretrain" else TEXT
+    return min(stage.sequence_length, text + 256 * in_decoder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packs_feed_every_pipeline_stage_of_every_replica(name: str) -> None:
+    """Longer packs are fewer. Each data-parallel rank needs one for each of its pipeline's stages."""
+    world = table.Shipped.read(name).world_size
+    for stage in load(name).stages.values():
+        if "smollm2" in name:
+            assert stage.pack_length is None, "a laptop gains nothing from them"
+            continue
+        assert stage.pack_length is not None and stage.pack_length in (2048, 4096, 8192)
+        packs = stage.batch.size * tokens_of_a_sample(name, stage) / stage.pack_length
+        assert packs >= table.data_size(stage, world) * stage.parallel.pipeline
+        lengths = geometry.pack_lengths(stage)
+        assert all(length % stage.parallel.tensor == 0 for length in lengths)
+
+
 @pytest.mark.parametrize("name", [f"nvlm_{each}" for each in DEEPER])
 def test_a_file_says_why_its_layout_is_not_the_papers(name: str) -> None:
     """Its comment has both numbers; 80 GB have no room for activations beside the first."""
@@ -117,6 +144,18 @@ def test_a_file_says_why_its_layout_is_not_the_papers(name: str) -> None:
     ]
     assert [f"{bytes_ / 1e9:.1f}" for bytes_ in found] == [said[2], deeper[1]]
     assert found[0] > 0.9 * 80e9 and found[1] < 0.6 * 80e9
+
+
+@pytest.mark.parametrize("name", [f"nvlm_{each}" for each in TABLE_11])
+def test_no_published_recipe_needs_recomputation(name: str) -> None:
+    """Weights, optimizer and the activations of full packs leave a fifth of 80 GB to everything else."""
+    world_size = table.Shipped.read(name).world_size
+    recipe = load(name)
+    for stage in recipe.stages.values():
+        assert stage.parallel.recompute == "none"
+        data_size = table.data_size(stage, world_size)
+        needed = costs.rank_memory(recipe.model, stage, "bf16", data_size)
+        assert needed + costs.activation_bytes(recipe.model, stage, "bf16") < 0.8 * 80e9
 
 
 ABLATIONS = {

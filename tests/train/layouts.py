@@ -8,7 +8,8 @@ PARALLEL = {
     "PP2": (2, {"pipeline": 2}),
     "DP2": (2, {}),
     "TP2 PP2": (4, {"tensor": 2, "pipeline": 2}),
-    "PP2 DP2 overlapped": (4, {"pipeline": 2, "overlap_grad_reduce": "true"}),
+    "PP2 DP2": (4, {"pipeline": 2}),
+    "PP2 DP2 without overlap": (4, {"pipeline": 2, "overlap_grad_reduce": "false"}),
 }
 NO_DROPOUT = ("stages.pretrain.hidden_dropout=0", "stages.pretrain.attention_dropout=0")
 """Dropout masks depend on the layout: losses of different layouts are compared without any."""

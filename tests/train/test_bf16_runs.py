@@ -28,7 +28,7 @@ def test_resume_in_another_layout(
     workers: WorkerPool, data: Path, tmp_path: Path, whole_run: WholeRun
 ) -> None:
     moved = tmp_path / "moved"
-    world, overrides = layout("PP2 DP2 overlapped")
+    world, overrides = layout("PP2 DP2")
     workers.run(world, stop, data, moved, 6, [*overrides, *NO_DROPOUT, BF16])
     world, overrides = layout("TP2")
     assert workers.run(world, runs.run, data, moved, *overrides, *NO_DROPOUT, BF16) == [0, 0]

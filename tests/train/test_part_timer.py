@@ -47,10 +47,11 @@ def loss(microbatch: Any, logits: Tensor) -> tuple[Tensor, str]:
 def test_marks_of_the_last_stage() -> None:
     """Forward and backward go through layers and output, in opposite orders."""
     written, stage = Written(), Stage(is_last=True)
-    timer, encoder = PartTimer(written), nn.Identity()
-    timer.watch(encoder, stage, stage.layers)
+    timer = PartTimer(written)
+    timer.watch(stage, stage.layers)
     finish = timer.timed(loss)
-    features = encoder(torch.ones(2, 4))
+    with timer.within("encode"):
+        features = torch.ones(2, 4)
     scalar, result = finish(None, stage(features))
     assert result == "result"
     forward = ["encode", "waiting", "layers", "output", "waiting", "output", "waiting"]
@@ -62,7 +63,7 @@ def test_marks_of_the_last_stage() -> None:
 def test_marks_of_another_stage() -> None:
     written, stage = Written(), Stage(is_last=False)
     timer = PartTimer(written)
-    timer.watch(nn.Identity(), stage, None)
+    timer.watch(stage, None)
     stage(torch.ones(2, 4)).backward(torch.ones(2, 4))
     assert written.parts == ["layers", "waiting", "layers", "waiting"]
 
@@ -70,7 +71,7 @@ def test_marks_of_another_stage() -> None:
 def test_without_gradients_there_is_no_backward_to_mark() -> None:
     written, stage = Written(), Stage(is_last=True)
     timer = PartTimer(written)
-    timer.watch(nn.Identity(), stage, stage.layers)
+    timer.watch(stage, stage.layers)
     with torch.no_grad():
         stage(torch.ones(2, 4))
     assert written.parts == ["layers", "output", "waiting"]
@@ -80,7 +81,7 @@ def test_marks_change_no_gradient() -> None:
     plain, watched = Stage(is_last=True), Stage(is_last=True)
     watched.load_state_dict(plain.state_dict())
     timer = PartTimer(Written())
-    timer.watch(nn.Identity(), watched, watched.layers)
+    timer.watch(watched, watched.layers)
     finish = timer.timed(loss)
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
     loss(None, plain(x))[0].backward()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nvlm_train import costs
-from nvlm_train.config.schema import ParallelConfig, VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
+from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.convert import vision as tables
 from nvlm_train.errors import CheckpointError, ConfigError
 from nvlm_train.vision import encoder
@@ -42,7 +43,10 @@ def test_both_tables_have_the_same_kinds() -> None:
 
 
 @pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(each, marks=[] if each == "siglip" else pytest.mark.slow) for each in KINDS],
+)
 def test_features_are_those_of_transformers(kind: str, shard_size: str, tmp_path: Path) -> None:
     model = transformers_encoder(replace(CONFIG, kind=kind))
     model.save_pretrained(tmp_path, max_shard_size=shard_size)
@@ -53,7 +57,10 @@ def test_features_are_those_of_transformers(kind: str, shard_size: str, tmp_path
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(each, marks=[] if each == "siglip" else pytest.mark.slow) for each in KINDS],
+)
 def test_the_table_lists_the_tensors_that_the_code_has(kind: str) -> None:
     config = replace(CONFIG, kind=kind)
     layout = tables.KINDS[kind][0]
@@ -65,7 +72,10 @@ def test_the_table_lists_the_tensors_that_the_code_has(kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(each, marks=[] if each == "siglip" else pytest.mark.slow) for each in KINDS],
+)
 def test_two_steps_are_those_of_one_process(workers: WorkerPool, kind: str) -> None:
     model = replace(MODEL, vision=replace(MODEL.vision, kind=kind))
     run = partial(gradients.losses_of_training, model=model)

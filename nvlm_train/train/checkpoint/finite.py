@@ -56,7 +56,7 @@ def summary(names: list[str]) -> str:
 
 def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """Yields what the rank trains with. The optimizer does not keep the names of its tensors."""
-    for name, parameter in engine.model.module.named_parameters():
+    for name, parameter in engine.whole_model().named_parameters():
         yield name, parameter.data
     for name, parameter in engine.encoder.named_parameters():
         yield f"{ENCODER}.{name}", parameter.data

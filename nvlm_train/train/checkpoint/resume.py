@@ -7,8 +7,10 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import CheckpointError
+from nvlm_train.geometry import encoder_batch
 from nvlm_train.train.checkpoint.run_state import RunState, plain_recipe
 
 Plain = Mapping[str, Any]
@@ -16,7 +18,7 @@ Rule = Callable[[RunState, Plain, Plain], Iterator[str]]
 """(state, recipe of the checkpoint, present recipe) -> each forbidden difference, with both values."""
 
 _DATA_FIELDS = (
-    "trainable", "blend", "sequence_length", "batch", "tiling", "system_message", "prompts",
+    "trainable", "blend", "sequence_length", "pack_length", "batch", "tiling", "system_message", "prompts",
 )  # fmt: skip
 """Fields of a stage that decide the batch of its step n. None may change while the stage is unfinished."""
 
@@ -51,8 +53,16 @@ def check_resumable(
 
 
 def _same_model(state: RunState, then: Plain, now: Plain) -> Iterator[str]:
-    for field in ("model", "seed", "precision"):
+    yield from _differences(_with_batch(then["model"]), _with_batch(now["model"]), "model")
+    for field in ("seed", "precision"):
         yield from _differences(then[field], now[field], field)
+
+
+def _with_batch(model: Plain) -> Plain:
+    """States how many tiles the encoder takes at a time: what recipes leave open now, older ones state."""
+    known = {field.name for field in fields(VisionConfig)}
+    vision = VisionConfig(**{name: model["vision"][name] for name in known})
+    return {**model, "vision": {**model["vision"], "batch_tiles": encoder_batch(vision)}}
 
 
 def _same_tags(state: RunState, then: Plain, now: Plain) -> Iterator[str]:

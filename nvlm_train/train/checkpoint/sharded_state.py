@@ -81,7 +81,7 @@ def load_weights(module: MegatronModule, directory: Path) -> None:
 
 def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
     """Returns what is saved: weights, optimizer and RNG, each with its place in the whole model."""
-    weights = _sharded_weights(engine.model.module)
+    weights = _sharded_weights(engine.whole_model())
     state: dict[str, Any] = {"model": weights, "rng": _rng_state(engine.topology)}
     # A pipeline stage without a trainable parameter has no optimizer state, and no way to ask for it.
     if not engine.optimizer.is_stub_optimizer:

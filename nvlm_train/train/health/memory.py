@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
-from nvlm_train.config.schema import Recipe
+from nvlm_train.config.layouts import recomputed_parts
+from nvlm_train.config.schema import ParallelConfig, Recipe, Recompute, StageConfig
+from nvlm_train.costs import activation_bytes
 from nvlm_train.errors import TrainingError
 from nvlm_train.geometry import encoder_batch
 from nvlm_train.train.tracking.step_record import peak_memory_gib
@@ -69,11 +72,17 @@ def advice(recipe: Recipe, stage_name: str, error: BaseException) -> str:
         f"  model.vision.batch_tiles={encoder_batch(recipe.model.vision)}: fewer tiles in one "
         "forward pass of the encoder",
     ]
-    if parallel.recompute != "full":
-        better = "full" if parallel.recompute == "selective" else "selective, then full"
+    if choices := _better_recompute(parallel):
+        saved = ", ".join(_saving(recipe, stage, choice) for choice in choices)
         lines.append(
-            f"  {path}.parallel.recompute={parallel.recompute}: {better} keeps fewer activations, "
-            "for up to a third more time"
+            f"  {path}.parallel.recompute={_written(parallel.recompute)}: {saved}; full costs up to a third "
+            "more time, the others less"
+        )
+    if stage.pack_length is not None and stage.pack_length > stage.sequence_length:
+        lines.append(
+            f"  {path}.pack_length={stage.pack_length}: fewer samples a pack, which keeps fewer activations; "
+            f"{path}.sequence_length={stage.sequence_length} is the least "
+            "(in a new run, or from the next stage on)"
         )
     lines += [
         f"  {path}.parallel.tensor={parallel.tensor}, {path}.parallel.pipeline={parallel.pipeline}: larger "
@@ -82,3 +91,28 @@ def advice(recipe: Recipe, stage_name: str, error: BaseException) -> str:
         f"  loader.prefetch_steps={recipe.loader.prefetch_steps}: fewer, where it is the host that is full",
     ]
     return "\n".join(lines)
+
+
+def _better_recompute(parallel: ParallelConfig) -> list[Recompute]:
+    """Returns what keeps fewer activations, the cheapest in time first."""
+    if parallel.recompute == "full":
+        return []
+    smaller: list[Recompute] = [("norms",), ("mlp", "norms")]
+    own = set(recomputed_parts(parallel))
+    return [each for each in smaller if not own.issuperset(each)] + ["full"]
+
+
+def _saving(recipe: Recipe, stage: StageConfig, choice: Recompute) -> str:
+    """Says what another choice saves, of the first pipeline stage's activations."""
+
+    def needed(parallel: ParallelConfig) -> int:
+        own = replace(stage, parallel=parallel)
+        return activation_bytes(recipe.model, own, recipe.precision)
+
+    least = needed(replace(stage.parallel, recompute=choice))
+    return f"{_written(choice)} saves {(needed(stage.parallel) - least) / 2**30:.1f} GiB"
+
+
+def _written(recompute: Recompute) -> str:
+    """Writes the value as a recipe has it."""
+    return recompute if isinstance(recompute, str) else f"[{','.join(recompute)}]"

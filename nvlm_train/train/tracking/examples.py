@@ -73,6 +73,7 @@ class ExampleSet:
         """Returns the present model's answers, on every rank. Called by all ranks."""
         tokenizer = self._encoder.tokenizer
         prompts = [question.prompt for question in self._questions]
+        engine.whole_model()  # Replicas answer different packs, and would gather in different orders.
         engine.model.eval()
         try:
             ids = generate(

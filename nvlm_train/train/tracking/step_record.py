@@ -19,6 +19,7 @@ from nvlm_train.costs import StepFlops, step_flops_by_part
 from nvlm_train.train.part_timer import PartSeconds, PartTimer
 from nvlm_train.train.reduce_metrics import StepResult
 from nvlm_train.train.schedule import Position, global_step
+from nvlm_train.vision.ahead import FeatureSource
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,15 @@ class PartSpeed:
 
 
 @dataclass(frozen=True)
+class BesideSeconds:
+    """A step writes this field on a GPU, where tiles are encoded while the round before theirs trains."""
+
+    encode_beside: float
+    """The GPU encoded this step's tiles for this long on a stream of its own, beside the training: it is no
+    part of `seconds`, and counts for `tflops_per_rank/encode`. [seconds]"""
+
+
+@dataclass(frozen=True)
 class PeakShare:
     """A step writes this field on a card whose peak is in `nvlm_train/cards.py`."""
 
@@ -111,6 +121,8 @@ class StepSeconds:
     """From the end of the last step to the end of this one, loading included."""
     parts: PartSeconds
     """What the time went to."""
+    encode_beside: float = 0.0
+    """What features took on a stream of their own; no part of `total`."""
 
 
 class StepTimer:
@@ -118,11 +130,13 @@ class StepTimer:
 
     Args:
         parts: splits them; what it has counted before is dropped.
+        features: knows the seconds of what is encoded beside the training.
     """
 
-    def __init__(self, parts: PartTimer) -> None:
-        self._parts = parts
+    def __init__(self, parts: PartTimer, features: FeatureSource) -> None:
+        self._parts, self._features = parts, features
         self._parts.read()
+        self._features.read_beside()
         self._last = time.perf_counter()
         self._loading = 0.0
 
@@ -132,7 +146,8 @@ class StepTimer:
 
     def stepped(self) -> StepSeconds:
         """Returns the seconds of the step that has just been done."""
-        return StepSeconds(self._loading, self._loading + self._since_last(), self._parts.read())
+        total = self._loading + self._since_last()
+        return StepSeconds(self._loading, total, self._parts.read(), self._features.read_beside())
 
     def _since_last(self) -> float:
         now = time.perf_counter()
@@ -181,18 +196,22 @@ def step_record(
     ):
         if tokens:
             fields |= SourceRecord(loss=loss / tokens, trained_tokens=tokens).named(name)
-    return fields | _speeds(flops, tflops, seconds.parts)
+    return fields | _speeds(flops, tflops, seconds)
 
 
-def _speeds(flops: StepFlops, tflops: float, seconds: PartSeconds) -> dict[str, float]:
+def _speeds(flops: StepFlops, tflops: float, seconds: StepSeconds) -> dict[str, float]:
     """Fields about what the step's time went to, and how fast this rank was in it.
 
     Ranks share the step's FLOPs of a part evenly: each that has such a part is charged an equal share.
     """
-    fields = {f"seconds/{part}": value for part, value in vars(seconds).items()}
+    fields = {f"seconds/{part}": value for part, value in vars(seconds.parts).items()}
+    if seconds.encode_beside:
+        beside = BesideSeconds(seconds.encode_beside)
+        fields |= {f"seconds/{field}": value for field, value in vars(beside).items()}
     speeds = {"tflops_per_rank": tflops}
     for part, count in vars(flops).items():
-        own = vars(seconds)[part]
+        own = vars(seconds.parts)[part]
+        own += seconds.encode_beside if part == "encode" else 0.0
         if count and own:
             speeds[f"tflops_per_rank/{part}"] = count / dist.get_world_size() / own / 1e12
     fields |= speeds

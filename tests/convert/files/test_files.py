@@ -86,9 +86,9 @@ def test_a_tensor_in_two_files(sharded: Path) -> None:
 
 
 def test_a_file_that_the_index_does_not_name(sharded: Path) -> None:
-    save_file({"extra": torch.zeros(1)}, sharded / "consolidated.safetensors")
+    save_file({"extra": torch.zeros(1)}, sharded / "others.safetensors")
     found = problems(sharded)
-    assert "consolidated.safetensors is there, but" in found and "unexpected=['extra']" in found
+    assert "others.safetensors is there, but" in found and "unexpected=['extra']" in found
 
 
 def test_an_index_that_places_a_tensor_elsewhere(sharded: Path) -> None:
@@ -160,7 +160,7 @@ def test_no_torch_is_needed(whole: Path) -> None:
 
     program = (
         "import sys; from dataclasses import replace;"
-        "from nvlm_train.config.schema import LanguageConfig;"
+        "from nvlm_train.config.model_schema import LanguageConfig;"
         "from nvlm_train.convert.language import language_problems;"
         "assert list(language_problems(LanguageConfig(1, 4, 1, 1, 4, 8, weights=sys.argv[1]), {}));"
         "assert 'torch' not in sys.modules"

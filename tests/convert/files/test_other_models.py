@@ -19,6 +19,7 @@ from tests.convert.files import starts
 from tests.convert.files.models import randomise
 from tests.workers import WorkerPool
 
+pytestmark = pytest.mark.slow
 SIZES: dict[str, Any] = {
     "vocab_size": 640, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,

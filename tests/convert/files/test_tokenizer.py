@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nvlm_train.config.model_schema import TokenizerConfig
 from nvlm_train.config.paths import PACKAGE, recipes_dir
-from nvlm_train.config.schema import TokenizerConfig
 from nvlm_train.convert import check
 from nvlm_train.convert.tokenizer import vocabulary_of
 from nvlm_train.doctor.material import check_tokenizer
@@ -68,6 +68,7 @@ def test_every_shipped_model_holds_its_tokenizer_s_ids(path: Path) -> None:
     assert Tokenizer(recipe.model.tokenizer).vocab_size == NUM_IDS
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_table_end_training_in_every_layout(
     workers: WorkerPool, tmp_path: Path
 ) -> None:

@@ -74,8 +74,10 @@ def _moments(engine: Engine) -> Moments:
 def small_buckets() -> Iterator[None]:
     original = engine_module.ddp_config
 
-    def small(stage):
-        return dataclasses.replace(original(stage), overlap_grad_reduce=True, bucket_size=BUCKET)
+    def small(stage, topology):
+        return dataclasses.replace(
+            original(stage, topology), overlap_grad_reduce=True, bucket_size=BUCKET
+        )
 
     with mock.patch.object(engine_module, "ddp_config", small):
         yield

@@ -28,7 +28,7 @@ def checkpoints(run_dir: Path) -> list[str]:
     ("kind", "name"),
     [
         ("weights", "DP2"),
-        ("exp_avg_sq", "DP2"),
+        pytest.param("exp_avg_sq", "DP2", marks=pytest.mark.slow),
         pytest.param("exp_avg", "PP2", marks=pytest.mark.slow),
         pytest.param("weights", "TP2", marks=pytest.mark.slow),
     ],

@@ -50,7 +50,7 @@ def own(files: Path, tmp_path: Path) -> Iterator[Path]:
         shutil.copy(tmp_path / "kept" / path, files / path)
 
 
-@pytest.mark.parametrize("step", [RESUME, HAND_OVER])
+@pytest.mark.parametrize("step", [RESUME, pytest.param(HAND_OVER, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("field", outside.CHANGES)
 def test_other_files_of_the_same_name_are_refused(
     workers: WorkerPool,

@@ -131,6 +131,7 @@ def test_every_difference_is_named_with_both_values(recipe: Recipe) -> None:
         "sft",
         trainable=("projector",),
         sequence_length=256,
+        pack_length=512,
         tiling=replace(stage.tiling, max_tiles=2),
     )
     vision = replace(recipe.model.vision, num_layers=3)
@@ -141,10 +142,11 @@ def test_every_difference_is_named_with_both_values(recipe: Recipe) -> None:
         f"seed=5, was {recipe.seed}",
         "stages.sft.trainable=['projector'], was ['projector', 'cross_attention', 'language_model']",
         f"stages.sft.sequence_length=256, was {stage.sequence_length}",
+        "stages.sft.pack_length=512, was None",
         f"stages.sft.tiling.max_tiles=2, was {stage.tiling.max_tiles}",
     ):
         assert f"  - {line}\n" in message
-    assert message.count("  - ") == 5
+    assert message.count("  - ") == 6
     assert str(RUN) in message and "another run_dir" in message
 
 
@@ -154,6 +156,20 @@ def test_the_model_may_not_change_between_stages(recipe: Recipe) -> None:
     end = state_of(recipe, "pretrain", recipe.stages["pretrain"].steps)
     check(end, recipe)
     assert "model.projector.ffn_hidden_size=8" in refusal(end, changed)
+
+
+def test_the_encoder_s_batch_counts_and_not_who_states_it(recipe: Recipe) -> None:
+    """Recipes of before stated 8 tiles, which is what follows from InternViT-6B's sizes today."""
+    large = {"hidden_size": 3200, "num_heads": 25, "ffn_hidden_size": 12800}
+    sizes = large | {"tile_size": 448, "patch_size": 14}
+
+    def taking(tiles: int | None) -> Recipe:
+        vision = replace(recipe.model.vision, batch_tiles=tiles, **sizes)
+        return replace(recipe, model=replace(recipe.model, vision=vision))
+
+    check(state_of(taking(8)), taking(None))
+    check(state_of(taking(None)), taking(8))
+    assert "model.vision.batch_tiles=8, was 16" in refusal(state_of(taking(16)), taking(None))
 
 
 def test_a_stage_that_is_gone(recipe: Recipe) -> None:

@@ -157,8 +157,30 @@ def test_out_of_memory_is_explained(tmp_path: Path, error: Exception) -> None:
     assert "stages.sft.parallel.max_tiles_in_flight=256" in message
     assert "stages.sft.parallel.sequence_parallel=false" in message
     assert "recompute" not in message, "there is nothing left to recompute"
+    assert "pack_length" not in message, "packs are as short as samples"
+    longer = smoke_recipe(tmp_path, tmp_path, "stages.sft.pack_length=512")
+    advice = memory.advice(longer, "sft", error)
+    assert "stages.sft.pack_length=512: fewer samples a pack" in advice
     with pytest.raises(RuntimeError, match="shapes"), memory.explained(recipe, "sft"):
         raise RuntimeError("shapes do not fit")
+
+
+def test_advice_says_what_recomputation_would_save(tmp_path: Path) -> None:
+    """Of the stage's full packs, in the recipe's own words."""
+    for stated, offered in {
+        "none": ["[norms] saves", "[mlp,norms] saves", "full saves"],
+        "[norms]": ["[mlp,norms] saves", "full saves"],
+        "[mlp,norms]": ["full saves"],
+    }.items():
+        setting = f"stages.sft.parallel.recompute={stated}"
+        recipe = smoke_recipe(tmp_path, tmp_path, setting)
+        (line,) = [
+            each
+            for each in memory.advice(recipe, "sft", MemoryError()).splitlines()
+            if "recompute" in each
+        ]
+        assert f"{setting}: " in line and line.count("saves") == len(offered)
+        assert all(each in line for each in offered)
 
 
 def test_unusable_health_is_refused(tmp_path: Path) -> None:

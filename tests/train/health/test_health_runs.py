@@ -48,7 +48,7 @@ def assert_same_state(
         pytest.param("TP2 PP2", 2, (), marks=slow),
         pytest.param("single", 0, (), marks=slow),
         pytest.param("DP2", 1, ("stages.sft.parallel.distributed_optimizer=false",), marks=slow),
-        pytest.param("PP2 DP2 overlapped", 3, (), marks=slow),
+        pytest.param("PP2 DP2", 3, (), marks=slow),
     ],
 )
 def test_step_with_a_nan_equals_one_that_never_was(
@@ -150,7 +150,7 @@ def test_warning_goes_on(workers: WorkerPool, data: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "rank", "part"),
     [
-        ("DP2", 1, "data"),
+        pytest.param("DP2", 1, "data", marks=slow),
         pytest.param("TP2 PP2", 2, "compute", marks=slow),
         pytest.param("TP2 PP2", 1, "data", marks=slow),
     ],

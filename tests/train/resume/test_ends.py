@@ -39,7 +39,10 @@ def limited(data: Path, directory: Path, unit: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("unit", "name"),
-    [("samples", "single"), pytest.param("packs", "DP2", marks=pytest.mark.slow)],
+    [
+        pytest.param("samples", "single", marks=pytest.mark.slow),
+        pytest.param("packs", "DP2", marks=pytest.mark.slow),
+    ],
 )
 def test_limited_data_is_trained_to_its_end(
     workers: WorkerPool, data: Path, tmp_path: Path, unit: str, name: str

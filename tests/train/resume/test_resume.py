@@ -31,7 +31,9 @@ slow = pytest.mark.slow
         pytest.param("TP2 PP2", 1, marks=slow),
         pytest.param("TP2 PP2", 6, marks=slow),
         pytest.param("DP2", 1, marks=slow),
-        pytest.param("PP2 DP2 overlapped", 1, marks=slow),
+        pytest.param("DP2", 4, marks=slow),
+        pytest.param("PP2 DP2", 1, marks=slow),
+        pytest.param("PP2 DP2", 6, marks=slow),
     ],
 )
 def test_stopped_run_continues_bit_for_bit(
@@ -52,7 +54,8 @@ def test_stopped_run_continues_bit_for_bit(
         pytest.param("DP2", "TP2", marks=slow),
         pytest.param("single", "DP2", marks=slow),
         pytest.param("DP2", "single", marks=slow),
-        pytest.param("TP2 PP2", "PP2 DP2 overlapped", marks=slow),
+        pytest.param("TP2 PP2", "PP2 DP2", marks=slow),
+        pytest.param("PP2 DP2", "PP2 DP2 without overlap", marks=slow),
     ],
 )
 def test_resume_in_another_layout(

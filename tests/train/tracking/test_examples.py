@@ -49,7 +49,7 @@ def test_examples_leave_no_trace(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TP2 PP2", "PP2 DP2 overlapped"])
+@pytest.mark.parametrize("name", ["TP2 PP2", "PP2 DP2"])
 def test_examples_in_a_layout(
     workers: WorkerPool, data: Path, tmp_path: Path, whole_run: Callable[..., Path], name: str
 ) -> None:

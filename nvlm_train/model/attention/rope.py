@@ -1,18 +1,23 @@
-"""Rotary positions of the language model: megatron-core's embedding, with the family's frequencies."""
+"""Rotary positions of the language model: megatron-core's embedding, with the family's frequencies.
+
+Shape legend: S tokens of a pack, N local heads, G local KV groups, D head size, P = D / 2 pairs.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from nvlm_train.config.schema import LanguageConfig, RopeScalingConfig
+from nvlm_train.config.model_schema import LanguageConfig, RopeScalingConfig
 from nvlm_train.device_batch import DevicePack
 from nvlm_train.geometry import head_size
-from nvlm_train.parallel.kernels import Kernels
+from nvlm_train.parallel import cpu_kernels
+from nvlm_train.parallel.kernels import Kernels, compiled
 
 
 def rotary_embedding(language: LanguageConfig) -> RotaryEmbedding:
@@ -34,13 +39,45 @@ def angles(rotary: RotaryEmbedding, pack: DevicePack, kernels: Kernels) -> Tenso
     """Makes the angles of a pack, whose positions restart with every sample.
 
     Returns:
-        fp32. By token, [S, 1, D]; for Transformer Engine's kernel, which finds the positions by itself, by
-        position, [S, 1, 1, D].
+        fp32. By token and pair of channels, [S, 1, D / 2]; for Transformer Engine's kernel, which finds the
+        positions by itself, by position, [S, 1, 1, D].
     """
     if kernels.attention == "transformer_engine":
         return rotary(sum(pack.lengths), packed_seq=True)
-    half_SD = torch.outer(pack.position_ids_S.to(rotary.inv_freq), rotary.inv_freq)
-    return torch.cat([half_SD, half_SD], dim=-1)[:, None]
+    return torch.outer(pack.position_ids_S.to(rotary.inv_freq), rotary.inv_freq)[:, None]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How far each token of a pack turns, for all layers: cosine and sine in the layers' precision."""
+
+    cosine_S1P: Tensor
+    """[S, 1, D / 2]."""
+    sine_S1P: Tensor
+
+    @classmethod
+    def of(cls, angles_S1P: Tensor, dtype: torch.dtype) -> Turns:
+        return cls(angles_S1P.cos().to(dtype), angles_S1P.sin().to(dtype))
+
+
+def turn(query_SND: Tensor, key_SGD: Tensor, turns: Turns) -> tuple[Tensor, Tensor]:
+    """Turns queries and keys of a whole pack by their tokens' positions.
+
+    On a GPU that is one compiled kernel each, forward and backward; on a CPU a function of our own, which
+    writes to one new tensor.
+    """
+    rotate = compiled(_rotate) if query_SND.is_cuda else cpu_kernels.rotary
+    cosine, sine = turns.cosine_S1P, turns.sine_S1P
+    return rotate(query_SND, cosine, sine), rotate(key_SGD, cosine, sine)
+
+
+def _rotate(x_SND: Tensor, cosine_S1P: Tensor, sine_S1P: Tensor) -> Tensor:
+    first, second = x_SND.chunk(2, dim=-1)
+    turned = (
+        first * cosine_S1P - second * sine_S1P,
+        second * cosine_S1P + first * sine_S1P,
+    )
+    return torch.cat(turned, dim=-1)
 
 
 def _linear(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
