@@ -46,8 +46,9 @@ if HAS_ENGINE:
 GPU = EXACT | FAST
 
 RECOMPUTE = {
-    "attention": ParallelConfig(recompute="selective"),
     "whole layers": ParallelConfig(recompute="full"),
+    "attention": ParallelConfig(recompute=("attention",)),
+    "MLP and norms": ParallelConfig(recompute=("norms", "mlp")),
 }
 """Every form of recomputation."""
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
+from typing import get_args
 
 import pytest
 
-from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.config.schema import ParallelConfig, RecomputedPart
 from tests.gpu import attention_masks, gradient_runs
 from tests.gpu.attention_masks import Masks
 from tests.gpu.gradient_runs import DROPOUT, Found
@@ -99,6 +101,12 @@ def check_slopes(slopes: dict[str, tuple[float, float]]) -> None:
     assert len(slopes) >= 35
     for key, (by_backward, by_differences) in slopes.items():
         assert by_differences == pytest.approx(by_backward, rel=SLOPE_TOLERANCE, abs=NOISE), key
+
+
+def test_every_form_of_recomputation_is_compared() -> None:
+    forms = [parallel.recompute for parallel in RECOMPUTE.values()]
+    parts = [form for form in forms if isinstance(form, tuple)]
+    assert "full" in forms and set(chain(*parts)) == set(get_args(RecomputedPart))
 
 
 @pytest.mark.slow

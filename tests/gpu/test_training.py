@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,10 +74,12 @@ def test_a_stopped_run_goes_on_on_a_gpu(
 
 
 def check_killed(pool: WorkerPool, shards: Path, directory: Path, path: str) -> None:
+    """Kills a run, keeps a copy of what it left as `left`, and lets it go on."""
     whole, killed = directory / "whole", directory / "killed"
     training_runs.kill(shards, killed, path, KILLED_AFTER, [])
     assert len(read_metrics(killed)) == KILLED_AFTER
     assert complete_checkpoints(killed)
+    shutil.copytree(killed, directory / "left")
     assert pool.run(1, training_runs.run, shards, killed, path, []) == [0]
     assert pool.run(1, training_runs.run, shards, whole, path, []) == [0]
     check(killed, whole, CONTINUES["fp32"])
@@ -86,9 +89,11 @@ def check_killed(pool: WorkerPool, shards: Path, directory: Path, path: str) -> 
 def test_a_killed_run_goes_on(workers: WorkerPool, shards: Path, tmp_path: Path) -> None:
     """What a GPU is asked, on a CPU; and without the generators' states it is seen."""
     check_killed(workers, shards, tmp_path, "CPU")
-    other = tmp_path / "other"
-    training_runs.kill(shards, other, "CPU", KILLED_AFTER, [])
     broken = training_runs.run_without_generators
-    assert workers.run(1, broken, shards, other, "CPU", []) == [0]
+    assert workers.run(1, broken, shards, tmp_path / "left", "CPU", []) == [0]
     with pytest.raises(AssertionError):
-        check(other, tmp_path / "whole", (10 * CONTINUES["fp32"][0], 10 * CONTINUES["fp32"][1]))
+        check(
+            tmp_path / "left",
+            tmp_path / "whole",
+            (10 * CONTINUES["fp32"][0], 10 * CONTINUES["fp32"][1]),
+        )

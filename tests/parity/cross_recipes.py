@@ -9,6 +9,7 @@ import json
 import random
 from dataclasses import replace
 from functools import cache
+from importlib.resources import files
 
 import torch
 
@@ -27,11 +28,10 @@ from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder
 from nvlm_train.geometry import context_tokens_per_tile, tokens_per_tile
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
-from tests.demo.test_assets import ASSETS
 from tests.parity import recipes
 
 SEQUENCE_LENGTH = 384
-TOKENIZER = TokenizerConfig(path=str(ASSETS / "language_model"))
+TOKENIZER = TokenizerConfig(path=str(files("nvlm_train.demo") / "assets" / "language_model"))
 LANGUAGE = replace(recipes.LANGUAGE, vocab_size=640)
 CROSS = CrossAttentionConfig(every=2)
 MODELS: dict[str, ModelConfig] = {
