@@ -20,19 +20,16 @@ from importlib.resources import files
 import torch
 
 from nvlm_train.batch import Round, SampleInfo, StepBatch
-from nvlm_train.config.schema import (
+from nvlm_train.config.model_schema import (
     Architecture,
-    BatchConfig,
     CrossAttentionConfig,
     LanguageConfig,
     ModelConfig,
-    OptimizerConfig,
     ProjectorConfig,
-    Recipe,
-    StageConfig,
     TokenizerConfig,
     VisionConfig,
 )
+from nvlm_train.config.schema import BatchConfig, OptimizerConfig, Recipe, StageConfig
 from nvlm_train.data.dataset import build_encoder
 from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.parallel import kernels

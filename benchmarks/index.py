@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nvlm_train.config.schema import TilingConfig, TokenizerConfig
+from nvlm_train.config.model_schema import TokenizerConfig
+from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.index.build import Encoding, IndexedShard, WantedShard, index_shards
 from nvlm_train.data.index.files import IndexFiles
 from nvlm_train.data.samples.encoder import EncodingSpec

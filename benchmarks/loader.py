@@ -36,8 +36,9 @@ from torch.utils.data import DataLoader
 
 from benchmarks.images import TILE, jpeg, photo, pillow_tiles, to_tensor
 from nvlm_train.batch import RankShare
+from nvlm_train.config.model_schema import TokenizerConfig
 from nvlm_train.config.paths import PACKAGE
-from nvlm_train.config.schema import BatchConfig, LoaderConfig, TilingConfig, TokenizerConfig
+from nvlm_train.config.schema import BatchConfig, LoaderConfig, TilingConfig
 from nvlm_train.data.images import cut_tiles, decode_image, read_size
 from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig

@@ -31,17 +31,14 @@ from transformers import (
 )
 
 from nvlm_train.batch import Microbatch, Round, SampleInfo, StepBatch
-from nvlm_train.config.schema import (
-    BatchConfig,
+from nvlm_train.config.model_schema import (
     LanguageConfig,
     ModelConfig,
-    OptimizerConfig,
     ProjectorConfig,
-    Recipe,
-    StageConfig,
     TokenizerConfig,
     VisionConfig,
 )
+from nvlm_train.config.schema import BatchConfig, OptimizerConfig, Recipe, StageConfig
 from nvlm_train.model import global_weights
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology, start_process_group

@@ -1,7 +1,7 @@
 """What the data floor hands to the model: plans (numbers only) and batches (tensors).
 
 Shape legend: S tokens of a pack, L trained positions of a pack, T tiles, E tile edge in pixels.
-A *pack* is one sequence of `sequence_length` tokens made of whole samples; it is one microbatch.
+A *pack* is one sequence made of whole samples; it is one microbatch. All packs of a step have one length.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class StepPlan:
 
     step: int
     packs: tuple[tuple[PackPlan, ...], ...]
+    pack_length: int
+    """Every pack is filled up with padding to this many tokens."""
 
 
 @dataclass(frozen=True, slots=True)

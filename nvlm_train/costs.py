@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nvlm_train.config.schema import (
+from nvlm_train.config.layouts import recomputed_parts
+from nvlm_train.config.model_schema import (
     LanguageConfig,
     ModelConfig,
-    ParallelConfig,
     ProjectorConfig,
-    StageConfig,
     VisionConfig,
 )
+from nvlm_train.config.schema import ParallelConfig, StageConfig
 from nvlm_train.convert.vision import kind_of
 from nvlm_train.geometry import (
     head_size,
     kv_size,
+    num_cross_layers,
     query_size,
     tile_feature_size,
     tokens_per_tile,
@@ -65,12 +66,6 @@ def projector_weights(inputs: int, projector: ProjectorConfig, outputs: int) -> 
     if projector.ffn_hidden_size is None:
         return inputs * outputs
     return inputs * projector.ffn_hidden_size + projector.ffn_hidden_size * outputs
-
-
-def num_cross_layers(model: ModelConfig) -> int:
-    """Counts the layers with cross-attention: 10 at 72B and at 34B."""
-    cross = model.cross_attention
-    return model.language.num_layers // cross.every if cross else 0
 
 
 def cross_query_weights(model: ModelConfig) -> int:
@@ -200,7 +195,7 @@ def activation_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> 
     cross path come on top.
     """
     parts = layer_activations(model.language, stage.parallel)
-    kept = set(parts) - set(stage.parallel.recomputed_parts)
+    kept = set(parts) - set(recomputed_parts(stage.parallel))
     if stage.parallel.recompute == "full":
         kept = {"layer"}
     numbers = sum(parts[part] for part in kept)

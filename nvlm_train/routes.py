@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nvlm_train.config.schema import Architecture
+from nvlm_train.config.model_schema import Architecture
 
 Route = Literal["decoder", "cross"]
 

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvlm_train.config.schema import ChatTemplateName, TileTags, TokenizerConfig
+from nvlm_train.config.model_schema import ChatTemplateName, TokenizerConfig
+from nvlm_train.config.schema import TileTags
 from nvlm_train.errors import ConfigError
 
 if TYPE_CHECKING:

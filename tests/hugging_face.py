@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from nvlm_train.config.schema import LanguageConfig, VisionConfig
+from nvlm_train.config.model_schema import LanguageConfig, VisionConfig
 from tests.convert.files.models import randomise
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from nvlm_train import costs, geometry
-from nvlm_train.config.schema import (
+from nvlm_train.config.model_schema import (
     CrossAttentionConfig,
     LanguageConfig,
     ModelConfig,
-    ParallelConfig,
     ProjectorConfig,
     Recompute,
     TokenizerConfig,
     VisionConfig,
 )
+from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.costs import StepWork
 from tests.hugging_face import encoder_sizes, sizes
 from tests.parity import cross_gradients, cross_recipes, kept, recipes

@@ -92,7 +92,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.costs import vision_parameters
 from nvlm_train.vision.build import build_vision_encoder
 

@@ -45,15 +45,17 @@ def load_generator() -> ModuleType:
 
 
 generate = load_generator()
+GROUPS = list(generate.groups(generate.Group("", schema.Recipe)))
 CLASSES = [
-    *((generate.SCHEMA, each.cls.__name__) for each in generate.groups(generate.Group("", schema.Recipe))),
+    *((generate.file_of(each.cls), each.cls.__name__) for each in GROUPS),
     *((file, name) for file, name, _ in generate.METRICS),
 ]  # fmt: skip
 
 
 def hints(name: str) -> dict[str, Any]:
     """Types of the fields of a class of the schema; none for other classes."""
-    return get_type_hints(getattr(schema, name)) if hasattr(schema, name) else {}
+    known = {each.cls.__name__: each.cls for each in GROUPS}
+    return get_type_hints(known[name]) if name in known else {}
 
 
 def is_sentence(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""A pool of processes that run real megatron-core on gloo, kept alive over many layouts.
+"""A pool of processes that run real megatron-core, kept alive over many layouts: on gloo, or one on a GPU.
 
 Importing megatron-core takes 4 s a process; joining a world takes milliseconds. Each call forms a
 world of the first `world_size` workers, runs a module-level function on each, and takes it apart.
@@ -13,16 +13,26 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
+
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment of processes that find no GPU where there is one."""
 
 
 class WorkerPool:
-    """Keeps processes 0 .. size - 1. `run` returns what the function returned on each rank."""
+    """Keeps processes 0 .. size - 1. `run` returns what the function returned on each rank.
 
-    def __init__(self, size: int = 4) -> None:
+    Args:
+        size: of the largest world.
+        environment: variables that the processes see in addition.
+    """
+
+    def __init__(self, size: int = 4, environment: Mapping[str, str] = WITHOUT_GPU) -> None:
         self._size = size
+        self._environment = environment
         self._start()
 
     def _start(self) -> None:
@@ -33,7 +43,8 @@ class WorkerPool:
             ours, theirs = context.Pipe()
             # Not daemons: saving a checkpoint starts processes of its own.
             process = context.Process(target=_serve, args=(theirs,))
-            process.start()
+            with mock.patch.dict(os.environ, self._environment):
+                process.start()
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
@@ -113,12 +124,24 @@ def _serve(connection: Connection) -> None:
 def _run(
     rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
+    import torch
     import torch.distributed as dist
 
-    from nvlm_train.parallel.topology import collect_engines, start_process_group
+    from nvlm_train.parallel.topology import (
+        collect_engines,
+        place_in_world,
+        start_process_group,
+    )
 
+    place = place_in_world({}, torch.cuda.is_available())
+    if place.device is not None:
+        torch.cuda.set_device(place.device)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
+        place.backend,
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        device_id=place.device,
     )
     try:
         start_process_group()

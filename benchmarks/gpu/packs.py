@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu.shapes import Sizes, make_recipe
 from nvlm_train.batch import Microbatch, Round, SampleInfo, StepBatch
-from nvlm_train.config.schema import Architecture, VisionConfig
+from nvlm_train.config.model_schema import Architecture, VisionConfig
 from nvlm_train.data.dataset import build_encoder
 from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.data.plan.packing import best_fit_decreasing

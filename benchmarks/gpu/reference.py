@@ -22,7 +22,7 @@ from benchmarks.gpu.activity import fresh_memory, peak_gib, seconds_of, trace
 from benchmarks.gpu.packs import encode, make_plan, noise
 from benchmarks.gpu.rows import Repeats, Row, flops_by_part, memory, speed, utilisation, waiting
 from benchmarks.gpu.shapes import LANGUAGES, Sizes, make_recipe
-from nvlm_train.config.schema import LanguageConfig, VisionConfig
+from nvlm_train.config.model_schema import LanguageConfig, VisionConfig
 from nvlm_train.costs import StepWork
 from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.parallel.topology import device

@@ -26,14 +26,8 @@ from benchmarks.gpu.shapes import SFT, Sizes, make_recipe
 from nvlm_train import costs, geometry
 from nvlm_train.batch import StepBatch
 from nvlm_train.cards import bf16_peak
-from nvlm_train.config.schema import (
-    Architecture,
-    ModelConfig,
-    Recipe,
-    StageConfig,
-    TrainablePart,
-    VisionConfig,
-)
+from nvlm_train.config.model_schema import Architecture, ModelConfig, VisionConfig
+from nvlm_train.config.schema import Recipe, StageConfig, TrainablePart
 from nvlm_train.costs import StepWork
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import build_topology, collect_engines, device

@@ -5,19 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files
 
-from nvlm_train.config.schema import (
+from nvlm_train.config.model_schema import (
     Architecture,
-    BatchConfig,
     CrossAttentionConfig,
     LanguageConfig,
     ModelConfig,
-    OptimizerConfig,
     ProjectorConfig,
+    TokenizerConfig,
+    VisionConfig,
+)
+from nvlm_train.config.schema import (
+    BatchConfig,
+    OptimizerConfig,
     Recipe,
     StageConfig,
-    TokenizerConfig,
     TrainablePart,
-    VisionConfig,
 )
 
 SFT: tuple[TrainablePart, ...] = ("projector", "cross_attention", "language_model")

@@ -29,9 +29,9 @@ from benchmarks.gpu_parts.variants import (
 from nvlm_train.model.attention import intervals
 from nvlm_train.model.attention.masks import Masks, block_mask, mask_arrays
 from nvlm_train.model.attention.packed import FlexAttention, VarlenAttention
+from nvlm_train.model.attention.rope import Turns, turn
 from nvlm_train.model.layers import PackAttention, SdpaAttention
 from nvlm_train.model.pack import Pack
-from nvlm_train.model.rope import Turns, turn
 from nvlm_train.parallel.topology import device
 from nvlm_train.parallel.transfer import send
 

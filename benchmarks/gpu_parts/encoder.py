@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.rows import PEAK_FLOPS, encoder_flops, randomise
 from benchmarks.gpu_parts.variants import Row, Run, Timing, Variant, captured, compare, random
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.geometry import patches_per_side
 from nvlm_train.parallel.topology import device
 from nvlm_train.vision.attention import attend

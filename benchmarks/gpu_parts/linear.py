@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.shapes import LANGUAGES, Sizes
 from benchmarks.gpu_parts.variants import Row, Run, Timing, Variant, compare, random
-from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.config.model_schema import LanguageConfig
 from nvlm_train.model.output.token_losses import VocabularyShard, token_losses
 from nvlm_train.parallel.adam import GroupStepAdamW
 from nvlm_train.parallel.topology import device

@@ -2,9 +2,9 @@
 
 python docs/reference/generate.py
 
-recipe.md comes from `config/schema.py`, metrics.md from the dataclasses of METRICS. In both, a field's
-annotation, its default and the docstring under it are all there is to say; the docstring ends with
-the field's unit in brackets.
+recipe.md comes from `config/schema.py` and `model_schema.py` beside it, metrics.md from the
+dataclasses of METRICS. In both, a field's annotation, its default and the docstring under it are all
+there is to say; the docstring ends with the field's unit in brackets.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from nvlm_train.config import schema
 HERE = Path(__file__).parent
 PACKAGE = Path(inspect.getfile(schema)).parent.parent
 SCHEMA = "config/schema.py"
+MODEL_SCHEMA = "config/model_schema.py"
 COMMAND = "python docs/reference/generate.py"
 
 METRICS = (
@@ -93,6 +94,11 @@ def read_class(path: Path, name: str) -> Docstrings:
                 described[node.target.id] = Description.of(str(following.value.value))
     lead = " ".join((ast.get_docstring(found) or "").split())
     return Docstrings(name, lead, described, annotations)
+
+
+def file_of(cls: type) -> str:
+    """The file of a class, from the package on."""
+    return Path(inspect.getfile(cls)).relative_to(PACKAGE).as_posix()
 
 
 # ---- the recipe ----
@@ -171,7 +177,7 @@ def default_words(field: Field[Any]) -> str:
 
 def recipe_section(group: Group) -> Iterator[str]:
     """The lines of a group's section; groups in it have sections of their own."""
-    said = read_class(PACKAGE / SCHEMA, group.cls.__name__)
+    said = read_class(PACKAGE / file_of(group.cls), group.cls.__name__)
     hints = get_type_hints(group.cls)
     rows = [
         recipe_row(group, each, hints[each.name], said.of(each.name))
@@ -204,7 +210,7 @@ def recipe_page() -> str:
     lines = [
         "# Every field of a recipe",
         "",
-        written_by(f"nvlm_train/{SCHEMA}"),
+        written_by(f"nvlm_train/{SCHEMA}", f"nvlm_train/{MODEL_SCHEMA}"),
         "",
         "A section is a recipe group: a mapping in a YAML file. `NAME` stands for a stage's name.",
         "[recipes.md](../recipes.md) says how files are composed; the rules that span several fields",

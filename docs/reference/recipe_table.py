@@ -139,8 +139,12 @@ def _cells(recipe: Recipe, stage: StageConfig, world_size: int) -> list[str]:
         f"{memory / 1e9:.1f}",
         f"{stage.batch.size:,}",
         f"{stage.steps:,}",
-        f"{stage.sequence_length:,}, {_tiles(stage)}",
+        f"{stage.sequence_length:,}{_packs(stage)}, {_tiles(stage)}",
     ]
+
+
+def _packs(stage: StageConfig) -> str:
+    return f" in {stage.pack_length:,}" if stage.pack_length else ""
 
 
 def _tiles(stage: StageConfig) -> str:

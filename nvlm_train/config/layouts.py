@@ -1,12 +1,13 @@
-"""Rules on layouts: what tensor and pipeline parallelism cut, and how many ranks that takes."""
+"""Rules on layouts: what parallelism cuts, how many ranks that takes, and what is recomputed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
+from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.config.ranges import Problems, divisors, in_range, use
-from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+from nvlm_train.config.schema import ParallelConfig, Recipe, RecomputedPart, StageConfig
 
 
 def vocabulary_is_cut_evenly(recipe: Recipe) -> Problems:
@@ -39,7 +40,8 @@ def layout_fits_model(path: str, stage: StageConfig, model: ModelConfig) -> Prob
     if model.projector.ffn_hidden_size is not None:
         sizes["model.projector.ffn_hidden_size"] = model.projector.ffn_hidden_size
     if layout.sequence_parallel:
-        sizes[f"{path}.sequence_length"] = stage.sequence_length
+        name_of_length = "sequence_length" if stage.pack_length is None else "pack_length"
+        sizes[f"{path}.{name_of_length}"] = getattr(stage, name_of_length)
     # Divisors of all sizes, so that following the remedy breaks no other rule.
     remedy = use(divisors(max(1, math.gcd(*sizes.values()))))
     for key, size in sizes.items():
@@ -63,6 +65,11 @@ def layout_fits_world(path: str, stage: StageConfig, world_size: int) -> Problem
             f"{path}.parallel: tensor={layout.tensor} x pipeline={layout.pipeline} = {replica} ranks do not "
             f"divide the world of {world_size}; start a multiple of {replica} processes or change the layout"
         )
+
+
+def recomputed_parts(parallel: ParallelConfig) -> tuple[RecomputedPart, ...]:
+    """The parts of a layer that are made again by themselves, and not with the whole layer."""
+    return () if isinstance(parallel.recompute, str) else parallel.recompute
 
 
 def padded_rows(rows: int, tensor_sizes: Iterable[int]) -> int:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable
 
 from nvlm_train.config.layouts import layout_fits_model, layout_fits_world, vocabulary_is_cut_evenly
+from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.config.ranges import Problems, above_zero, below_one, in_range
-from nvlm_train.config.schema import ModelConfig, Recipe, StageConfig
+from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.config.shapes import (
     language_shapes_fit,
     vision_shapes_fit,
@@ -191,7 +192,7 @@ def steps_and_rates_fit(path: str, stage: StageConfig, model: ModelConfig) -> Pr
 
 
 def batch_is_possible(path: str, stage: StageConfig, model: ModelConfig) -> Problems:
-    """Sizes of the batch and the tiling; an image of one tile must fit a pack."""
+    """Sizes of the batch and the tiling; an image of one tile must fit a sample, and any sample a pack."""
     yield from in_range(f"{path}.batch.size", stage.batch.size, 1)
     yield from in_range(f"{path}.batch.window", stage.batch.window, 1)
     if stage.batch.max_tiles_per_pack is not None:
@@ -205,6 +206,12 @@ def batch_is_possible(path: str, stage: StageConfig, model: ModelConfig) -> Prob
         yield (
             f"{path}.sequence_length={stage.sequence_length} has no room for one tile of {tokens} tokens "
             f"and its text; use more than {tokens}"
+        )
+    if stage.pack_length is not None and stage.pack_length < stage.sequence_length:
+        yield (
+            f"{path}.pack_length={stage.pack_length} is below {path}.sequence_length="
+            f"{stage.sequence_length}: a sample of that length would fit no pack; use at least "
+            f"{stage.sequence_length}, or null"
         )
 
 

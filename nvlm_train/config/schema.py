@@ -1,4 +1,4 @@
-"""The recipe: one frozen dataclass per recipe group, the whole of it on this page. No torch, no megatron.
+"""The recipe: one frozen dataclass per recipe group, those of the model in `model_schema.py`. No torch.
 
 A field without a default must be stated by a recipe file. `docs/recipes.md` explains how the YAML
 groups map onto these classes; `rules.py` runs the rules that span several fields.
@@ -10,166 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nvlm_train.config.model_schema import ModelConfig
+
 RECIPE_FORMAT = 1
 """Grows when a field changes its meaning or its name; `load.py` refuses others."""
 
 TrainablePart = Literal["projector", "cross_attention", "language_model"]
+RecomputedPart = Literal["norms", "mlp", "attention"]
+Recompute = Literal["none", "full"] | tuple[RecomputedPart, ...]
 TileTags = Literal["none", "1d", "2d_grid", "2d_bbox"]
-
-Architecture = Literal["d", "x", "h"]
-ChatTemplateName = Literal["qwen2", "yi"]
-
-
-# ---- model ----
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The vision encoder is always frozen and never sharded (NVLM 1.0, section 4.1)."""
-
-    num_layers: int
-    """The encoder has this many transformer layers. [layers]"""
-    hidden_size: int
-    """The encoder's residual stream has this width. [channels]"""
-    num_heads: int
-    """Attention has this many heads; they divide `hidden_size`. [heads]"""
-    ffn_hidden_size: int
-    """The MLP has this width between its two linears. [channels]"""
-    tile_size: int
-    """A square tile has this edge; it is 448 in the paper. [pixels]"""
-    patch_size: int
-    """A square patch, which becomes one token, has this edge. [pixels]"""
-    kind: str = "intern_vit_6b"
-    """This row of `nvlm_train/vision/encoder.py` computes the features, whatever its sizes."""
-    norm_eps: float = 1e-6
-    """The norms add this to the variance. [none]"""
-    weights: str | None = None
-    """A directory with config.json and safetensors files is named here; null makes random weights."""
-    batch_tiles: int | None = None
-    """A forward pass takes this many tiles, whoever computes it; null: by its memory, 16 at most. [tiles]"""
-
-
-@dataclass(frozen=True)
-class ProjectorConfig:
-    """The projector is LayerNorm, Linear, GELU, Linear, without biases on the linears, as NVLM-D's is."""
-
-    ffn_hidden_size: int | None
-    """The two linears have this width between them; null leaves one (NVLM-X, section 4.5). [channels]"""
-    norm_eps: float = 1e-5
-    """The LayerNorm adds this to the variance. [none]"""
-    weights: str | None = None
-    """A directory of NVLM-D 72B, which has `mlp1`, is named here; null makes random weights."""
-
-
-@dataclass(frozen=True)
-class ResamplerConfig:
-    """A Perceiver resampler follows the projector in a Flamingo-style baseline; NVLM has none."""
-
-    num_latents: int
-    """This many tokens remain of a tile. [tokens]"""
-    num_layers: int = 2
-    """The resampler has this many layers of attention and feed-forward. [layers]"""
-
-
-@dataclass(frozen=True)
-class CrossAttentionConfig:
-    """Some layers of the language model have gated cross-attention (NVLM 1.0, sections 4.3 to 4.5)."""
-
-    every: int
-    """Every layer whose number this divides has it: 8 at 72B and 6 at 34B give 10 such layers. [layers]"""
-    feed_forward: Literal["none", "gated"] = "none"
-    """`gated` adds a feed-forward with a gate of its own, as Flamingo has; Figure 3 of NVLM shows none."""
-
-
-@dataclass(frozen=True)
-class RopeScalingConfig:
-    """RoPE turns more slowly than `rope_theta` says, for texts longer than the first ones trained on."""
-
-    kind: Literal["linear", "llama3"]
-    """`linear` turns every channel `factor` times more slowly; `llama3` spares the fast ones (Llama 3.1)."""
-    factor: float
-    """The slowed channels turn this many times more slowly. [times]"""
-    low_freq_factor: float = 1.0
-    """`llama3` slows channels fully that turn less often than this in the original length. [turns]"""
-    high_freq_factor: float = 4.0
-    """`llama3` leaves channels alone that turn more often than this in it. [turns]"""
-    original_max_positions: int = 8192
-    """`llama3` takes this as the original length, before the stretching. [tokens]"""
-
-
-@dataclass(frozen=True)
-class LanguageConfig:
-    """The language model is a decoder as Qwen2, Qwen3 and Llama are: GQA, RMSNorm, SwiGLU, RoPE.
-
-    What the families differ in are fields; `nvlm_train/convert/language.py` lists the families.
-    """
-
-    num_layers: int
-    """The decoder has this many layers; `parallel.pipeline` divides them. [layers]"""
-    hidden_size: int
-    """The decoder's residual stream has this width. [channels]"""
-    num_heads: int
-    """Attention has this many query heads; `parallel.tensor` divides them. [heads]"""
-    num_kv_heads: int
-    """Attention has this many heads of keys and values (GQA); they divide `num_heads`. [heads]"""
-    ffn_hidden_size: int
-    """The MLP has this width between its linears. [channels]"""
-    vocab_size: int
-    """The embedding table has this many rows, padding included; `parallel.tensor` divides them. [tokens]"""
-    num_tokens: int | None = None
-    """Rows from this number on are padding: never predicted, never trained; null has none. [tokens]"""
-    norm_eps: float = 1e-6
-    """The norms add this to the mean square. [none]"""
-    head_dim: int | None = None
-    """A head has this many channels; null divides `hidden_size` by `num_heads`. [channels]"""
-    rope_theta: float = 1_000_000.0
-    """Rotary position frequencies have this base. [none]"""
-    rope_scaling: RopeScalingConfig | None = None
-    """The group may slow RoPE down; null leaves it as `rope_theta` says."""
-    qkv_bias: bool = True
-    """The linears of queries, keys and values have a bias: Qwen2's do, Llama's and Qwen3's do not."""
-    qk_norm: bool = False
-    """An RMSNorm is over each head's channels of queries and keys, before RoPE: Qwen3 has it."""
-    tied_embeddings: bool = False
-    """The output layer multiplies with the embedding table instead of a table of its own."""
-    init_std: float = 0.014
-    """Random weights have this standard deviation, also outside the language model. [none]"""
-    weights: str | None = None
-    """A directory with config.json and *.safetensors is named here; null makes random weights."""
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """The tokenizer is a Hugging Face fast one; a chat template and special tokens belong to it."""
-
-    path: str
-    """The tokenizer.json, or a directory that holds one, is named here."""
-    pad: str = "<|endoftext|>"
-    """Packs are filled up with this token, which is never trained."""
-    turn_start: str = "<|im_start|>"
-    """A turn of the chat template starts with this control token."""
-    turn_end: str = "<|im_end|>"
-    """A turn, and so an answer, ends with this control token."""
-    template: ChatTemplateName = "qwen2"
-    """Chats are written in this form, `yi` for NVLM's 34B models: see `nvlm_train.tokens.TEMPLATES`."""
-    thumbnail_tag: str | None = None
-    """The thumbnail is tagged with this text; null takes the template's own."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model that is trained. Its architecture is a table of routes: see `nvlm_train.routes`."""
-
-    architecture: Architecture
-    """A row of the table of routes is chosen here: NVLM-D, NVLM-X or NVLM-H."""
-    vision: VisionConfig
-    projector: ProjectorConfig
-    language: LanguageConfig
-    tokenizer: TokenizerConfig
-    cross_attention: CrossAttentionConfig | None = None
-    """`x` and `h` need this group, and `d` must not have it."""
-    resampler: ResamplerConfig | None = None
-    """Only `x` may have it: cross-attention then reads latents instead of a tile's tokens."""
 
 
 # ---- stages ----
@@ -226,10 +75,6 @@ class OptimizerConfig:
     """A gradient whose L2 norm over all trained parameters is larger is scaled down to it. [none]"""
 
 
-RecomputedPart = Literal["norms", "mlp", "attention"]
-Recompute = Literal["none", "full"] | tuple[RecomputedPart, ...]
-
-
 @dataclass(frozen=True)
 class ParallelConfig:
     """The layout of one stage over ranks; data parallelism is what remains of the world."""
@@ -243,20 +88,13 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     """Data-parallel ranks share the optimizer's state; otherwise each holds all of it."""
     overlap_grad_reduce: bool = True
-    """Gradients are reduced over data-parallel ranks, where there are several, while the last backward pass
-    runs."""
+    """Data-parallel ranks reduce gradients while a step's last backward pass runs."""
     overlap_param_gather: bool = True
-    """Ranks that share the optimizer's state gather new weights while the next step's first forward pass
-    runs."""
+    """Those that share the optimizer's state gather weights while the next step's first forward pass runs."""
     recompute: Recompute = "none"
     """The backward pass makes again what was not kept: nothing, whole layers, or these parts of a layer."""
     max_tiles_in_flight: int = 256
     """At most this many are encoded before one run of the pipeline schedule, per model replica. [tiles]"""
-
-    @property
-    def recomputed_parts(self) -> tuple[RecomputedPart, ...]:
-        """Returns the parts of a layer that are made again by themselves."""
-        return () if isinstance(self.recompute, str) else self.recompute
 
 
 @dataclass(frozen=True)
@@ -270,9 +108,12 @@ class StageConfig:
     steps: int
     """The stage makes this many optimizer steps. [steps]"""
     sequence_length: int
-    """A pack has this many tokens; image tokens and padding are included. [tokens]"""
+    """A sample is cut at this many tokens; image tokens are included. [tokens]"""
     batch: BatchConfig
     optimizer: OptimizerConfig
+    pack_length: int | None = None
+    """A pack, one microbatch, holds whole samples of at most this many tokens in all; null:
+    `sequence_length`. [tokens]"""
     tiling: TilingConfig = field(default_factory=TilingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     system_message: str | None = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from nvlm_train.config.model_schema import LanguageConfig, VisionConfig
 from nvlm_train.config.ranges import Problems, above_zero, divisors, in_range, use
-from nvlm_train.config.schema import LanguageConfig, VisionConfig
 
 MOST_LAYERS, MOST_CHANNELS = 10_000, 2**31 - 1
 """No model comes near these: a config.json that says more is damaged, and its lists would never end."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.config.model_schema import LanguageConfig
 from nvlm_train.convert.families.decoder import TABLES
 from nvlm_train.convert.families.llama import LLAMA
 from nvlm_train.convert.families.mistral import MISTRAL

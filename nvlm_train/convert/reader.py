@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.config.model_schema import LanguageConfig
 from nvlm_train.convert.headers import read_headers
 from nvlm_train.convert.language import language_problems
 from nvlm_train.convert.names import GlobalSlice, Piece, pieces_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.config.model_schema import LanguageConfig
 from nvlm_train.convert.keys import Config, Place, same, shown, stated
 from nvlm_train.convert.problem import Problems, error, warning
 
@@ -50,7 +50,7 @@ STRETCHED = {
         scaling="llama3",
     ),
 }
-"""Kinds that `model.language.rope_scaling` describes (nvlm_train/model/rope.py computes them)."""
+"""Kinds that `model.language.rope_scaling` describes (nvlm_train/model/attention/rope.py computes them)."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.convert.encoders.dummy_heads import dummy_head_problems
 from nvlm_train.convert.encoders.intern_vit import INTERN_VIT_6B, INTERN_VIT_300M
 from nvlm_train.convert.encoders.layout import Layout

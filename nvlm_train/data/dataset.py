@@ -8,12 +8,14 @@ from pathlib import Path
 
 from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.data.index.files import IndexFiles
+from nvlm_train.data.plan.attention_cost import attention_cost
 from nvlm_train.data.plan.data_recipe import Blend, list_shards, read_blend
+from nvlm_train.data.plan.packing import Packing
 from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.plan.sources import open_sources
 from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder
 from nvlm_train.data.shards.store import Store, build_store
-from nvlm_train.geometry import context_tokens_per_tile, tokens_per_tile
+from nvlm_train.geometry import context_tokens_per_tile, pack_lengths, tokens_per_tile
 from nvlm_train.routes import ROUTES
 from nvlm_train.tokens import Tokenizer
 
@@ -47,6 +49,7 @@ def build_data(
         recipe.seed,
         loader.max_skipped_fraction,
         stem,
+        Packing(pack_lengths(stage), attention_cost(recipe.model)),
     )
     plan.check_steps(stage.steps)
     for kind in plan.unusable:

@@ -30,7 +30,7 @@ def text_loss(
         for index in range(num_chats)
         for turns in [draw_chat(index, "heldout").conversations()]
     ]
-    length, pad = replica.sequence_length, encoder.tokenizer.pad
+    length, pad = replica.pack_lengths[-1], encoder.tokenizer.pad
     bins = best_fit_decreasing([len(sample.token_ids) for sample in samples], length)
     infos = [SampleInfo(0, "held-out chats", str(index)) for index in range(num_chats)]
     packs = tuple(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nvlm_train.config.schema import LanguageConfig, ProjectorConfig, Recipe, VisionConfig
+from nvlm_train.config.model_schema import LanguageConfig, ProjectorConfig, VisionConfig
+from nvlm_train.config.schema import Recipe
 from nvlm_train.convert import check
 from nvlm_train.doctor.finding import Findings, findings_of, ok
 from nvlm_train.recipe.inspection import possible

@@ -25,6 +25,7 @@ from nvlm_train.data.plan.packing import best_fit_decreasing
 from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.device_batch import DevicePack
 from nvlm_train.errors import PromptError
+from nvlm_train.geometry import length_for
 from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.pipeline.placing import place_packs, relayed_rows
 from nvlm_train.pipeline.round import Replica, run_features
@@ -72,7 +73,7 @@ def generate(
 
     Args:
         replica: the model, in evaluation mode.
-        prompts: each with room for `max_new_tokens` within the model's sequence length.
+        prompts: each with room for `max_new_tokens` within the stage's sequence length.
         max_new_tokens: length of the longest answer, in tokens.
         end_id: token that ends an answer, and is not part of it.
 
@@ -114,20 +115,27 @@ def _make_packs(
     replica: Replica, prompts: Sequence[Prompt], mine: range, max_new_tokens: int
 ) -> list[_Pack]:
     lengths = [len(prompts[number].encoded.token_ids) + max_new_tokens for number in mine]
-    bins = best_fit_decreasing(lengths, replica.sequence_length)
+    bins = best_fit_decreasing(lengths, replica.pack_lengths[-1])
+    longest = max((sum(lengths[i] for i in numbers) for numbers in bins), default=0)
+    length = length_for(longest, replica.pack_lengths)
     return [
-        _make_pack(replica, prompts, [mine[i] for i in numbers], max_new_tokens) for numbers in bins
+        _make_pack(replica, prompts, [mine[i] for i in numbers], max_new_tokens, length)
+        for numbers in bins
     ]
 
 
 def _make_pack(
-    replica: Replica, prompts: Sequence[Prompt], numbers: list[int], max_new_tokens: int
+    replica: Replica,
+    prompts: Sequence[Prompt],
+    numbers: list[int],
+    max_new_tokens: int,
+    length: int,
 ) -> _Pack:
     encoded = [prompts[number].encoded for number in numbers]
     microbatch = pack_samples(
         [each.with_room(max_new_tokens) for each in encoded],
         [SampleInfo(0, "prompt", str(number)) for number in numbers],
-        replica.sequence_length,
+        length,
         pad_id=0,
     )
     starts = microbatch.cu_seqlens.tolist()

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from nvlm_train.config.schema import CrossAttentionConfig
+from nvlm_train.config.model_schema import CrossAttentionConfig
 from nvlm_train.model.attention import chosen
 from nvlm_train.model.attention.choice import choose_cores
 from nvlm_train.model.cross_attention import (

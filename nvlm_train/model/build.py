@@ -8,8 +8,9 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
+from nvlm_train.config.layouts import recomputed_parts
 from nvlm_train.config.schema import Recipe, StageConfig
-from nvlm_train.geometry import head_size
+from nvlm_train.geometry import head_size, pack_length
 from nvlm_train.model.global_weights import part_of
 from nvlm_train.model.nvlm import NVLM
 from nvlm_train.parallel.kernels import Kernels
@@ -26,7 +27,7 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
     language, parallel = recipe.model.language, stage.parallel
     dtype = DTYPES[recipe.precision]
     whole = parallel.recompute == "full"
-    parts = [RECOMPUTED[part] for part in parallel.recomputed_parts]
+    parts = [RECOMPUTED[part] for part in recomputed_parts(parallel)]
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -72,7 +73,7 @@ def transformer_config(recipe: Recipe, stage: StageConfig, kernels: Kernels) -> 
 def build_model(recipe: Recipe, stage: StageConfig, topology: Topology, kernels: Kernels) -> NVLM:
     """Builds this rank's shard of the model with uninitialised weights, frozen as the stage says."""
     config = transformer_config(recipe, stage, kernels)
-    model = NVLM(config, recipe.model, stage.sequence_length, topology, kernels)
+    model = NVLM(config, recipe.model, pack_length(stage), topology, kernels)
     freeze(model, stage.trainable)
     return model
 

@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.config.model_schema import LanguageConfig
 from nvlm_train.convert.names import GlobalSlice
 from nvlm_train.errors import CheckpointError
 from nvlm_train.parallel.topology import device

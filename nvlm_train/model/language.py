@@ -18,13 +18,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nvlm_train.config.schema import CrossAttentionConfig, LanguageConfig
+from nvlm_train.config.model_schema import CrossAttentionConfig, LanguageConfig
 from nvlm_train.device_batch import DevicePack
 from nvlm_train.model.attention.choice import choose_cores
+from nvlm_train.model.attention.rope import Turns, angles, rotary_embedding
 from nvlm_train.model.block import decoder_block_spec
 from nvlm_train.model.output.layer import OutputLayer
 from nvlm_train.model.pack import pack_for_layers
-from nvlm_train.model.rope import Turns, angles, rotary_embedding
 from nvlm_train.parallel.kernels import Kernels
 from nvlm_train.parallel.topology import Topology
 
@@ -42,12 +42,11 @@ class LanguageModel(MegatronModule):
         config: TransformerConfig,
         language: LanguageConfig,
         cross: CrossAttentionConfig | None,
-        sequence_length: int,
+        pack_length: int,
         topology: Topology,
         kernels: Kernels,
     ) -> None:
         super().__init__(config)
-        self.sequence_length = sequence_length
         self.kernels = kernels
         self.cores = choose_cores(config, kernels)
         if self.cores.reason is not None and torch.cuda.is_available():
@@ -56,7 +55,7 @@ class LanguageModel(MegatronModule):
             self.embedding = LanguageModelEmbedding(
                 config,
                 language.vocab_size,
-                sequence_length,
+                pack_length,
                 position_embedding_type="none",
                 # Image features are spliced in first; the sequence is scattered after that.
                 scatter_to_sequence_parallel=False,

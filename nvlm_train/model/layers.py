@@ -19,8 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nvlm_train.model.attention.rope import turn
 from nvlm_train.model.pack import Pack
-from nvlm_train.model.rope import turn
 from nvlm_train.parallel import cpu_kernels
 from nvlm_train.parallel.kernels import Kernels
 

@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nvlm_train.config.schema import ModelConfig
+from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.device_batch import DevicePack
 from nvlm_train.geometry import tile_feature_size
 from nvlm_train.model import context_p2p
@@ -29,7 +29,7 @@ class NVLM(MegatronModule):
         self,
         config: TransformerConfig,
         model: ModelConfig,
-        sequence_length: int,
+        pack_length: int,
         topology: Topology,
         kernels: Kernels,
     ) -> None:
@@ -46,7 +46,7 @@ class NVLM(MegatronModule):
                 Resampler(config, model.resampler, kernels) if model.resampler else None
             )
         self.language_model = LanguageModel(
-            config, model.language, model.cross_attention, sequence_length, topology, kernels
+            config, model.language, model.cross_attention, pack_length, topology, kernels
         )
         self._received: Tensor | None = None
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from nvlm_train.device_batch import DevicePack, Spans
 from nvlm_train.model.attention.choice import Cores
 from nvlm_train.model.attention.masks import Masks, masks_for_layers
-from nvlm_train.model.rope import Turns
+from nvlm_train.model.attention.rope import Turns
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

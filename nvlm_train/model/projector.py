@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nvlm_train.config.schema import ProjectorConfig
+from nvlm_train.config.model_schema import ProjectorConfig
 from nvlm_train.model.layers import mlp_spec
 from nvlm_train.parallel.kernels import Kernels
 

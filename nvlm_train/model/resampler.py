@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nvlm_train.config.schema import ResamplerConfig
+from nvlm_train.config.model_schema import ResamplerConfig
 from nvlm_train.device_batch import Span
 from nvlm_train.model.cross_attention import CrossSubmodules, attend, column_linear, row_linear
 from nvlm_train.model.layers import RMSNorm, implementations, mlp_spec

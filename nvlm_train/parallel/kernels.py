@@ -131,8 +131,9 @@ def _is_installed(module: str) -> bool:
 
 
 def install() -> None:
-    """Gives megatron-core the kernels that it has none of: Adam, and the weight gradient's product."""
+    """Gives megatron-core what it lacks: Adam, the norm of gradients, the product of weight gradients."""
     install_adam()
+    install_gradient_norm()
     install_weight_gradient()
 
 
@@ -145,6 +146,16 @@ def install_adam() -> None:
     factory, distributed = "megatron.core.optimizer", "megatron.core.optimizer.distrib_optimizer"
     _replace(factory, Adam=GroupStepAdamW, USING_PYTORCH_OPTIMIZER=False)
     _replace(distributed, Adam=GroupStepAdamW, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
+
+
+def install_gradient_norm() -> None:
+    """Gives megatron-core a norm that stays on the device, without Transformer Engine and apex."""
+    from nvlm_train.parallel.gradient_norm import l2_norm
+
+    module = "megatron.core.optimizer.clip_grads"
+    clip_grads: Any = importlib.import_module(module)
+    if clip_grads.l2_norm_impl.__module__ == "megatron.core.utils":
+        _replace(module, l2_norm_impl=l2_norm)
 
 
 def install_weight_gradient() -> None:

@@ -39,7 +39,9 @@ class DataParallel(DistributedDataParallel):
         self._start = [group.start_grad_sync for group in self.bucket_groups]
         self._ready: set[int] = set()
         self._num_started = 0
-        for number, group in enumerate(self.bucket_groups):
+        for number, group in enumerate(
+            self.bucket_groups if self.ddp_config.overlap_grad_reduce else ()
+        ):
             group.start_grad_sync = partial(self._start_in_order, number)
 
     def zero_grad_buffer(self) -> None:

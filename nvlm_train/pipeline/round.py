@@ -28,6 +28,9 @@ class Replica:
     features: FeatureSource
     topology: Topology
     sequence_length: int
+    """A sample, or a prompt with its answer, has at most this many tokens."""
+    pack_lengths: tuple[int, ...]
+    """A pack is filled up to one of these, ascending."""
 
 
 Finish = Callable[[DevicePack, Tensor], tuple[Tensor, Any]]
@@ -67,20 +70,22 @@ def run_features(
 
     Args:
         replica: the model and its place.
-        packs: the round's.
+        packs: the round's, all of one length.
         features: by pack, [T, tokens per tile, feature size]; None past the first pipeline stage.
         relayed: rows of context that stages send with each pack.
         finish: what the last pipeline stage does with each pack.
         forward_only: whether to leave out the backward.
     """
     inputs = zip(packs, features, strict=True)
+    lengths = {sum(pack.lengths) for pack in packs}
+    assert len(lengths) == 1, f"packs of one round have lengths {lengths}"
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, relayed=relayed, finish=finish),
         data_iterator=iter(inputs),
         model=[replica.model],
         num_microbatches=len(packs),
         # What a stage sends: one shape for all packs, so that the receiver knows it.
-        seq_length=replica.sequence_length + relayed,
+        seq_length=lengths.pop() + relayed,
         micro_batch_size=1,
         forward_only=forward_only,
     )

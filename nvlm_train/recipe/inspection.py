@@ -10,8 +10,8 @@ from typing import Any
 
 from nvlm_train.config.build import build
 from nvlm_train.config.layouts import padded_rows
+from nvlm_train.config.model_schema import LanguageConfig, VisionConfig
 from nvlm_train.config.ranges import divisors, use
-from nvlm_train.config.schema import LanguageConfig, VisionConfig
 from nvlm_train.config.shapes import language_shapes_fit, vision_shapes_fit
 from nvlm_train.convert.family import has_model_type, read_config
 from nvlm_train.convert.keys import Config, shown

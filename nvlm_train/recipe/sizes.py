@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nvlm_train.config.build import build
-from nvlm_train.config.schema import LanguageConfig, ProjectorConfig, VisionConfig
+from nvlm_train.config.model_schema import LanguageConfig, ProjectorConfig, VisionConfig
 from nvlm_train.convert.family import Family, family_of, key_problems, read_config
 from nvlm_train.convert.keys import Config, Place
 from nvlm_train.convert.language import FAMILIES

@@ -16,6 +16,7 @@ from megatron.core.optimizer import (
 from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.samples.encoder import SampleEncoder
+from nvlm_train.geometry import pack_lengths
 from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.model.nvlm import NVLM
 from nvlm_train.parallel.kernels import Kernels
@@ -49,7 +50,8 @@ class Engine:
     @property
     def replica(self) -> Replica:
         """Returns what the rounds of this stage run on."""
-        return Replica(self.model, self.features, self.topology, self.stage.sequence_length)
+        lengths = self.stage.sequence_length, pack_lengths(self.stage)
+        return Replica(self.model, self.features, self.topology, *lengths)
 
     def whole_model(self) -> NVLM:
         """Returns the model, when all its weights are what the last update made of them. Called by all ranks.

@@ -22,6 +22,7 @@ from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.errors import CheckpointError, NvlmError
+from nvlm_train.geometry import pack_lengths
 from nvlm_train.model import global_weights
 from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.parallel import kernels
@@ -295,4 +296,5 @@ def _empty_replica(recipe: Recipe, stage_name: str) -> Replica:
         recipe.model.vision, DTYPES[recipe.precision], device(), recipe.seed
     )
     model = build_model(recipe, stage, topology, kernels.detect()).eval()
-    return Replica(model, FeatureSource(encoder, topology), topology, stage.sequence_length)
+    features = FeatureSource(encoder, topology)
+    return Replica(model, features, topology, stage.sequence_length, pack_lengths(stage))

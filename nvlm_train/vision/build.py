@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.convert.problem import refuse
 from nvlm_train.convert.vision import encoder_files, kind_of, vision_problems
 from nvlm_train.convert.weight_files import WeightFiles

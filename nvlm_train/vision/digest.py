@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.convert.headers import Stored, read_headers
 from nvlm_train.convert.problem import refuse
 from nvlm_train.convert.whole.parts import own_tensors

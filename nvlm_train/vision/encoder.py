@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.vision.intern_vit import InternViT
 from nvlm_train.vision.intern_vit_300m import InternViT300M
 from nvlm_train.vision.siglip import Siglip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.geometry import patches_per_side
 from nvlm_train.vision.attention import QueryKeyValue, attend
 from nvlm_train.vision.compiled import compiled_on_gpu

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.vision.attention import QueryKeyValue, attend_fused
 from nvlm_train.vision.intern_vit import InternViT, Layer
 

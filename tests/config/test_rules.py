@@ -48,6 +48,8 @@ BROKEN = {
     "stages.sft.trainable=[]": "trains nothing",
     "stages.sft.trainable=[projector,projector]": "names a part twice",
     "stages.sft.sequence_length=4": "has no room for one tile of 4 tokens",
+    "stages.sft.pack_length=100": "stages.sft.pack_length=100 is below stages.sft.sequence_length=128: a "
+    "sample of that length would fit no pack; use at least 128, or null",
     "stages.sft.batch.size=0": "stages.sft.batch.size=0 is out of range",
     "stages.sft.hidden_dropout=1": "use 0 or more and less than 1",
     "schedule=[pretrain,sfft]": "names the stage sfft, which does not exist; use pretrain, sft",
@@ -77,6 +79,16 @@ def test_sequence_parallelism_divides_the_sequence() -> None:
     found = problems_of("parallel@stages.sft.parallel=tp2_sp", "stages.sft.sequence_length=127")
     assert found == [
         "stages.sft.parallel.tensor=2 does not divide stages.sft.sequence_length=127; use 1"
+    ]
+
+
+def test_sequence_parallelism_divides_packs_and_not_samples() -> None:
+    """What is cut is a pack; a sample stands anywhere in it."""
+    layout = "parallel@stages.sft.parallel=tp2_sp"
+    odd = "stages.sft.sequence_length=127"
+    assert load_recipe(["experiment=smoke", layout, odd, "stages.sft.pack_length=256"])
+    assert problems_of(layout, odd, "stages.sft.pack_length=255") == [
+        "stages.sft.parallel.tensor=2 does not divide stages.sft.pack_length=255; use 1"
     ]
 
 

@@ -11,7 +11,8 @@ from unittest import mock
 
 import torch
 
-from nvlm_train.config.schema import LanguageConfig, ParallelConfig, Recipe
+from nvlm_train.config.model_schema import LanguageConfig
+from nvlm_train.config.schema import ParallelConfig, Recipe
 from nvlm_train.convert.weight_files import WeightFiles
 from nvlm_train.model import global_weights
 from nvlm_train.model.build import build_model

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nvlm_train.batch import RankShare
-from nvlm_train.config.schema import LanguageConfig, ParallelConfig, RopeScalingConfig
+from nvlm_train.config.model_schema import LanguageConfig, RopeScalingConfig
+from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.convert.names import GlobalSlice, to_hugging_face
 from nvlm_train.convert.reader import LanguageSource, language_source
 from nvlm_train.errors import CheckpointError

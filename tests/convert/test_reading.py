@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nvlm_train.config.schema import LanguageConfig, ParallelConfig, RopeScalingConfig, VisionConfig
+from nvlm_train.config.model_schema import LanguageConfig, RopeScalingConfig, VisionConfig
+from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.convert.families.decoder import EMBEDDING
 from nvlm_train.convert.language import FAMILIES
 from nvlm_train.convert.names import GlobalSlice, pieces_of

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nvlm_train.cli import main
-from nvlm_train.config.schema import ModelConfig, ParallelConfig
+from nvlm_train.config.model_schema import ModelConfig
+from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.convert import check
 from nvlm_train.convert.language import language_problems, stored_rows
 from nvlm_train.convert.names import to_hugging_face

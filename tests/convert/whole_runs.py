@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nvlm_train.config.schema import ModelConfig, ParallelConfig
+from nvlm_train.config.model_schema import ModelConfig
+from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import build_topology
 from nvlm_train.train.engine import build_engine

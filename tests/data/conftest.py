@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nvlm_train.config.schema import BatchConfig, TilingConfig, TokenizerConfig
+from nvlm_train.config.model_schema import TokenizerConfig
+from nvlm_train.config.schema import BatchConfig, TilingConfig
 from nvlm_train.data.plan.data_recipe import Blend, SourceConfig
 from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.plan.sources import open_sources

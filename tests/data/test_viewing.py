@@ -148,6 +148,23 @@ def test_page_of_a_step(root: Path, tmp_path: Path) -> None:
     assert len(anchors) == 3 and all(f'id="{link[1:]}"' in out.read_text() for link in anchors)
 
 
+def test_page_of_longer_packs(root: Path, tmp_path: Path) -> None:
+    """Both lengths are named; a pack is as wide as it is filled up to, not as the longest may be."""
+    out = tmp_path / "page.html"
+    longer = ["stages.sft.pack_length=4096", "stages.sft.batch.size=6"]
+    arguments = ["data", "show", "--step", "2", "--dp", "2", *overrides(root, tmp_path), *longer]
+    assert main([*arguments, "--stage", "sft", "--samples", "1", "--out", str(out)]) == 0
+    recipe = smoke_recipe(root, tmp_path, *longer)
+    plan, _ = build_data(recipe.stages["sft"], recipe, str(data_recipes_dir()))
+    step, page = plan.step(2, 2), out.read_text()
+    assert step.pack_length == 512 and [len(own) for own in step.packs] == [1, 1]
+    assert "at most 128 tokens a sample and 4,096 a pack" in page
+    tokens = sum(pack.num_tokens for own in step.packs for pack in own)
+    assert f"of packs of 512 tokens used: {tokens:,}" in page and f"{tokens / 1024:.1%}" in page
+    first = step.packs[0][0].samples[0].num_tokens / 512
+    assert f"width:{first:.3%}" in page
+
+
 def test_places_in_packs_are_the_batchs(root: Path, tmp_path: Path) -> None:
     recipe = smoke_recipe(root, tmp_path)
     plan, encoder = build_data(recipe.stages["sft"], recipe, str(data_recipes_dir()))

@@ -16,9 +16,9 @@ from torch import Tensor
 from nvlm_train.device_batch import DeviceContext, DevicePack, Span, Spans
 from nvlm_train.model.attention import chosen
 from nvlm_train.model.attention.choice import Cores
+from nvlm_train.model.attention.rope import Turns
 from nvlm_train.model.cross_attention import attend
 from nvlm_train.model.pack import pack_for_layers
-from nvlm_train.model.rope import Turns
 from nvlm_train.parallel.transfer import send
 
 GROUPS, PER_GROUP = 2, 3

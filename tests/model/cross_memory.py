@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nvlm_train.config.schema import LanguageConfig, ParallelConfig
+from nvlm_train.config.model_schema import LanguageConfig
+from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.device_batch import Span
 from nvlm_train.model.build import transformer_config
 from nvlm_train.model.cross_attention import CrossSubmodules, GatedCrossAttention

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nvlm_train.batch import Microbatch
-from nvlm_train.config.schema import ModelConfig
+from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.data.samples.chat_format import Piece
 from nvlm_train.tiling import ImageLayout
 

@@ -37,7 +37,6 @@ def test_patched_symbols_exist(report: dict[str, Any]) -> None:
         "megatron.core.tensor_parallel.layers._grad_accum_fusion_available",
         "megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda",
         "megatron.core.transformer.mlp.bias_swiglu_impl",
-        "megatron.core.models.common.embeddings.rope_utils._apply_rotary_pos_emb_bshd",
     }
 
 

@@ -13,14 +13,14 @@ from functools import cache
 import torch
 
 from nvlm_train.batch import Microbatch, RankShare, SampleInfo, StepBatch
-from nvlm_train.config.schema import (
+from nvlm_train.config.model_schema import (
     CrossAttentionConfig,
     ModelConfig,
     ProjectorConfig,
     ResamplerConfig,
-    TilingConfig,
     TokenizerConfig,
 )
+from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.loading.collate import pack_samples
 from nvlm_train.data.samples.encoded import EncodedSample
 from nvlm_train.data.samples.encoder import EncodingSpec, SampleEncoder
@@ -60,7 +60,13 @@ LARGE_HEADS: dict[str, ModelConfig] = {
     for name in ("x", "h", "flamingo")
 }
 """Heads whose channels do not add up to the hidden size, as Qwen3 has them."""
-ALL = MODELS | PLAIN | LARGE_HEADS
+
+HEADS_OF_64: dict[str, ModelConfig] = {
+    f"{name} with heads of 64": replace(model, language=replace(LANGUAGE, head_dim=64))
+    for name, model in (("d", PLAIN["d beside h"]), ("x", MODELS["x"]), ("h", MODELS["h"]))
+}
+"""Heads that the attention kernels of GPUs are made for."""
+ALL = MODELS | PLAIN | LARGE_HEADS | HEADS_OF_64
 
 WIDE, TALL, SMALL = (96, 64), (32, 96), (32, 32)
 """Seven tiles, four, and one."""

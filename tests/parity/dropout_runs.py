@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel import random
 from torch import Tensor, nn
 
 from nvlm_train.batch import StepBatch
@@ -17,6 +18,7 @@ from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.model import cross_attention, global_weights
 from nvlm_train.model.last_layer import SdpaOfWanted
 from nvlm_train.model.layers import SdpaAttention
+from nvlm_train.parallel.topology import device
 from nvlm_train.pipeline.loss import training_loss
 from nvlm_train.pipeline.round import run_features
 from nvlm_train.train.engine import Engine
@@ -86,8 +88,8 @@ def slopes(name: str, parallel: ParallelConfig, rates: Rates) -> dict[str, tuple
         shards.setdefault(shard.key, []).append(shard)
     slopes: dict[str, tuple[float, float]] = {}
     for number, (key, gradient) in enumerate(sorted(found.items())):
-        random = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(number))
-        direction = gradient / gradient.norm() + RANDOM * random / random.norm()
+        noise = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(number))
+        direction = gradient / gradient.norm() + RANDOM * noise / noise.norm()
         own = [
             (s.data, global_weights.own_slice(global_weights.slice_of(s), direction))
             for s in shards.get(key, [])
@@ -101,14 +103,15 @@ def slopes(name: str, parallel: ParallelConfig, rates: Rates) -> dict[str, tuple
 
 def _difference(loss: Callable[[], float], own: list[tuple[Tensor, Tensor]]) -> float:
     """Returns the central difference along this rank's slices of a direction."""
-    size = torch.tensor(sum((float(data.double().norm() ** 2) for data, _ in own), 0.0))
+    squares = sum((float(data.double().norm() ** 2) for data, _ in own), 0.0)
+    size = torch.tensor(squares, device=device())
     dist.all_reduce(size, op=dist.ReduceOp.MAX)
     step = STEP * max(float(size) ** 0.5, SMALL)
     before = [data.clone() for data, _ in own]
     sides = []
     for sign in (1, -1):
         for (data, direction), start in zip(own, before, strict=True):
-            data.copy_(start + sign * step * direction)
+            data.copy_(start + sign * step * direction.to(data.device))
         sides.append(loss())
     for (data, _), start in zip(own, before, strict=True):
         data.copy_(start)
@@ -134,7 +137,9 @@ def _loss_function(
             forward_only=True,
         )
         own = sum(float((report.losses_L.double() * report.weights_L).sum()) for report in reports)
-        total = torch.tensor(own / engine.topology.tensor_size, dtype=torch.float64)
+        total = torch.tensor(
+            own / engine.topology.tensor_size, dtype=torch.float64, device=device()
+        )
         dist.all_reduce(total)
         return float(total) / float(trained)
 
@@ -145,11 +150,11 @@ class _Generators:
     """Keeps the states of the default generator and of the tracker's, to restore them."""
 
     def __init__(self) -> None:
-        self._default = torch.get_rng_state()
+        self._default = random._get_cuda_rng_state()
         self._tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
 
     def restore(self) -> None:
-        torch.set_rng_state(self._default)
+        random._set_cuda_rng_state(self._default)
         tensor_parallel.get_cuda_rng_tracker().set_states(dict(self._tracked))
 
 

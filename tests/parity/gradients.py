@@ -52,7 +52,12 @@ def start_engine(parallel: ParallelConfig, **changes: object) -> Engine:
 def gather(engine: Engine, of: Callable[[torch.nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
     """Returns whole tensors by canonical name, joined from every rank's slices (on rank 0 of DP only)."""
     own = [
-        (shard.key, tuple(shard.global_shape), tuple(shard.global_offset), shard.data.clone())
+        (
+            shard.key,
+            tuple(shard.global_shape),
+            tuple(shard.global_offset),
+            shard.data.to("cpu", copy=True),
+        )
         for shard in global_weights.shards(engine.model.module, of)
     ]
     everyone: list[list] = [None] * dist.get_world_size()  # type: ignore[list-item]

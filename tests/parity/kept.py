@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nvlm_train.config.schema import LanguageConfig, ParallelConfig, Recompute
-from nvlm_train.vision.tile_parallel import encode_round
+from nvlm_train.config.model_schema import LanguageConfig
+from nvlm_train.config.schema import ParallelConfig, Recompute
+from nvlm_train.train.placing import place
 from tests.parity import gradients, recipes
 
 LANGUAGE = replace(
@@ -29,10 +30,11 @@ def _kept_bytes(language: LanguageConfig, recompute: Recompute) -> int:
     """Adds up the storages that autograd holds after a forward pass, without weights."""
     model = replace(recipes.MODEL, language=language)
     engine = gradients.start_engine(ParallelConfig(recompute=recompute), model=model)
-    (round_,) = recipes.step_batch([[(40, 2), (12, 0)]], engine.topology.share, 0).rounds
-    features = encode_round(engine.encoder, round_, engine.topology)
+    batch = recipes.step_batch([[(40, 2), (12, 0)]], engine.topology.share, 0)
+    (round_,) = place(batch, engine.topology).rounds
+    features = engine.features.of(round_)
     assert features is not None
-    (pack,) = round_.microbatches
+    (pack,) = round_.packs
     saved: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -40,14 +42,7 @@ def _kept_bytes(language: LanguageConfig, recompute: Recompute) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        engine.model(
-            pack.token_ids_S,
-            pack.image_positions,
-            features[0],
-            pack.context,
-            pack.cu_seqlens,
-            pack.label_positions_L,
-        )
+        engine.model(pack, features[0], round_.relayed)
     weights = {each.untyped_storage().data_ptr() for each in engine.model.parameters()}
     # A norm's output that was freed is a storage of no bytes.
     storages = {

@@ -22,6 +22,7 @@ from nvlm_train.pipeline.data_parallel import DataParallel
 from nvlm_train.train import engine as engine_module
 from nvlm_train.train import step as step_module
 from nvlm_train.train.engine import Engine
+from nvlm_train.train.placing import place
 from nvlm_train.train.step import run_step
 from tests.parity import cross_gradients, cross_recipes, gradients, recipes
 
@@ -72,7 +73,7 @@ def outcome(
         batch = step_batch(name, engine, number, rounds)
         broken = number == broken_step
         with _keeping(engine, found), _breaking() if broken else contextlib.nullcontext():
-            result = run_step(engine, batch, num_sources=2)
+            result = run_step(engine, place(batch, engine.topology), num_sources=2)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     engine.whole_model()

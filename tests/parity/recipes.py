@@ -8,17 +8,19 @@ from typing import Literal
 import torch
 
 from nvlm_train.batch import Microbatch, RankShare, Round, SampleInfo, StepBatch
-from nvlm_train.config.schema import (
-    BatchConfig,
+from nvlm_train.config.model_schema import (
     LanguageConfig,
     ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
     ProjectorConfig,
-    Recipe,
-    StageConfig,
     TokenizerConfig,
     VisionConfig,
+)
+from nvlm_train.config.schema import (
+    BatchConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    StageConfig,
 )
 from nvlm_train.geometry import tokens_per_tile
 
@@ -61,11 +63,13 @@ def recipe(
     parallel: ParallelConfig,
     model: ModelConfig = MODEL,
     sequence_length: int = SEQUENCE_LENGTH,
+    pack_length: int | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     **changes: object,
 ) -> Recipe:
     """Returns a one-stage recipe around `stage`."""
-    own = replace(stage(parallel, **changes), sequence_length=sequence_length)  # type: ignore[arg-type]
+    own = stage(parallel, **changes)  # type: ignore[arg-type]
+    own = replace(own, sequence_length=sequence_length, pack_length=pack_length)
     return Recipe(
         name="parity",
         run_dir="unused",

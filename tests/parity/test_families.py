@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from nvlm_train.config.schema import LanguageConfig, ParallelConfig, RopeScalingConfig
+from nvlm_train.config.model_schema import LanguageConfig, RopeScalingConfig
+from nvlm_train.config.schema import ParallelConfig
 from tests.parity import cross_gradients, gradients, tied
 from tests.parity.recipes import LANGUAGE, MODEL, STEPS
 from tests.parity.test_layouts import TOLERANCE, worst_error

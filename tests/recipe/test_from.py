@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nvlm_train.config.schema import LanguageConfig, RopeScalingConfig
+from nvlm_train.config.model_schema import LanguageConfig, RopeScalingConfig
 from nvlm_train.convert.language import language_problems
 from nvlm_train.convert.vision import vision_problems
 from nvlm_train.errors import ConfigError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nvlm_train.config.schema import LanguageConfig, VisionConfig
+from nvlm_train.config.model_schema import LanguageConfig, VisionConfig
 from tests.hugging_face import sizes, transformers_encoder
 
 

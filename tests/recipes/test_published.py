@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from nvlm_train import costs
+from nvlm_train import costs, geometry
 from nvlm_train.config.paths import recipes_dir
 from nvlm_train.config.schema import StageConfig
 from tests.recipes.shipped import NAMES, load, table
@@ -93,6 +93,33 @@ def test_recipes_are_the_papers_tables(name: str) -> None:
     assert "language_model" not in pretrain.trainable and "language_model" in sft.trainable
     assert costs.num_cross_layers(recipe.model) == (0 if name[0] == "d" else 10)
     assert recipe.model.tokenizer.template == ("yi" if "34b" in name else "qwen2")
+
+
+TEXT, CAPTION, TILES = 280, 80, 4
+"""Tokens of text of a sample of SFT and of pretraining, and tiles of an image of a page: docs/recipes.md."""
+
+
+def tokens_of_a_sample(name: str, stage: StageConfig) -> int:
+    """What a sample takes in the decoder, by the assumption of docs/recipes.md."""
+    tiles = min(TILES, stage.tiling.max_tiles)
+    in_decoder = {"d": tiles, "x": 0, "h": 1}[name.split("_")[1]]
+    text = CAPTION if stage.prompts == "pretrain" else TEXT
+    return min(stage.sequence_length, text + 256 * in_decoder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packs_feed_every_pipeline_stage_of_every_replica(name: str) -> None:
+    """Longer packs are fewer. Each data-parallel rank needs one for each of its pipeline's stages."""
+    world = table.Shipped.read(name).world_size
+    for stage in load(name).stages.values():
+        if "smollm2" in name:
+            assert stage.pack_length is None, "a laptop gains nothing from them"
+            continue
+        assert stage.pack_length is not None and stage.pack_length in (2048, 4096, 8192)
+        packs = stage.batch.size * tokens_of_a_sample(name, stage) / stage.pack_length
+        assert packs >= table.data_size(stage, world) * stage.parallel.pipeline
+        lengths = geometry.pack_lengths(stage)
+        assert all(length % stage.parallel.tensor == 0 for length in lengths)
 
 
 @pytest.mark.parametrize("name", [f"nvlm_{each}" for each in DEEPER])

@@ -54,7 +54,7 @@ def test_a_twin_is_the_recipe_made_small(tmp_path: Path, name: str) -> None:
     }  # fmt: skip
     for stage, small in zip(recipe.stages.values(), twin.stages.values(), strict=True):
         assert set(differences(stage, small)) <= {
-            "blend", "steps", "sequence_length", "batch", "optimizer", "parallel"
+            "blend", "steps", "sequence_length", "pack_length", "batch", "optimizer", "parallel"
         }  # fmt: skip
         assert set(differences(stage.optimizer, small.optimizer)) <= {"warmup_steps"}
         assert (stage.parallel.tensor > 1) == (small.parallel.tensor > 1)

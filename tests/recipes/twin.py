@@ -10,14 +10,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from nvlm_train.config.schema import (
-    LanguageConfig,
-    ModelConfig,
-    ParallelConfig,
-    Recipe,
-    StageConfig,
-    VisionConfig,
-)
+from nvlm_train.config.model_schema import LanguageConfig, ModelConfig, VisionConfig
+from nvlm_train.config.schema import ParallelConfig, Recipe, StageConfig
 
 RANKS = 4
 """A test has this many processes."""
@@ -119,6 +113,7 @@ def _stage(stage: StageConfig, data: Path) -> StageConfig:
         steps=2,
         # The smoke data's samples have up to some 100 tokens, tiles of four tokens included.
         sequence_length=max(128, stage.sequence_length // 16),
+        pack_length=stage.pack_length and max(192, stage.pack_length // 16),
         batch=replace(stage.batch, size=6),
         optimizer=replace(stage.optimizer, warmup_steps=1),
         parallel=_layout(stage.parallel),

@@ -18,7 +18,7 @@ LAYOUTS = {
     "PP2 DP2 overlapped": (4, ParallelConfig(pipeline=2, overlap_grad_reduce=True)),
 }
 AT_MOST = 4
-"""The gradient norm and what is reported; megatron-core's norm without Transformer Engine reads once more."""
+"""The gradient norm, and what is reported."""
 FAST = {("h", "single"), ("x", "TP2 PP2")}
 
 

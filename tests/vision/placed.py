@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.convert.encoders.layout import Layout
 from nvlm_train.convert.headers import Stored
 

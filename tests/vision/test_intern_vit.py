@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.convert.vision import kind_of
 from nvlm_train.errors import CheckpointError
 from nvlm_train.vision.build import build_vision_encoder

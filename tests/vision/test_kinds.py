@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nvlm_train import costs
-from nvlm_train.config.schema import ParallelConfig, VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
+from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.convert import vision as tables
 from nvlm_train.errors import CheckpointError, ConfigError
 from nvlm_train.vision import encoder

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.geometry import encoder_batch
 from nvlm_train.vision import compiled
 from nvlm_train.vision.build import build_vision_encoder

@@ -113,6 +113,7 @@ def _context(
     options: argparse.Namespace, recipe: Recipe, stage: str, sources: tuple[str, ...]
 ) -> PageContext:
     from nvlm_train.data.viewing.page import PageContext
+    from nvlm_train.geometry import pack_length
 
     step = [] if options.step is None else ["--step", str(options.step), "--dp", str(options.dp)]
     command = ["nvlm data show", *options.what, *step, "--stage", stage]
@@ -123,6 +124,7 @@ def _context(
         architecture=recipe.model.architecture,
         blend=Path(settings.blend).stem,
         sequence_length=settings.sequence_length,
+        pack_length=pack_length(settings),
         sources=sources,
         command=" ".join(command),
     )

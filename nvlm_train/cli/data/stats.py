@@ -139,15 +139,26 @@ def _summary(found: BlendStatistics, stage: StageConfig) -> str:
     lines = [
         f"epochs: passes over a source's samples in all {stage.steps:,} steps, at this pace",
         f"packing: {found.packing_efficiency:.1%} of the token budget used, "
-        f"{found.num_packs:,} packs of {stage.sequence_length:,}",
+        f"{found.num_packs:,} packs of {_lengths(found.pack_lengths)} tokens",
     ]
     if found.dp_size > 1:
-        tokens, tiles = found.balance_tokens, found.balance_tiles
+        tokens, tiles, attention = (
+            f"{balance.mean:.3f} (worst step {balance.worst:.3f})"
+            for balance in (found.balance_tokens, found.balance_tiles, found.balance_attention)
+        )
         lines.append(
-            f"{found.dp_size} data-parallel ranks, busiest over mean: tokens {tokens.mean:.3f} "
-            f"(worst step {tokens.worst:.3f}), tiles {tiles.mean:.3f} (worst {tiles.worst:.3f})"
+            f"{found.dp_size} data-parallel ranks, busiest over mean: tokens {tokens}, tiles {tiles}, "
+            f"attention {attention}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _lengths(lengths: Sequence[int]) -> str:
+    """
+    >>> _lengths([3584, 4096]), _lengths([512])
+    ('3,584 to 4,096', '512')
+    """
+    return " to ".join(f"{each:,}" for each in dict.fromkeys([lengths[0], lengths[-1]]))
 
 
 def sparkline(counts: Sequence[int]) -> str:

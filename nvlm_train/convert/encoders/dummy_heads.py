@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.convert.encoders.layout import Layout
 from nvlm_train.convert.headers import Stored
 from nvlm_train.convert.keys import Place

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.convert.encoders.layout import Layout, joined, sizes
 from nvlm_train.convert.family import Family
 from nvlm_train.convert.ignored import BOOKKEEPING, GENERATION

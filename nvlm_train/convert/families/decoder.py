@@ -6,7 +6,7 @@ has follow from the recipe.
 
 from __future__ import annotations
 
-from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.config.model_schema import LanguageConfig
 from nvlm_train.convert.ignored import BOOKKEEPING, GENERATION
 from nvlm_train.convert.keys import Fixed, Rule, Sized
 from nvlm_train.geometry import head_size, kv_size, query_size

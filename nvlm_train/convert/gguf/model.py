@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nvlm_train.config.schema import LanguageConfig
+from nvlm_train.config.model_schema import LanguageConfig
 from nvlm_train.convert.gguf.file import GgufFile
 from nvlm_train.convert.problem import Problem, Problems, error, refuse
 

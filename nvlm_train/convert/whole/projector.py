@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from nvlm_train.config.schema import ModelConfig
+from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.convert.family import Family, tensor_problems
 from nvlm_train.convert.headers import Headers
 from nvlm_train.convert.keys import Place, shown

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from nvlm_train.config.schema import ModelConfig
+from nvlm_train.config.model_schema import ModelConfig
 from nvlm_train.convert.names import GlobalSlice
 from nvlm_train.convert.problem import refuse
 from nvlm_train.convert.weight_files import WeightFiles

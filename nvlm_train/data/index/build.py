@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 
-from nvlm_train.config.schema import TokenizerConfig
+from nvlm_train.config.model_schema import TokenizerConfig
 from nvlm_train.data.index.files import IndexFiles
 from nvlm_train.data.index.lengths import load_lengths, read_lengths_summary
 from nvlm_train.data.index.reader import ShardReader

@@ -12,9 +12,9 @@ from nvlm_train.data.samples.encoded import EncodedSample
 
 
 def pack_samples(
-    samples: Sequence[EncodedSample], infos: Sequence[SampleInfo], sequence_length: int, pad_id: int
+    samples: Sequence[EncodedSample], infos: Sequence[SampleInfo], length: int, pad_id: int
 ) -> Microbatch:
-    """Makes one pack of `sequence_length` tokens: the samples one after the other, then padding.
+    """Makes one pack of `length` tokens: the samples one after the other, then padding.
 
     `cu_seqlens` keeps samples from attending to each other; the padding is a segment of its own.
 
@@ -25,13 +25,13 @@ def pack_samples(
 
     starts = np.cumsum([0, *(len(sample.token_ids) for sample in samples)])
     used = int(starts[-1])
-    if used > sequence_length:
-        raise ValueError(f"samples of {used} tokens do not fit a pack of {sequence_length}")
-    ends = starts if used == sequence_length else np.append(starts, sequence_length)
+    if used > length:
+        raise ValueError(f"samples of {used} tokens do not fit a pack of {length}")
+    ends = starts if used == length else np.append(starts, length)
     offsets = starts[:-1].tolist()
     shifted = list(zip(samples, offsets, strict=True))
     empty = np.empty(0, dtype=np.int64)
-    padding = np.full(sequence_length - used, pad_id, dtype=np.int64)
+    padding = np.full(length - used, pad_id, dtype=np.int64)
     labels_of = [np.full(len(sample.label_ids), number) for number, sample in enumerate(samples)]
 
     def joined(parts: Sequence[NDArray[np.int64]]) -> torch.Tensor:

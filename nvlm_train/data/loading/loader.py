@@ -42,6 +42,7 @@ class _PlannedStep(NamedTuple):
 
     step: int
     rounds: list[_PackedRound]
+    pack_length: int
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,11 @@ class Loader(Iterator[StepBatch]):
     def _plan_next(self) -> _PlannedStep | None:
         """Returns the next step and its rounds; None after the last."""
         step = next(self._steps, None)
-        return None if step is None else _PlannedStep(step, self._plan_rounds(step))
+        if step is None:
+            return None
+        planned = self._plan.step(step, self._share.dp_size)
+        rounds = group_rounds(planned.packs[self._share.dp_rank], self._max_tiles)
+        return _PlannedStep(step, rounds, planned.pack_length)
 
     def __enter__(self) -> Loader:
         return self
@@ -179,16 +184,13 @@ class Loader(Iterator[StepBatch]):
         """Returns the round's tiles for each of the replica's ranks."""
         return split_tiles(sum(pack.num_tiles for pack in round_), self._share.replica_size)
 
-    def _plan_rounds(self, step: int) -> list[_PackedRound]:
-        packs = self._plan.step(step, self._share.dp_size).packs[self._share.dp_rank]
-        return group_rounds(packs, self._max_tiles)
-
     def _start(self, planned: _PlannedStep) -> _PendingStep:
         """Hands a step's packs to the threads."""
-        rounds = tuple(self._start_round(round_) for round_ in planned.rounds)
+        length = planned.pack_length
+        rounds = tuple(self._start_round(round_, length) for round_ in planned.rounds)
         return _PendingStep(planned.step, rounds)
 
-    def _start_round(self, round_: _PackedRound) -> _PendingRound:
+    def _start_round(self, round_: _PackedRound, length: int) -> _PendingRound:
         import torch
 
         edge = self._tile_size
@@ -203,7 +205,7 @@ class Loader(Iterator[StepBatch]):
             first = min(max(own_first, pack_first), own_last)
             last = min(max(own_first, pack_first + pack.num_tiles), own_last)
             own_TCEE = pixels_TCEE[first - own_first : last - own_first]
-            futures.append(self._submit(PackJob(pack, first - pack_first, own_TCEE)))
+            futures.append(self._submit(PackJob(pack, length, first - pack_first, own_TCEE)))
             pack_first += pack.num_tiles
         return _PendingRound(split, torch.from_numpy(pixels_TCEE), tuple(futures))
 

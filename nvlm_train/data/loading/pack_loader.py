@@ -22,6 +22,8 @@ class PackJob:
     """A pack to load: which of its tiles are this rank's, and where their pixels go."""
 
     pack: PackPlan
+    length: int
+    """Padding fills it up to this many tokens."""
     first_tile: int
     pixels_TCEE: Pixels
 
@@ -70,7 +72,7 @@ class PackLoader:
                 first += num_tiles
         infos = [self._plan.info(sample) for sample in samples]
         pad = self._encoder.tokenizer.pad
-        microbatch = pack_samples(encoded, infos, self._plan.sequence_length, pad)
+        microbatch = pack_samples(encoded, infos, job.length, pad)
         return LoadedPack(microbatch, tuple(failures.values()))
 
     def _encode(self, sample: SampleRef) -> EncodedSample:

@@ -1,12 +1,47 @@
-"""Samples into packs of one fixed length, and packs onto data-parallel ranks. Pure arithmetic."""
+"""Samples into packs, and packs onto data-parallel ranks. Pure arithmetic.
+
+Shape legend: N samples, M measures.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nvlm_train.batch import PackPlan
+from nvlm_train.data.plan.attention_cost import SELF_ATTENTION, AttentionCost
+from nvlm_train.data.plan.balance import even_out
+from nvlm_train.geometry import length_for
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What packs are like, besides the batch."""
+
+    lengths: tuple[int, ...]
+    """They are filled up to one of these, ascending; the last one bounds what they hold. [tokens]"""
+    attention: AttentionCost = SELF_ATTENTION
+    """It makes one pack dearer than another of equal length."""
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens that a pack holds."""
+        return self.lengths[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class SampleSizes:
+    """The numbers of samples that packs share: int64 [N] each."""
+
+    tokens: NDArray[np.int64]
+    tiles: NDArray[np.int64]
+    attention: NDArray[np.int64]
+    """In the units of `AttentionCost`."""
 
 
 def best_fit_decreasing(
@@ -82,12 +117,83 @@ def _by_both(
     return groups
 
 
-def deal(packs: Sequence[PackPlan], num_ranks: int) -> tuple[tuple[PackPlan, ...], ...]:
-    """Deals the packs to the ranks: equally many (to one), tiles balanced before tokens.
+def spread(
+    groups: Sequence[Sequence[int]],
+    num_groups: int,
+    samples: SampleSizes,
+    lengths: Sequence[int],
+    max_tiles: int | None,
+) -> list[list[int]]:
+    """Spreads samples over more groups, or as many, so that all groups are alike.
 
-    Every pack is padded to the same length, so its language-model work is the same whatever it
-    holds: the number of packs decides, then the tiles to encode. A rank left without a pack gets
-    an empty one. Which packs there are does not depend on `num_ranks`.
+    Best fit makes the fewest groups: full ones, a last one that is nearly empty, and long samples beside
+    long ones. Packs of a step are filled up to one length, that of the longest, and the slowest decides how
+    long the others wait. So each sample, the largest first, goes to the group that has least; then samples
+    are swapped and moved (`even_out`), first for a short length of the packs, then within that length for
+    tiles and attention. Where that does not fit, the given groups are the start.
+
+    Args:
+        groups: of `best_fit_decreasing`.
+        num_groups: this many are made, if there are as many samples.
+        samples: their sizes.
+        lengths: of packs, ascending.
+        max_tiles: of a group; None for no limit.
+    """
+    sizes_NM = np.stack([samples.tokens, samples.tiles, samples.attention], axis=1)
+    total = len(sizes_NM)
+    num_groups = max(len(groups), min(num_groups, total))
+    found = _least_first(num_groups, sizes_NM, (lengths[-1], max_tiles))
+    if found is None:
+        found = [list(group) for group in groups]
+        found += [[] for _ in range(num_groups - len(groups))]
+    # An item of no size in each group: to swap a sample with it moves the sample.
+    for number, group in enumerate(found):
+        group.append(total + number)
+    nothing = np.zeros((num_groups, sizes_NM.shape[1]), dtype=np.int64)
+    sizes_NM = np.concatenate([sizes_NM, nothing])
+    even_out(found, sizes_NM[:, :2], (lengths[-1], max_tiles))
+    longest = max(int(sizes_NM[group, 0].sum()) for group in found)
+    by_importance = sizes_NM[:, [1, 2, 0]]
+    even_out(found, by_importance, (max_tiles, None, length_for(longest, lengths)))
+    kept = [sorted(index for index in group if index < total) for group in found]
+    return [group for group in kept if group]
+
+
+def _least_first(
+    num_groups: int, sizes_NM: NDArray[np.int64], ceilings: Sequence[int | None]
+) -> list[list[int]] | None:
+    """Gives each sample, the largest first, to the group with the least; None when one fits nowhere."""
+    shares_N = (sizes_NM / np.maximum(sizes_NM.sum(axis=0), 1)).sum(axis=1).tolist()
+    limits = [(m, ceiling) for m, ceiling in enumerate(ceilings) if ceiling is not None]
+    sizes = sizes_NM.tolist()
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    loads = [[0] * sizes_NM.shape[1] for _ in range(num_groups)]
+    least = [(0.0, group) for group in range(num_groups)]
+    for index in sorted(range(len(sizes)), key=lambda index: (-shares_N[index], index)):
+        passed = []
+        while least:
+            load, group = heappop(least)
+            if all(loads[group][m] + sizes[index][m] <= ceiling for m, ceiling in limits):
+                break
+            passed.append((load, group))
+        else:
+            return None
+        groups[group].append(index)
+        loads[group] = [load + size for load, size in zip(loads[group], sizes[index], strict=True)]
+        for each in [*passed, (load + shares_N[index], group)]:
+            heappush(least, each)
+    return groups
+
+
+def deal(
+    packs: Sequence[PackPlan], num_ranks: int, attention: AttentionCost = SELF_ATTENTION
+) -> tuple[tuple[PackPlan, ...], ...]:
+    """Deals the packs to the ranks: equally many (to one), then tiles, attention and tokens balanced.
+
+    Every pack is padded to the same length, so that what the language model does with each token is the
+    same whatever a pack holds: the number of packs decides, then the tiles to encode, then what attention
+    computes, which grows with the square of a sample's length. A rank left without a pack gets an empty
+    one.
     """
     fewest, with_one_more = divmod(len(packs), num_ranks)
     tiles, tokens = [p.num_tiles for p in packs], [p.num_tokens for p in packs]
@@ -101,62 +207,6 @@ def deal(packs: Sequence[PackPlan], num_ranks: int) -> tuple[tuple[PackPlan, ...
         )
         dealt[rank].append(index)
         load[rank] = (load[rank][0] + tiles[index], load[rank][1] + tokens[index])
-    _even_out(dealt, tiles)
-    _even_out(dealt, tokens, tiles)
+    costs = [attention.of_pack(pack) for pack in packs]
+    even_out(dealt, np.array([tiles, costs, tokens], dtype=np.int64).T)
     return tuple(tuple(packs[index] for index in sorted(own)) or (PackPlan(()),) for own in dealt)
-
-
-class _Swap(NamedTuple):
-    """Two packs that change places."""
-
-    rank: int
-    """The other rank."""
-    given: int
-    """The pack's place here."""
-    taken: int
-    """The pack's place on the other rank."""
-
-
-def _even_out(
-    dealt: list[list[int]], costs: Sequence[int], unchanged: Sequence[int] | None = None
-) -> None:
-    """Swaps packs of the most loaded rank while that lowers the load; counts of packs stay.
-
-    With `unchanged` only packs that are equal in it are swapped.
-    """
-    loads = [sum(costs[index] for index in own) for own in dealt]
-    most_swaps = sum(len(own) for own in dealt)
-    for _ in range(most_swaps):
-        high = max(range(len(dealt)), key=lambda rank: (loads[rank], -rank))
-        swap = _best_swap(dealt, loads, high, costs, unchanged)
-        if swap is None:
-            return
-        mine, others = dealt[high], dealt[swap.rank]
-        moved = costs[mine[swap.given]] - costs[others[swap.taken]]
-        mine[swap.given], others[swap.taken] = others[swap.taken], mine[swap.given]
-        loads[high] -= moved
-        loads[swap.rank] += moved
-
-
-def _best_swap(
-    dealt: list[list[int]],
-    loads: Sequence[int],
-    high: int,
-    costs: Sequence[int],
-    unchanged: Sequence[int] | None,
-) -> _Swap | None:
-    """Returns the swap after which the larger load is least; None when no swap lowers it."""
-    best, found = loads[high], None
-    for rank in sorted(range(len(dealt)), key=lambda rank: (loads[rank], rank)):
-        # Less than half the difference cannot be reached by any swap.
-        if max(loads[rank], (loads[high] + loads[rank] + 1) // 2) >= best:
-            break
-        for given, mine in enumerate(dealt[high]):
-            for taken, other in enumerate(dealt[rank]):
-                moved = costs[mine] - costs[other]
-                if moved <= 0 or (unchanged and unchanged[mine] != unchanged[other]):
-                    continue
-                worse = max(loads[high] - moved, loads[rank] + moved)
-                if worse < best:
-                    best, found = worse, _Swap(rank, given, taken)
-    return found

@@ -14,15 +14,18 @@ from dataclasses import asdict
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from nvlm_train.batch import PackPlan, SampleInfo, SampleRef, StepPlan
 from nvlm_train.config.schema import BatchConfig
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.ordering import hashed_permutation, stable_hash
 from nvlm_train.data.plan.blend import Blender, Draws
 from nvlm_train.data.plan.pack_table import PackTable
-from nvlm_train.data.plan.packing import best_fit_decreasing, deal
+from nvlm_train.data.plan.packing import Packing, SampleSizes, best_fit_decreasing, deal, spread
 from nvlm_train.data.plan.sources import Source, check_skipped, check_tiles, unusable_kinds
 from nvlm_train.errors import ShardError, TrainingError
+from nvlm_train.geometry import length_for
 
 _TABLE_CHARS = 16
 
@@ -31,8 +34,11 @@ class DataPlan:
     """The steps of one stage.
 
     Args:
+        sequence_length: a sample has at most this many tokens.
         table_stem: path before `.packs-FINGERPRINT`, the file that finds a step when packs are the
             unit; None to count in memory.
+        packing: of packs that are longer than a sample, and of a known model; None for
+            `sequence_length`.
 
     Raises:
         TrainingError: a source without usable samples, more unusable ones than
@@ -47,10 +53,12 @@ class DataPlan:
         seed: int,
         max_skipped_fraction: float,
         table_stem: Path | None = None,
+        packing: Packing | None = None,
     ) -> None:
         self.sources = tuple(sources)
         self.batch = batch
         self.sequence_length = sequence_length
+        self.packing = packing or Packing((sequence_length,))
         self.seed = seed
         self.unusable = unusable_kinds(self.sources)
         check_skipped(self.sources, self.unusable, max_skipped_fraction)
@@ -78,6 +86,10 @@ class DataPlan:
         }
         return contents | {PLAN_DIGEST: self.fingerprint}
 
+    @property
+    def _packs_are_longer(self) -> bool:
+        return self.packing.most_tokens != self.sequence_length
+
     @cached_property
     def fingerprint(self) -> str:
         """Equal fingerprints make equal steps: hash of blend, contents, encoding, seed and batch."""
@@ -92,6 +104,8 @@ class DataPlan:
     def _hash_with(self, encodings: list[str]) -> str:
         digest = hashlib.sha256()
         parts: list[object] = [self.seed, asdict(self.batch), self.sequence_length]
+        if self._packs_are_longer:
+            parts.append(["pack_length", self.packing.most_tokens])
         for source in self.sources:
             parts.append([source.name, source.weight, source.max_draws])
             parts.append([len(source.table.names), source.table.lengths_digest])
@@ -119,18 +133,23 @@ class DataPlan:
     def step(self, step: int, dp_size: int) -> StepPlan:
         """Returns the plan of optimizer step `step` (from 0); its samples do not depend on `dp_size`.
 
+        Where packs are longer than samples and samples are the unit, they are spread over as many packs as
+        give every data-parallel rank equally many, all about equally full.
+
         Raises:
             TrainingError: the sources have left the blend before the step is full.
         """
         size = self.batch.size
         if self.batch.unit == "samples":
             draws = self._blender.draw(step * size, (step + 1) * size)
-            packs = _to_packs(draws, self._groups(draws)) if len(draws) == size else []
+            packs = self._step_packs(draws, dp_size) if len(draws) == size else []
         else:
             packs = self._packs(step * size, (step + 1) * size)
         if not packs:
             raise self._too_short(f"step={step}")
-        return StepPlan(step, deal(packs, dp_size))
+        longest = max(pack.num_tokens for pack in packs)
+        length = length_for(longest, self.packing.lengths)
+        return StepPlan(step, deal(packs, dp_size, self.packing.attention), length)
 
     def draws(self, start: int, stop: int) -> list[SampleRef]:
         """Returns samples [start, stop) of the stage in the order in which they are drawn.
@@ -182,10 +201,28 @@ class DataPlan:
         """Returns the draws that share a pack, by their numbers in `draws`."""
         return best_fit_decreasing(
             draws.num_tokens.tolist(),
-            self.sequence_length,
+            self.packing.most_tokens,
             draws.num_tiles.tolist(),
             self.batch.max_tiles_per_pack,
         )
+
+    def _step_packs(self, draws: Draws, dp_size: int) -> list[PackPlan]:
+        """Returns the packs of a step when samples are the unit."""
+        groups = self._groups(draws)
+        if self._packs_are_longer:
+            tokens, tiles = draws.num_tokens, draws.num_tiles
+            costs = [
+                self.packing.attention.of_sample(*each)
+                for each in zip(tokens.tolist(), tiles.tolist(), strict=True)
+            ]
+            groups = spread(
+                groups,
+                math.ceil(len(groups) / dp_size) * dp_size,
+                SampleSizes(tokens, tiles, np.array(costs, dtype=np.int64)),
+                self.packing.lengths,
+                self.batch.max_tiles_per_pack,
+            )
+        return _to_packs(draws, groups)
 
     def _packs(self, start: int, stop: int) -> list[PackPlan]:
         """Returns packs [start, stop) of the stage when packs are the unit; none when they are too few."""

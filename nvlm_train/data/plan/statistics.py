@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,10 +62,14 @@ class BlendStatistics:
     dp_size: int
     num_packs: int
     """Empty ones included: a rank computes those, too."""
+    pack_lengths: tuple[int, ...]
+    """What the steps' packs are filled up to, ascending; one length a step. [tokens]"""
     packing_efficiency: float
     """Tokens over the token budget of the packs."""
     balance_tokens: Balance
     balance_tiles: Balance
+    balance_attention: Balance
+    """What attention computes, cross-attention included."""
 
 
 def blend_statistics(
@@ -90,9 +94,11 @@ def blend_statistics(
         num_steps=num_steps,
         dp_size=dp_size,
         num_packs=len(packs),
-        packing_efficiency=tokens / (len(packs) * plan.sequence_length),
-        balance_tokens=_balance([_loads(step, "num_tokens") for step in steps]),
-        balance_tiles=_balance([_loads(step, "num_tiles") for step in steps]),
+        pack_lengths=tuple(sorted({step.pack_length for step in steps})),
+        packing_efficiency=tokens / sum(budget(step) for step in steps),
+        balance_tokens=_balance(steps, lambda pack: pack.num_tokens),
+        balance_tiles=_balance(steps, lambda pack: pack.num_tiles),
+        balance_attention=_balance(steps, plan.packing.attention.of_pack),
     )
 
 
@@ -106,17 +112,18 @@ def imbalance(loads: Sequence[int]) -> float:
     return max(loads) * len(loads) / total if total else 1.0
 
 
-def rank_load(packs: Sequence[PackPlan], name: str) -> int:
-    """Returns the sum of the packs' `num_tokens` or `num_tiles`."""
-    return sum(int(getattr(pack, name)) for pack in packs)
+def rank_loads(step: StepPlan, load: Callable[[PackPlan], int]) -> list[int]:
+    """Returns the sum over the packs of each data-parallel rank."""
+    return [sum(load(pack) for pack in packs) for packs in step.packs]
 
 
-def _loads(step: StepPlan, name: str) -> list[int]:
-    return [rank_load(packs, name) for packs in step.packs]
+def budget(step: StepPlan) -> int:
+    """Counts the tokens of all packs of a step, padding included."""
+    return step.pack_length * sum(len(packs) for packs in step.packs)
 
 
-def _balance(loads: Sequence[Sequence[int]]) -> Balance:
-    found = [imbalance(each) for each in loads]
+def _balance(steps: Sequence[StepPlan], load: Callable[[PackPlan], int]) -> Balance:
+    found = [imbalance(rank_loads(step, load)) for step in steps]
     return Balance(sum(found) / len(found), max(found))
 
 

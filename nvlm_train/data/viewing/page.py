@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Template
 
-from nvlm_train.data.plan.statistics import imbalance, rank_load
+from nvlm_train.batch import PackPlan
+from nvlm_train.data.plan.statistics import budget, imbalance, rank_loads
 from nvlm_train.data.viewing.cards import card
 from nvlm_train.data.viewing.samples import SampleView
 from nvlm_train.data.viewing.steps import PlacedSample, StepView
@@ -30,6 +31,7 @@ class PageContext:
     architecture: str
     blend: str
     sequence_length: int
+    pack_length: int
     sources: tuple[str, ...]
     """All names of the blend: their order gives the colours."""
     command: str
@@ -40,7 +42,8 @@ class PageContext:
         """One line under the heading."""
         return (
             f"NVLM-{self.architecture.upper()}, recipe {self.recipe}, stage {self.stage}, "
-            f"blend {self.blend}, {self.sequence_length:,} tokens a pack"
+            f"blend {self.blend}, at most {self.sequence_length:,} tokens a sample and "
+            f"{self.pack_length:,} a pack"
         )
 
     def colour(self, source: str) -> str:
@@ -119,18 +122,26 @@ def _step_figures(step: StepView) -> list[tuple[str, str]]:
             f"pack{_s(len(packs))} on {len(ranks)} data-parallel rank{_s(len(ranks))}",
         ),
         (
-            _share(tokens, len(packs) * step.sequence_length),
-            f"of the packs used: {tokens:,} tokens",
+            _share(tokens, budget(step.plan)),
+            f"of packs of {step.plan.pack_length:,} tokens used: {tokens:,}",
         ),
         (f"{sum(pack.num_tiles for pack in packs):,}", "tiles to encode"),
     ]
     if len(ranks) > 1:
         balance = [
-            f"{imbalance([rank_load(rank, name) for rank in ranks]):.2f}"
-            for name in ("num_tokens", "num_tiles")
+            f"{imbalance(rank_loads(step.plan, load)):.2f}"
+            for load in (_num_tokens, _num_tiles, step.attention.of_pack)
         ]
-        figures.append((" / ".join(balance), "busiest rank over mean: tokens / tiles"))
+        figures.append((" / ".join(balance), "busiest rank over mean: tokens / tiles / attention"))
     return figures
+
+
+def _num_tokens(pack: PackPlan) -> int:
+    return pack.num_tokens
+
+
+def _num_tiles(pack: PackPlan) -> int:
+    return pack.num_tiles
 
 
 def _lanes(context: PageContext, step: StepView) -> str:
@@ -158,7 +169,7 @@ def _rank(context: PageContext, step: StepView, rank: int) -> str:
     for number, pack in enumerate(packs):
         inside = step.pack(rank, number)
         bars = "".join(_bar(context, each, numbers[id(each)], step) for each in inside)
-        note = f"{_share(pack.num_tokens, step.sequence_length)} · {pack.num_tiles} tile{_s(pack.num_tiles)}"
+        note = f"{_share(pack.num_tokens, step.plan.pack_length)} · {pack.num_tiles} tile{_s(pack.num_tiles)}"
         rows.append(
             f'<div class="pack"><span>{number}</span><div class="bar">{bars}</div>'
             f"<span>{note}</span></div>"
@@ -170,7 +181,7 @@ def _rank(context: PageContext, step: StepView, rank: int) -> str:
 
 
 def _bar(context: PageContext, each: PlacedSample, number: int, step: StepView) -> str:
-    share = each.ref.num_tokens / step.sequence_length
+    share = each.ref.num_tokens / step.plan.pack_length
     style = f"--c:{context.colour(each.source)};width:{share:.3%}"
     title = html.escape(
         f"{each.source} {each.key}: {each.ref.num_tokens} tokens, {each.ref.num_tiles} tiles"

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from nvlm_train.batch import SampleRef, StepPlan
+from nvlm_train.data.plan.attention_cost import AttentionCost
 from nvlm_train.data.plan.plan import DataPlan
 from nvlm_train.data.samples.encoder import SampleEncoder
 from nvlm_train.data.viewing.samples import SampleView, view_ref
@@ -34,7 +35,7 @@ class StepView:
     """A step, and some of its samples in full."""
 
     plan: StepPlan
-    sequence_length: int
+    attention: AttentionCost
     samples: tuple[PlacedSample, ...]
     """All samples, in the order of rank, pack and offset."""
 
@@ -72,7 +73,7 @@ def view_step(
         )
         for n, each in enumerate(placed)
     )
-    return StepView(planned, plan.sequence_length, samples)
+    return StepView(planned, plan.packing.attention, samples)
 
 
 def _check_keys(keys: Collection[str], placed: Sequence[PlacedSample], step: int) -> None:

@@ -7,7 +7,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from nvlm_train.config.schema import Recipe, VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
+from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import CheckpointError
 from nvlm_train.geometry import encoder_batch
 from nvlm_train.train.checkpoint.run_state import RunState, plain_recipe
@@ -17,7 +18,7 @@ Rule = Callable[[RunState, Plain, Plain], Iterator[str]]
 """(state, recipe of the checkpoint, present recipe) -> each forbidden difference, with both values."""
 
 _DATA_FIELDS = (
-    "trainable", "blend", "sequence_length", "batch", "tiling", "system_message", "prompts",
+    "trainable", "blend", "sequence_length", "pack_length", "batch", "tiling", "system_message", "prompts",
 )  # fmt: skip
 """Fields of a stage that decide the batch of its step n. None may change while the stage is unfinished."""
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from nvlm_train.config.layouts import recomputed_parts
 from nvlm_train.config.schema import ParallelConfig, Recipe, Recompute, StageConfig
 from nvlm_train.costs import activation_bytes
 from nvlm_train.errors import TrainingError
@@ -77,6 +78,12 @@ def advice(recipe: Recipe, stage_name: str, error: BaseException) -> str:
             f"  {path}.parallel.recompute={_written(parallel.recompute)}: {saved}; full costs up to a third "
             "more time, the others less"
         )
+    if stage.pack_length is not None and stage.pack_length > stage.sequence_length:
+        lines.append(
+            f"  {path}.pack_length={stage.pack_length}: fewer samples a pack, which keeps fewer activations; "
+            f"{path}.sequence_length={stage.sequence_length} is the least "
+            "(in a new run, or from the next stage on)"
+        )
     lines += [
         f"  {path}.parallel.tensor={parallel.tensor}, {path}.parallel.pipeline={parallel.pipeline}: larger "
         "values share weights and activations over more ranks",
@@ -91,7 +98,7 @@ def _better_recompute(parallel: ParallelConfig) -> list[Recompute]:
     if parallel.recompute == "full":
         return []
     smaller: list[Recompute] = [("norms",), ("mlp", "norms")]
-    own = set(parallel.recomputed_parts)
+    own = set(recomputed_parts(parallel))
     return [each for each in smaller if not own.issuperset(each)] + ["full"]
 
 

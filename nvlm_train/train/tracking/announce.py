@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nvlm_train import costs, geometry
-from nvlm_train.config.schema import Recipe
+from nvlm_train.batch import StepPlan
+from nvlm_train.config.schema import Recipe, StageConfig
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.topology import device
 from nvlm_train.recipe import sizes
@@ -74,8 +75,11 @@ def stage(recipe: Recipe, position: Position, work: StageWork) -> None:
         for part, count in costs.part_parameters(recipe.model).items()
     ]
     logger.info("%s at step %d of %d", name, position.step, settings.steps)
-    for table in (freeze_table(name, parts), numbers_table(name, _numbers(recipe, work))):
+    first = work.plan.step(0, work.engine.topology.data_size)
+    numbers = numbers_table(name, _numbers(recipe, work, first))
+    for table in (freeze_table(name, parts), numbers):
         logger.info("\n%s", render(table))
+    _warn_of_few_packs(name, first, work)
 
 
 def finished(recipe: Recipe, run: Run) -> None:
@@ -94,9 +98,8 @@ def finished(recipe: Recipe, run: Run) -> None:
     )
 
 
-def _numbers(recipe: Recipe, work: StageWork) -> list[NumberRow]:
+def _numbers(recipe: Recipe, work: StageWork, first: StepPlan) -> list[NumberRow]:
     stage, topology, vision = work.engine.stage, work.engine.topology, recipe.model.vision
-    first = work.plan.step(0, topology.data_size)
     packs = [pack for rank_packs in first.packs for pack in rank_packs]
     layout = f"TP {topology.tensor_size} x PP {topology.pipeline_size} x DP {topology.data_size}"
     memory = costs.rank_memory(recipe.model, stage, recipe.precision, topology.data_size)
@@ -108,7 +111,7 @@ def _numbers(recipe: Recipe, work: StageWork) -> list[NumberRow]:
             f"({vision.tile_size} / {vision.patch_size} / {geometry.PIXEL_SHUFFLE})^2",
         ),
         NumberRow("samples", _count(work), "usable samples of the blend, by source"),
-        NumberRow("step 0: packs", str(len(packs)), f"sequences of {stage.sequence_length} tokens"),
+        NumberRow("step 0: packs", str(len(packs)), _lengths(stage, first.pack_length)),
         NumberRow(
             "step 0: microbatches",
             str(max(len(rank_packs) for rank_packs in first.packs)),
@@ -125,6 +128,24 @@ def _numbers(recipe: Recipe, work: StageWork) -> list[NumberRow]:
             "weights, gradients, optimizer and encoder of the fullest stage; no activations",
         ),
     ]
+
+
+def _lengths(stage: StageConfig, length: int) -> str:
+    if geometry.pack_length(stage) == stage.sequence_length:
+        return f"sequences of {length} tokens"
+    return f"sequences of {length} tokens, of samples of at most {stage.sequence_length}"
+
+
+def _warn_of_few_packs(name: str, first: StepPlan, work: StageWork) -> None:
+    """Warns where a pipeline gets fewer packs than it has stages: some of them never work at one time."""
+    depth, fewest = work.engine.topology.pipeline_size, min(len(packs) for packs in first.packs)
+    stage = work.engine.stage
+    if fewest < depth:
+        logger.warning(
+            "stages.%s.pack_length=%s: step 0 has %d pack(s) for a pipeline of %d stages, which wait for "
+            "each other; use shorter packs, a larger batch.size, or fewer data-parallel ranks",
+            name, geometry.pack_length(stage), fewest, depth,
+        )  # fmt: skip
 
 
 def _count(work: StageWork) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nvlm_train.config.schema import LanguageConfig, VisionConfig
+from nvlm_train.config.model_schema import LanguageConfig, VisionConfig
 
 LANGUAGE = LanguageConfig(
     num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, vocab_size=64,

@@ -160,7 +160,7 @@ def test_no_torch_is_needed(whole: Path) -> None:
 
     program = (
         "import sys; from dataclasses import replace;"
-        "from nvlm_train.config.schema import LanguageConfig;"
+        "from nvlm_train.config.model_schema import LanguageConfig;"
         "from nvlm_train.convert.language import language_problems;"
         "assert list(language_problems(LanguageConfig(1, 4, 1, 1, 4, 8, weights=sys.argv[1]), {}));"
         "assert 'torch' not in sys.modules"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nvlm_train.config.model_schema import TokenizerConfig
 from nvlm_train.config.paths import PACKAGE, recipes_dir
-from nvlm_train.config.schema import TokenizerConfig
 from nvlm_train.convert import check
 from nvlm_train.convert.tokenizer import vocabulary_of
 from nvlm_train.doctor.material import check_tokenizer

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nvlm_train.cli import main
-from nvlm_train.config.schema import TokenizerConfig
+from nvlm_train.config.model_schema import TokenizerConfig
 from nvlm_train.convert.gguf import directory
 from nvlm_train.convert.gguf.directory import convert_gguf
 from nvlm_train.errors import CheckpointError

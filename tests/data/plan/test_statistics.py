@@ -71,6 +71,27 @@ def test_what_the_steps_draw(root: Path, tmp_path: Path) -> None:
     assert vqa.epochs == pytest.approx(vqa.drawn.samples * stage.steps / 5 / vqa.held.samples)
 
 
+def test_longer_packs_are_counted_as_long_as_they_are(root: Path, tmp_path: Path) -> None:
+    recipe = smoke_recipe(root, tmp_path, "stages.sft.pack_length=512", "stages.sft.batch.size=12")
+    stage = recipe.stages["sft"]
+    plan, _ = build_data(stage, recipe, str(data_recipes_dir()))
+    found = blend_statistics(plan, 5, 2, stage.steps)
+    steps = [plan.step(step, 2) for step in range(5)]
+    assert set(found.pack_lengths) == {step.pack_length for step in steps} <= {*range(128, 513, 64)}
+    packs = [(step.pack_length, pack) for step in steps for own in step.packs for pack in own]
+    tokens = sum(pack.num_tokens for _, pack in packs)
+    assert found.packing_efficiency == pytest.approx(tokens / sum(length for length, _ in packs))
+    squares = [
+        [sum(s.num_tokens**2 for pack in own for s in pack.samples) for own in step.packs]
+        for step in steps
+    ]
+    worst = max(max(loads) / (sum(loads) / 2) for loads in squares)
+    assert found.balance_attention.worst == pytest.approx(worst)
+    assert max(source.drawn.samples for source in found.sources) > 0
+    # The axis of the histogram is what a sample may have.
+    assert sum(found.sources[0].lengths) == found.sources[0].held.samples
+
+
 def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "stats.json"
     recipe = overrides(root, tmp_path)
@@ -80,6 +101,7 @@ def test_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert [source["name"] for source in stored["sources"]] == ["captions", "vqa", "text"]
     assert all(source["name"] in shown for source in stored["sources"])
     assert f"packing: {stored['packing_efficiency']:.1%} of the token budget used" in shown
+    assert "packs of 128 tokens" in shown and "attention" in shown
     assert "busiest over mean" in shown and "█" in shown
 
 

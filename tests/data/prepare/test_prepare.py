@@ -10,17 +10,13 @@ from pathlib import Path
 import pytest
 
 from nvlm_train.batch import RankShare
-from nvlm_train.config.schema import (
-    BatchConfig,
+from nvlm_train.config.model_schema import (
     LanguageConfig,
-    LoaderConfig,
     ModelConfig,
-    OptimizerConfig,
     ProjectorConfig,
-    Recipe,
-    StageConfig,
     VisionConfig,
 )
+from nvlm_train.config.schema import BatchConfig, LoaderConfig, OptimizerConfig, Recipe, StageConfig
 from nvlm_train.data.dataset import build_data
 from nvlm_train.data.loading.loader import Loader
 from nvlm_train.data.prepare.write import prepare_shards

@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, normalizers
 
-from nvlm_train.config.schema import TilingConfig, TokenizerConfig
+from nvlm_train.config.model_schema import TokenizerConfig
+from nvlm_train.config.schema import TilingConfig
 from nvlm_train.data.index.lengths import compute_lengths
 from nvlm_train.data.index.reader import ShardReader
 from nvlm_train.data.index.shard_index import load_index

@@ -8,7 +8,6 @@ the same two things here; `tests/train/checkpoint/test_other_kernels.py -m gpu` 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.model import layers
 from nvlm_train.parallel import kernels
 from nvlm_train.parallel.adam import GroupStepAdamW
-from nvlm_train.parallel.topology import process_group
 from nvlm_train.train.checkpoint import sharded_state
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.placing import place
@@ -137,15 +135,3 @@ def load_without_a_shard(directory: Path) -> str:
     except CheckpointError as error:
         return str(error)
     return "loaded"
-
-
-def main(directory: Path) -> None:
-    """Runs on a GPU both ways between torch's kernels and Transformer Engine's."""
-    pairs = [("torch", "transformer_engine"), ("transformer_engine", "torch")]
-    with process_group():
-        for writer, reader in pairs:
-            across(writer, reader, ParallelConfig(), directory / writer)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from nvlm_train.config.schema import VisionConfig
+from nvlm_train.config.model_schema import VisionConfig
 from nvlm_train.errors import CheckpointError
 from nvlm_train.train.checkpoint import outside
 from nvlm_train.train.checkpoint.manifest import (

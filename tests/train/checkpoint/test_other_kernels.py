@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from nvlm_train.config.schema import ParallelConfig
+from tests.gpu.paths import HAS_ENGINE
 from tests.train.checkpoint import other_kernels
 from tests.workers import WorkerPool
+
+LIBRARIES = ["torch", *(["transformer_engine"] if HAS_ENGINE else [])]
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,11 @@ def test_torchs_exception_is_ours(workers: WorkerPool, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_between_torch_and_transformer_engine(tmp_path: Path) -> None:
-    """The library itself runs in a process with NCCL."""
-    assert importlib.util.find_spec("transformer_engine") is not None, "install nvlm-train[gpu]"
-    command = [sys.executable, "-m", "tests.train.checkpoint.other_kernels", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(("writer", "reader"), zip(LIBRARIES, LIBRARIES[::-1], strict=True))
+def test_between_torch_and_transformer_engine(
+    gpu: WorkerPool, tmp_path: Path, writer: str, reader: str
+) -> None:
+    """Weights are loaded bit for bit, and training goes on; without the library from torch to torch."""
+    arguments = (writer, reader, ParallelConfig(), tmp_path / "saved")
+    found, expected = gpu.run(1, other_kernels.across, *arguments)[0]
+    assert found.keys() == expected.keys()

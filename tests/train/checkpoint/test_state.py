@@ -131,6 +131,7 @@ def test_every_difference_is_named_with_both_values(recipe: Recipe) -> None:
         "sft",
         trainable=("projector",),
         sequence_length=256,
+        pack_length=512,
         tiling=replace(stage.tiling, max_tiles=2),
     )
     vision = replace(recipe.model.vision, num_layers=3)
@@ -141,10 +142,11 @@ def test_every_difference_is_named_with_both_values(recipe: Recipe) -> None:
         f"seed=5, was {recipe.seed}",
         "stages.sft.trainable=['projector'], was ['projector', 'cross_attention', 'language_model']",
         f"stages.sft.sequence_length=256, was {stage.sequence_length}",
+        "stages.sft.pack_length=512, was None",
         f"stages.sft.tiling.max_tiles=2, was {stage.tiling.max_tiles}",
     ):
         assert f"  - {line}\n" in message
-    assert message.count("  - ") == 5
+    assert message.count("  - ") == 6
     assert str(RUN) in message and "another run_dir" in message
 
 

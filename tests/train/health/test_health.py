@@ -157,6 +157,10 @@ def test_out_of_memory_is_explained(tmp_path: Path, error: Exception) -> None:
     assert "stages.sft.parallel.max_tiles_in_flight=256" in message
     assert "stages.sft.parallel.sequence_parallel=false" in message
     assert "recompute" not in message, "there is nothing left to recompute"
+    assert "pack_length" not in message, "packs are as short as samples"
+    longer = smoke_recipe(tmp_path, tmp_path, "stages.sft.pack_length=512")
+    advice = memory.advice(longer, "sft", error)
+    assert "stages.sft.pack_length=512: fewer samples a pack" in advice
     with pytest.raises(RuntimeError, match="shapes"), memory.explained(recipe, "sft"):
         raise RuntimeError("shapes do not fit")
 

@@ -13,7 +13,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
-from nvlm_train.config.schema import LanguageConfig, RopeScalingConfig
+from nvlm_train.config.model_schema import LanguageConfig, RopeScalingConfig
 from nvlm_train.device_batch import DevicePack
 from nvlm_train.geometry import head_size
 from nvlm_train.parallel import cpu_kernels
