@@ -16,11 +16,10 @@ from nvlm_train.config.model_schema import (
     LanguageConfig,
     ModelConfig,
     ProjectorConfig,
-    Recompute,
     TokenizerConfig,
     VisionConfig,
 )
-from nvlm_train.config.schema import ParallelConfig
+from nvlm_train.config.schema import ParallelConfig, Recompute
 from nvlm_train.costs import StepWork
 from tests.hugging_face import encoder_sizes, sizes
 from tests.parity import cross_gradients, cross_recipes, kept, recipes
