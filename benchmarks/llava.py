@@ -42,22 +42,24 @@ from torch.nn import functional as F
 
 from benchmarks.step_time import LANGUAGE, LR, TILES, TRAINED, VISION
 from nvlm_train.batch import Microbatch, Round, SampleInfo, StepBatch
-from nvlm_train.config.schema import (
-    BatchConfig,
+from nvlm_train.config.model_schema import (
     LanguageConfig,
     ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
     ProjectorConfig,
-    Recipe,
-    StageConfig,
     TokenizerConfig,
     VisionConfig,
+)
+from nvlm_train.config.schema import (
+    BatchConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Recipe,
+    StageConfig,
 )
 from nvlm_train.data.loading.loader import split_tiles
 from nvlm_train.geometry import tokens_per_tile
 from nvlm_train.parallel import kernels
-from nvlm_train.parallel.topology import build_topology, process_group
+from nvlm_train.parallel.topology import Topology, build_topology, process_group
 from nvlm_train.train.engine import Engine, build_engine, ddp_config, optimizer_config
 from nvlm_train.train.optimizer import set_groups
 from nvlm_train.train.placing import place
@@ -236,9 +238,11 @@ def _mlp() -> Any:
 class LLaVAStep:
     """One optimizer step of LLaVAModel, as Megatron-LM's multimodal example makes it."""
 
-    def __init__(self, model: LLaVAModel, recipe: Recipe, sizes: Sizes, sample: Sample) -> None:
+    def __init__(
+        self, model: LLaVAModel, recipe: Recipe, topology: Topology, sizes: Sizes, sample: Sample
+    ) -> None:
         stage = recipe.stages["sft"]
-        self.model = DistributedDataParallel(model.config, ddp_config(stage), model)
+        self.model = DistributedDataParallel(model.config, ddp_config(stage, topology), model)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
             optimizer_config(recipe, stage), [self.model], use_gloo_process_groups=False
         )
@@ -334,7 +338,7 @@ def compare(sizes: Sizes, repeats: int) -> dict[str, Any]:
     recipe, sample = make_recipe(sizes), make_sample(sizes)
     engine = make_engine(recipe)
     own = own_step(engine, sizes, sample)
-    llava = LLaVAStep(make_llava(sizes), recipe, sizes, sample)
+    llava = LLaVAStep(make_llava(sizes), recipe, engine.topology, sizes, sample)
     loss = check_losses(engine, own, llava)
     own(), llava()
     seconds: dict[str, list[tuple[float, float]]] = {"own": [], "llava": []}

@@ -35,6 +35,8 @@ def import_engine(parallel: ParallelConfig, weights: Path, **fields: Any) -> Eng
     )
     initial_weights(recipe, engine.model.module)
     engine.model.eval()
+    # What reads the weights outside of a step asks for them; some tests run packs on one replica alone.
+    engine.whole_model()
     return engine
 
 

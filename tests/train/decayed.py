@@ -92,5 +92,6 @@ def _updates(engine: Engine, name: str, steps: Sequence[int]) -> Training:
 
 
 def _weights(engine: Engine) -> dict[str, Tensor]:
+    engine.whole_model()
     whole = gradients.gather(engine, lambda parameter: parameter.data)
     return whole if dist.get_rank() == 0 else {}

@@ -150,6 +150,7 @@ def _live(engine: Engine) -> list[torch.Tensor]:
 
 
 def _snapshot(engine: Engine) -> list[torch.Tensor]:
+    engine.whole_model()
     return [tensor.clone() for tensor in _live(engine)]
 
 

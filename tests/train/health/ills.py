@@ -128,7 +128,7 @@ def optimizer_state(root: Path, run_dir: Path, *overrides: str) -> list[torch.Te
         recipe, stage, build_topology(stage.parallel, recipe.seed), kernels.detect()
     )
     sharded_state.load(engine, newest, same_layout=False)
-    found = [each.data.clone() for each in engine.model.module.parameters()]
+    found = [each.data.clone() for each in engine.whole_model().parameters()]
     for part in parts(engine.optimizer):
         for group in [] if part.is_stub_optimizer else part.optimizer.param_groups:
             found.append(torch.tensor(group["step"]))
