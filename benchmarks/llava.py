@@ -242,9 +242,10 @@ class LLaVAStep:
         self, model: LLaVAModel, recipe: Recipe, topology: Topology, sizes: Sizes, sample: Sample
     ) -> None:
         stage = recipe.stages["sft"]
-        self.model = DistributedDataParallel(model.config, ddp_config(stage, topology), model)
+        ddp = ddp_config(stage, topology)
+        self.model = DistributedDataParallel(model.config, ddp, model)
         self.optimizer: MegatronOptimizer = get_megatron_optimizer(
-            optimizer_config(recipe, stage), [self.model], use_gloo_process_groups=False
+            optimizer_config(recipe, stage, ddp), [self.model], use_gloo_process_groups=False
         )
         set_groups(self.optimizer, stage.optimizer, LR)
         self.inputs, self.tiles = llava_inputs(sizes, sample), sample.tiles
