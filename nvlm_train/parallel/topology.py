@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from nvlm_train.batch import RankShare
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.errors import ConfigError
-from nvlm_train.parallel import cpu, kernels, recompute
+from nvlm_train.parallel import cpu, kernels, mcore_fixes
 
 
 class Layout(NamedTuple):
@@ -108,7 +108,7 @@ def start_process_group() -> bool:
     """Joins the world for as long as the process lives. Returns False when it had joined one before."""
     cpu.install()
     kernels.install()
-    recompute.install()
+    mcore_fixes.install()
     if dist.is_initialized():
         return False
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

@@ -64,9 +64,11 @@ def real_and_dense(name: str) -> tuple[list[float], dict[str, tuple[Tensor, Tens
 
 
 def together(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gates as one vector: a scalar's gradient is a sum that may cancel to nothing but rounding."""
+    """Gates as one vector, if there are any: a scalar's gradient is a sum that may cancel to rounding."""
     gates = sorted(key for key in gradients if key.endswith("alpha"))
     others = {key: gradients[key] for key in sorted(gradients) if key not in gates}
+    if not gates:
+        return others
     return others | {"gates": torch.cat([gradients[key] for key in gates])}
 
 

@@ -34,7 +34,7 @@ def _copies(engine: Engine, steps: int) -> list[Tensor]:
     for number in range(steps):
         batch = recipes.step_batch(recipes.MIXED, engine.topology.share, number)
         run_step(engine, place(batch, engine.topology), num_sources=2)
-    topology, module = engine.topology, engine.model.module
+    topology, module = engine.topology, engine.whole_model()
     own = None
     if (topology.is_first_pp_stage or topology.is_last_pp_stage) and topology.data_rank == 0:
         stage = 0 if topology.is_first_pp_stage else 1
