@@ -196,19 +196,23 @@ def compare(before: Path, now: Path, case: str, repeats: int) -> dict[str, Any]:
             for name, side in turns if repeat % 2 else reversed(turns):
                 seconds[name].append(side.step())
     return {
-        clock: _ratios(*([each[place] for each in seconds[name]] for name in ("before", "now")))
+        clock: ratios(
+            before=[each[place] for each in seconds["before"]],
+            now=[each[place] for each in seconds["now"]],
+        )
         for place, clock in enumerate(("wall", "cpu"))
     }
 
 
-def _ratios(before: list[float], now: list[float]) -> dict[str, float]:
-    ratios = [old / new for old, new in zip(before, now, strict=True)]
-    figures = {
-        "before_seconds": statistics.median(before),
-        "now_seconds": statistics.median(now),
-        "ratio": statistics.median(ratios),
-        "smallest_ratio": min(ratios),
-        "largest_ratio": max(ratios),
+def ratios(**sides: list[float]) -> dict[str, float]:
+    """Returns the median seconds of two sides, by their names, and the ratios of the first to the second."""
+    first, second = sides.values()
+    found = [slow / fast for slow, fast in zip(first, second, strict=True)]
+    figures = {f"{name}_seconds": statistics.median(seconds) for name, seconds in sides.items()}
+    figures |= {
+        "ratio": statistics.median(found),
+        "smallest_ratio": min(found),
+        "largest_ratio": max(found),
     }
     return {name: round(value, 3) for name, value in figures.items()}
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.before import ratios
 from benchmarks.step_time import LANGUAGE, LR, TILES, TRAINED, VISION
 from nvlm_train.batch import Microbatch, Round, SampleInfo, StepBatch
 from nvlm_train.config.model_schema import (
@@ -352,7 +352,10 @@ def compare(sizes: Sizes, repeats: int) -> dict[str, Any]:
         "trained_tokens": sizes.trained,
         "first_loss": round(loss, 4),
     } | {
-        clock: _ratios(*([each[place] for each in seconds[side]] for side in ("own", "llava")))
+        clock: ratios(
+            llava=[each[place] for each in seconds["llava"]],
+            own=[each[place] for each in seconds["own"]],
+        )
         for place, clock in enumerate(("wall", "cpu"))
     }
 
@@ -367,18 +370,6 @@ def _timed(step: Step) -> tuple[float, float]:
     dist.all_reduce(cpu)
     dist.all_reduce(wall, op=dist.ReduceOp.MAX)
     return wall.item(), cpu.item()
-
-
-def _ratios(own: list[float], llava: list[float]) -> dict[str, float]:
-    ratios = [theirs / ours for ours, theirs in zip(own, llava, strict=True)]
-    figures = {
-        "own_seconds": statistics.median(own),
-        "llava_seconds": statistics.median(llava),
-        "ratio": statistics.median(ratios),
-        "smallest_ratio": min(ratios),
-        "largest_ratio": max(ratios),
-    }
-    return {name: round(value, 3) for name, value in figures.items()}
 
 
 def main() -> int:

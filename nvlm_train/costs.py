@@ -18,6 +18,7 @@ from nvlm_train.geometry import (
     head_size,
     kv_size,
     num_cross_layers,
+    pack_length,
     query_size,
     tile_feature_size,
     tokens_per_tile,
@@ -200,7 +201,7 @@ def activation_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> 
         kept = {"layer"}
     numbers = sum(parts[part] for part in kept)
     width = 2 if precision == "bf16" else 4
-    return round(numbers * stage.sequence_length * model.language.num_layers * width)
+    return round(numbers * pack_length(stage) * model.language.num_layers * width)
 
 
 def checkpoint_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> int:

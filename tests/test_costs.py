@@ -199,6 +199,14 @@ def test_activations_are_those_that_autograd_keeps(
     assert predicted == pytest.approx(measured, rel=0.04)
 
 
+def test_activations_are_those_of_a_pack() -> None:
+    """Which may be longer than what a sample is cut at."""
+    stage = recipes.stage(ParallelConfig())
+    twice = replace(stage, pack_length=2 * stage.sequence_length)
+    once = costs.activation_bytes(recipes.MODEL, stage, "bf16")
+    assert costs.activation_bytes(recipes.MODEL, twice, "bf16") == 2 * once
+
+
 def test_activations_are_shared_by_tensor_parallel_ranks() -> None:
     """A sequence is cut where layers are not, and a pipeline's first stage keeps a pack for each stage."""
 
