@@ -6,6 +6,7 @@ page by page on every use.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,9 +47,9 @@ class _RMSNorm(torch.autograd.Function):
     """Computes the root-mean-square norm. Composed by autograd, its backward would read memory more often."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: Tensor) -> Tensor:  # type: ignore[override]
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
         ctx.save_for_backward(x, weight_H, scale)
         return torch.mul(x, scale).mul_(weight_H)
 
@@ -56,16 +57,21 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight_H, scale = ctx.saved_tensors
         size = x.shape[-1]
-        products_SH = (grad * x).reshape(-1, size)
-        grad_weight = products_SH.t() @ scale.reshape(-1)
-        along_x = (products_SH @ weight_H).reshape(scale.shape).mul_(scale.pow(3)).div_(size)
-        grad_x = torch.mul(grad, weight_H).mul_(scale).addcmul_(x, along_x, value=-1)
-        return grad_x, grad_weight, None
+        normed = torch.mul(x, scale)
+        products_SH = torch.mul(grad, normed).view(-1, size)
+        along_x = torch.mv(products_SH, weight_H).view(scale.shape)
+        grad_x = torch.mul(grad, weight_H).addcmul_(normed, along_x, value=-1 / size).mul_(scale)
+        return grad_x, products_SH.sum(dim=0), None
+
+
+@functools.cache
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
 
 
 def rms_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """Returns x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 or fp64."""
-    output: Tensor = _RMSNorm.apply(x, weight_H, eps)
+    output: Tensor = _RMSNorm.apply(x, weight_H, _constant(eps, x.dtype))
     return output
 
 

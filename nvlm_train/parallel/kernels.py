@@ -131,10 +131,14 @@ def _is_installed(module: str) -> bool:
 
 
 def install() -> None:
-    """Gives megatron-core what it lacks: Adam, the norm of gradients, the product of weight gradients."""
+    """Gives megatron-core what it lacks: Adam, the norm of gradients, the product of weight gradients, and
+    a linear that calls few operators."""
+    from nvlm_train.parallel import linear
+
     install_adam()
     install_gradient_norm()
     install_weight_gradient()
+    linear.install()
 
 
 def install_adam() -> None:

@@ -1,0 +1,166 @@
+"""megatron-core's linear with fewer calls: one matrix product forward, two backward, on one matrix of tokens.
+
+megatron-core's reshapes its factors anew for each product, adds the bias in a call of its own, and
+passes a tensor-parallel group of one rank as carefully as any other. What a linear calls takes the host as
+long on a GPU as on a CPU.
+
+Shape legend: S tokens, I and O channels in and out.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import layers, mappings
+from torch import Tensor
+
+OWN = {
+    "linear_with_grad_accumulation_and_async_allreduce": "linear",
+    "copy_to_tensor_model_parallel_region": "copy_to_region",
+    "reduce_from_tensor_model_parallel_region": "reduce_from_region",
+}
+"""Names in megatron.core.tensor_parallel.layers that `install` replaces, and what replaces them here."""
+
+_of_megatron: Callable[..., Tensor] = layers.linear_with_grad_accumulation_and_async_allreduce
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gradient_accumulation_fusion: bool,
+    allreduce_dgrad: bool,
+    sequence_parallel: bool,
+    grad_output_buffer: list[Tensor] | None = None,
+    wgrad_deferral_limit: int | None = 0,
+    async_grad_allreduce: bool | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Computes input [..., I] times weight [O, I] transposed, plus bias [O], as megatron-core's linear does.
+
+    What gathers a sequence or defers weight gradients is left to megatron-core's own.
+
+    Args:
+        input: fp32 or bf16, on a CPU or a GPU.
+        weight: of the same dtype; it is trained.
+        bias: None where there is none.
+        gradient_accumulation_fusion: whether the weight's gradient goes into its `main_grad` at once.
+        allreduce_dgrad: whether the input's gradient is summed over tensor-parallel ranks.
+        sequence_parallel: whether the input is a part of a sequence that is to be gathered.
+        grad_output_buffer: where gradients wait whose products are deferred.
+        wgrad_deferral_limit: how many may wait there.
+        async_grad_allreduce: an older name of `allreduce_dgrad`.
+        tp_group: the tensor-parallel ranks.
+    """
+    fuses = gradient_accumulation_fusion and hasattr(weight, "main_grad")
+    is_plain = not sequence_parallel and grad_output_buffer is None and async_grad_allreduce is None
+    fits = not gradient_accumulation_fusion or (fuses and weight.main_grad.dtype == torch.float32)
+    if not is_plain or not fits or hasattr(weight, "__fsdp_param__"):
+        return _of_megatron(
+            input,
+            weight,
+            bias,
+            gradient_accumulation_fusion,
+            allreduce_dgrad,
+            sequence_parallel,
+            grad_output_buffer,
+            wgrad_deferral_limit,
+            async_grad_allreduce,
+            tp_group,
+        )
+    group = layers.get_tensor_model_parallel_group_if_none(tp_group) if allreduce_dgrad else None
+    output: Tensor = _Linear.apply(input, weight, bias, fuses, group)
+    return output
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        bias_O: Tensor | None,
+        fuses: bool,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        x_SI, weight_IO = x.reshape(-1, x.shape[-1]), weight_OI.t()
+        if bias_O is None:
+            output_SO = torch.mm(x_SI, weight_IO)
+        else:
+            output_SO = torch.addmm(bias_O, x_SI, weight_IO)
+        ctx.save_for_backward(x_SI, weight_OI)
+        # Not among the saved tensors, whose version is checked: other microbatches add to it.
+        ctx.main_grad = weight_OI.main_grad if fuses else None
+        ctx.shape, ctx.group = x.shape, group
+        return output_SO.view(*x.shape[:-1], output_SO.shape[1])
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x_SI, weight_OI = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_SO = grad.reshape(-1, grad.shape[-1])
+        grad_x = work = None
+        if needs_input:
+            grad_x = torch.mm(grad_SO, weight_OI).view(ctx.shape)
+            if ctx.group is not None:
+                work = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
+        grad_weight = _of_weight(ctx.main_grad, weight_OI, grad_SO, x_SI) if needs_weight else None
+        grad_bias = grad_SO.sum(dim=0) if needs_bias else None
+        if work is not None:
+            work.wait()
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _of_weight(
+    main_grad: Tensor | None, weight_OI: Tensor, grad_SO: Tensor, x_SI: Tensor
+) -> Tensor | None:
+    """Computes the weight's gradient, into `main_grad` where there is one.
+
+    megatron-core's hook on a parameter must then see a gradient to know that the parameter is done, and does
+    not read it: `grad_added_to_main_grad` says so. Only one marked `zero_out_wgrad` is read.
+    """
+    if main_grad is None:
+        return torch.mm(grad_SO.t(), x_SI)
+    weight_OI.main_grad = main_grad
+    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x_SI, grad_SO, main_grad)
+    if not hasattr(weight_OI, "grad_added_to_main_grad"):
+        return None
+    weight_OI.grad_added_to_main_grad = True
+    if getattr(weight_OI, "zero_out_wgrad", False):
+        return torch.zeros_like(weight_OI)
+    return torch.empty_like(weight_OI)
+
+
+def copy_to_region(input_: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Passes a tensor to tensor-parallel ranks, over which its gradient is summed; to one rank, as it is."""
+    group = layers.get_tensor_model_parallel_group_if_none(group)
+    if group.size() == 1:
+        return input_
+    return mappings.copy_to_tensor_model_parallel_region(input_, group=group)  # type: ignore[no-any-return]
+
+
+def reduce_from_region(input_: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sums a tensor over tensor-parallel ranks; over one rank, it is the sum."""
+    group = layers.get_tensor_model_parallel_group_if_none(group)
+    if group.size() == 1:
+        return input_
+    return mappings.reduce_from_tensor_model_parallel_region(input_, group=group)  # type: ignore[no-any-return]
+
+
+def install() -> None:
+    """Gives megatron-core's linears ours.
+
+    Raises:
+        RuntimeError: megatron-core has no such names.
+    """
+    owner: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
+    for name, own in OWN.items():
+        if not hasattr(owner, name):
+            raise RuntimeError(f"{owner.__name__}.{name} does not exist: update parallel/linear.py")
+        setattr(owner, name, globals()[own])
