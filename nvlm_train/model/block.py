@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import (
 from nvlm_train.config.model_schema import CrossAttentionConfig
 from nvlm_train.model.attention import chosen
 from nvlm_train.model.attention.choice import choose_cores
+from nvlm_train.model.attention.segments import JoinedSelfAttention
 from nvlm_train.model.cross_attention import (
     CrossLayer,
     CrossSubmodules,
@@ -76,7 +77,7 @@ def _submodules(config: TransformerConfig, kernels: Kernels) -> TransformerLayer
     norm, column, row = implementations(kernels)
     head_norm = norm if config.qk_layernorm else None
     self_attention = ModuleSpec(
-        module=SelfAttention,
+        module=JoinedSelfAttention,
         params={"attn_mask_type": mask_type(kernels)},
         submodules=SelfAttentionSubmodules(
             linear_qkv=column,

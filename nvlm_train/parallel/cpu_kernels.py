@@ -58,10 +58,13 @@ class _RMSNorm(torch.autograd.Function):
         x, weight_H, scale = ctx.saved_tensors
         size = x.shape[-1]
         normed = torch.mul(x, scale)
-        products_SH = torch.mul(grad, normed).view(-1, size)
+        products = torch.mul(grad, normed)
+        products_SH = products.reshape(-1, size)
+        grad_weight = products_SH.sum(dim=0)
         along_x = torch.mv(products_SH, weight_H).view(scale.shape)
-        grad_x = torch.mul(grad, weight_H).addcmul_(normed, along_x, value=-1 / size).mul_(scale)
-        return grad_x, products_SH.sum(dim=0), None
+        # The products are read; their memory takes the result.
+        grad_x = torch.mul(grad, weight_H, out=products)
+        return grad_x.addcmul_(normed, along_x, value=-1 / size).mul_(scale), grad_weight, None
 
 
 @functools.cache

@@ -5,6 +5,7 @@ Shape legend: S tokens of a pack, N local heads, G local KV groups, D head size,
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,12 @@ class Turns:
     cosine_S1P: Tensor
     """[S, 1, D / 2]."""
     sine_S1P: Tensor
+
+    @functools.cached_property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for all channels of a head, [S, 1, 1, D]: x turns to x cosine + roll(x, D / 2) sine."""
+        cosine, sine = self.cosine_S1P[:, None], self.sine_S1P[:, None]
+        return torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
 
     @classmethod
     def of(cls, angles_S1P: Tensor, dtype: torch.dtype) -> Turns:
