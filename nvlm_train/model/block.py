@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import (
 from nvlm_train.config.model_schema import CrossAttentionConfig
 from nvlm_train.model.attention import chosen
 from nvlm_train.model.attention.choice import choose_cores
-from nvlm_train.model.attention.segments import JoinedSelfAttention
+from nvlm_train.model.attention.joined import JoinedSelfAttention
 from nvlm_train.model.cross_attention import (
     CrossLayer,
     CrossSubmodules,

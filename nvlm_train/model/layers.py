@@ -67,7 +67,6 @@ class PackAttention(nn.Module):
         super().__init__()
         self.config = config
         self.scale = softmax_scale
-        self.channels: int = config.kv_channels  # type: ignore[assignment]
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(

@@ -9,8 +9,6 @@ Shape legend: S tokens, I and O channels in and out.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,63 +16,56 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
-OWN = {
-    "linear_with_grad_accumulation_and_async_allreduce": "linear",
-    "copy_to_tensor_model_parallel_region": "copy_to_region",
-    "reduce_from_tensor_model_parallel_region": "reduce_from_region",
-}
-"""Names in megatron.core.tensor_parallel.layers that `install` replaces, and what replaces them here."""
-
-_of_megatron: Callable[..., Tensor] = layers.linear_with_grad_accumulation_and_async_allreduce
+_of_megatron = layers.LinearWithGradAccumulationAndAsyncCommunication
 
 
-def linear(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gradient_accumulation_fusion: bool,
-    allreduce_dgrad: bool,
-    sequence_parallel: bool,
-    grad_output_buffer: list[Tensor] | None = None,
-    wgrad_deferral_limit: int | None = 0,
-    async_grad_allreduce: bool | None = None,
-    tp_group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """Computes input [..., I] times weight [O, I] transposed, plus bias [O], as megatron-core's linear does.
+class Linear:
+    """Takes the place of megatron-core's autograd function, and leaves to it what this one does not do."""
 
-    What gathers a sequence or defers weight gradients is left to megatron-core's own.
+    @staticmethod
+    def apply(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gradient_accumulation_fusion: bool,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        grad_output_buffer: list[Tensor] | None,
+        wgrad_deferral_limit: int | None,
+        tp_group: dist.ProcessGroup,
+    ) -> Tensor:
+        """Computes input [..., I] times weight [O, I] transposed, plus bias [O].
 
-    Args:
-        input: fp32 or bf16, on a CPU or a GPU.
-        weight: of the same dtype; it is trained.
-        bias: None where there is none.
-        gradient_accumulation_fusion: whether the weight's gradient goes into its `main_grad` at once.
-        allreduce_dgrad: whether the input's gradient is summed over tensor-parallel ranks.
-        sequence_parallel: whether the input is a part of a sequence that is to be gathered.
-        grad_output_buffer: where gradients wait whose products are deferred.
-        wgrad_deferral_limit: how many may wait there.
-        async_grad_allreduce: an older name of `allreduce_dgrad`.
-        tp_group: the tensor-parallel ranks.
-    """
-    fuses = gradient_accumulation_fusion and hasattr(weight, "main_grad")
-    is_plain = not sequence_parallel and grad_output_buffer is None and async_grad_allreduce is None
-    fits = not gradient_accumulation_fusion or (fuses and weight.main_grad.dtype == torch.float32)
-    if not is_plain or not fits or hasattr(weight, "__fsdp_param__"):
-        return _of_megatron(
-            input,
-            weight,
-            bias,
-            gradient_accumulation_fusion,
-            allreduce_dgrad,
-            sequence_parallel,
-            grad_output_buffer,
-            wgrad_deferral_limit,
-            async_grad_allreduce,
-            tp_group,
+        Args:
+            input: fp32 or bf16, on a CPU or a GPU.
+            weight: of the same dtype.
+            bias: None where there is none.
+            gradient_accumulation_fusion: whether the weight's gradient goes into its `main_grad` at once.
+            allreduce_dgrad: whether the input's gradient is summed over tensor-parallel ranks.
+            sequence_parallel: whether the input is a part of a sequence that is to be gathered.
+            grad_output_buffer: where gradients wait whose products are deferred.
+            wgrad_deferral_limit: how many may wait there.
+            tp_group: the tensor-parallel ranks.
+        """
+        fuses = gradient_accumulation_fusion and hasattr(weight, "main_grad")
+        is_plain = not sequence_parallel and grad_output_buffer is None
+        fits = not gradient_accumulation_fusion or (
+            fuses and weight.main_grad.dtype == torch.float32
         )
-    group = layers.get_tensor_model_parallel_group_if_none(tp_group) if allreduce_dgrad else None
-    output: Tensor = _Linear.apply(input, weight, bias, fuses, group)
-    return output
+        if not is_plain or not fits or hasattr(weight, "__fsdp_param__"):
+            return _of_megatron.apply(  # type: ignore[no-any-return]
+                input,
+                weight,
+                bias,
+                gradient_accumulation_fusion,
+                allreduce_dgrad,
+                sequence_parallel,
+                grad_output_buffer,
+                wgrad_deferral_limit,
+                tp_group,
+            )
+        group = tp_group if allreduce_dgrad else None
+        return _Linear.apply(input, weight, bias, fuses, group)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
@@ -153,14 +144,23 @@ def reduce_from_region(input_: Tensor, group: dist.ProcessGroup | None = None) -
     return mappings.reduce_from_tensor_model_parallel_region(input_, group=group)  # type: ignore[no-any-return]
 
 
+OWN: dict[str, Any] = {
+    "LinearWithGradAccumulationAndAsyncCommunication": Linear,
+    "copy_to_tensor_model_parallel_region": copy_to_region,
+    "reduce_from_tensor_model_parallel_region": reduce_from_region,
+}
+"""Names in megatron.core.tensor_parallel.layers and what `install` puts in their place."""
+
+
 def install() -> None:
     """Gives megatron-core's linears ours.
 
     Raises:
         RuntimeError: megatron-core has no such names.
     """
-    owner: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
     for name, own in OWN.items():
-        if not hasattr(owner, name):
-            raise RuntimeError(f"{owner.__name__}.{name} does not exist: update parallel/linear.py")
-        setattr(owner, name, globals()[own])
+        if not hasattr(layers, name):
+            raise RuntimeError(
+                f"{layers.__name__}.{name} does not exist: update parallel/linear.py"
+            )
+        setattr(layers, name, own)

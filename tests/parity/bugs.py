@@ -52,18 +52,16 @@ def _double_sum():
 
 
 def _leaking_packs():
-    from nvlm_train.model.layers import SdpaAttention
+    from nvlm_train.model import language
 
-    original = SdpaAttention.forward
+    original = language.pack_for_layers
 
-    def broken(self, query, key, value, mask, packed_seq_params=None, **kwargs):
-        import copy
-
-        packed = copy.copy(packed_seq_params)
+    def broken(*args):
+        packed = original(*args)
         packed.lengths = (sum(packed.lengths),)
-        return original(self, query, key, value, mask, packed_seq_params=packed, **kwargs)
+        return packed
 
-    return mock.patch.object(SdpaAttention, "forward", broken)
+    return mock.patch.object(language, "pack_for_layers", broken)
 
 
 def _wrong_tile_order():

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from nvlm_train.config.schema import ParallelConfig
-from nvlm_train.model.layers import SdpaAttention
+from nvlm_train.model.attention.joined import JoinedSelfAttention
+from nvlm_train.model.pack import Pack
 from nvlm_train.train.placing import place
 from nvlm_train.train.step import run_step
 from tests.parity import cross_gradients, cross_recipes
@@ -103,11 +104,11 @@ def of_a_step(
 
 def of_a_step_with_bug(name: str, packs: int) -> dict[str, int]:
     """Counts the reads when every attention reads the segments' bounds from the device."""
-    original = SdpaAttention.segments
+    original = JoinedSelfAttention.forward
 
-    def broken(self: Any, *states: Any) -> Any:
-        torch.tensor(states[-1].lengths).cumsum(0).tolist()
-        return original(self, *states)
+    def broken(self: Any, *args: Any, packed_seq_params: Pack, **others: Any) -> Any:
+        torch.tensor(packed_seq_params.lengths).cumsum(0).tolist()
+        return original(self, *args, packed_seq_params=packed_seq_params, **others)
 
-    with mock.patch.object(SdpaAttention, "segments", broken):
+    with mock.patch.object(JoinedSelfAttention, "forward", broken):
         return of_a_step(name, ParallelConfig(), packs, 1)

@@ -4,8 +4,8 @@ Composed by autograd, every cut of a pack into segments is a node of its own for
 each writes tensors of the pack's size. Here segments are views, and what the kernels return is written once
 where it belongs: the output, and the gradient of the projection.
 
-Shape legend: S tokens of a pack, G local KV groups, R query heads of a group, D head size, X = G (R + 2) D
-projected channels. "Heads first" is [G, heads, S, D].
+Shape legend: S tokens of a pack, G local KV groups, R query heads of a group, D head size.
+"Heads first" is [G, heads, S, D].
 """
 
 from __future__ import annotations
@@ -13,53 +13,60 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from nvlm_train.model.layers import SdpaAttention
 from nvlm_train.model.pack import Pack
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class JoinedSelfAttention(SelfAttention):
-    """megatron-core's self-attention, which goes from one projection to the other in one function.
+def turn_heads(heads_SGHD: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Returns queries and keys turned, [S, G, R + 1, D]; cosine and sine are `Turns.whole`."""
+    turning = heads_SGHD[:, :, :-1]
+    other = turning.roll(turning.shape[-1] // 2, -1)
+    return torch.mul(turning, cosine).addcmul_(other, sine)
 
-    It does so with `SdpaAttention` on a CPU. Dropout of attention weights, norms of queries and keys, and a
-    core attention that is made again in backward take megatron-core's way.
+
+def turn_heads_back(grad_SGHD: Tensor, cosine: Tensor, sine: Tensor) -> None:
+    """Turns the gradients of queries and keys by the negative angles, in place."""
+    turning = grad_SGHD[:, :, :-1]
+    other = turning.roll(turning.shape[-1] // 2, -1)
+    turning.mul_(cosine).addcmul_(other, sine, value=-1)
+
+
+def attend_segment(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Computes attention, causal where there is no mask. Returns it and the scores' logsumexp.
+
+    A group is a batch of its own to the kernel, with one key: no group has to be repeated or copied.
+
+    Args:
+        query: [G, R, queries, D].
+        key: [G, 1, keys, D].
+        value: like `key`.
+        mask: what is added to scores, [queries, keys].
+        scale: of scores; None for 1 / sqrt(D).
     """
+    return _attend(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale)  # type: ignore[no-any-return]
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        packed_seq_params: Pack,
-        **others: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns the output [S, 1, H], the last layer's [L, 1, H], and the projection's bias."""
-        if hidden_states.is_cuda or not self._is_plain(packed_seq_params):
-            return super().forward(  # type: ignore[no-any-return]
-                hidden_states, attention_mask, packed_seq_params=packed_seq_params, **others
-            )
-        mixed_SBX, _ = self.linear_qkv(hidden_states)
-        heads_SGHD = mixed_SBX.view(
-            len(mixed_SBX), self.num_query_groups_per_partition, -1, self.core_attention.channels
-        )
-        attended = attend_joined(heads_SGHD, packed_seq_params, self.core_attention.scale)
-        return self.linear_proj(attended)  # type: ignore[no-any-return]
 
-    def _is_plain(self, pack: Pack) -> bool:
-        return (
-            type(self.core_attention) is SdpaAttention
-            and self.core_attention.dropout_now == 0
-            and self.q_layernorm is None
-            and self.k_layernorm is None
-            and pack.turns is not None
-            and self.config.num_query_groups >= self.world_size
-            and not (self.checkpoint_core_attention and self.training)
-        )
+def attend_segment_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the gradients of query, key and value of `attend_segment`."""
+    found = _attend_backward(
+        grad, query, key, value, output, logsumexp, 0.0, mask is None, attn_mask=mask, scale=scale
+    )
+    return found  # type: ignore[no-any-return]
 
 
 class Segments(NamedTuple):
@@ -91,16 +98,14 @@ class _Joined(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, heads_SGHD: Tensor, cosine: Tensor, sine: Tensor, segments: Segments
     ) -> Tensor:
-        turning = heads_SGHD[:, :, :-1]
-        turned = torch.mul(turning, cosine).addcmul_(turning.roll(cosine.shape[-1] // 2, -1), sine)
+        turned = turn_heads(heads_SGHD, cosine, sine)
         by_head = turned.permute(1, 2, 0, 3)
         values = heads_SGHD.permute(1, 2, 0, 3)[:, -1:]
         states = [
-            each.split(segments.lengths, dim=2) for each in (by_head[:, :-1], by_head[:, -1:], values)
+            each.split(segments.lengths, dim=2)
+            for each in (by_head[:, :-1], by_head[:, -1:], values)
         ]
-        found = [
-            _attend(*each, 0.0, True, scale=segments.scale) for each in zip(*states, strict=True)
-        ]
+        found = [attend_segment(*each, None, segments.scale) for each in zip(*states, strict=True)]
         size, groups, heads, channels = turned.shape
         output = turned.new_empty(size, groups, heads - 1, channels)
         output_by_head = output.permute(1, 2, 0, 3)
@@ -124,16 +129,16 @@ class _Joined(torch.autograd.Function):
         queries, keys, values, outputs, sums = (
             saved[n * count : (n + 1) * count] for n in range(5)
         )
-        grads = grad.reshape(size, groups, heads - 2, channels).permute(1, 2, 0, 3).split(lengths, 2)
+        grads = (
+            grad.reshape(size, groups, heads - 2, channels).permute(1, 2, 0, 3).split(lengths, 2)
+        )
         total = cosine.new_empty(ctx.shape)
         for target, grad_out, *states in zip(
             total.permute(1, 2, 0, 3).split(lengths, dim=2),
             grads, queries, keys, values, outputs, sums,
             strict=True,
         ):  # fmt: skip
-            parts = _attend_backward(grad_out, *states, 0.0, True, scale=scale)
+            parts = attend_segment_backward(grad_out, *states, None, scale)
             torch.cat(parts, dim=1, out=target)
-        turning = total[:, :, :-1]
-        turned_back = turning.roll(cosine.shape[-1] // 2, -1)
-        turning.mul_(cosine).addcmul_(turned_back, sine, value=-1)
+        turn_heads_back(total, cosine, sine)
         return total, None, None, None
