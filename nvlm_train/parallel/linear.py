@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
+from nvlm_train.parallel.weight_gradient import add_gradient, added
+
 _of_megatron = layers.LinearWithGradAccumulationAndAsyncCommunication
 
 
@@ -23,7 +25,7 @@ class Linear:
     """Takes the place of megatron-core's autograd function, and leaves to it what this one does not do."""
 
     @staticmethod
-    def apply(
+    def apply(  # noqa: PLR0913, PLR0917
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -79,14 +81,12 @@ class _Linear(torch.autograd.Function):
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         x_SI, weight_IO = x.reshape(-1, x.shape[-1]), weight_OI.t()
-        if bias_O is None:
-            output_SO = torch.mm(x_SI, weight_IO)
-        else:
-            output_SO = torch.addmm(bias_O, x_SI, weight_IO)
+        product = (x_SI, weight_IO)
+        output_SO = torch.mm(*product) if bias_O is None else torch.addmm(bias_O, *product)
         ctx.save_for_backward(x_SI, weight_OI)
         # Not among the saved tensors, whose version is checked: other microbatches add to it.
         ctx.main_grad = weight_OI.main_grad if fuses else None
-        ctx.shape, ctx.group = x.shape, group
+        ctx.shape, ctx.group, ctx.bias = x.shape, group, bias_O
         return output_SO.view(*x.shape[:-1], output_SO.shape[1])
 
     @staticmethod
@@ -102,7 +102,7 @@ class _Linear(torch.autograd.Function):
             if ctx.group is not None:
                 work = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
         grad_weight = _of_weight(ctx.main_grad, weight_OI, grad_SO, x_SI) if needs_weight else None
-        grad_bias = grad_SO.sum(dim=0) if needs_bias else None
+        grad_bias = add_gradient(ctx.bias, grad_SO.sum(dim=0)) if needs_bias else None
         if work is not None:
             work.wait()
         return grad_x, grad_weight, grad_bias, None, None
@@ -111,21 +111,12 @@ class _Linear(torch.autograd.Function):
 def _of_weight(
     main_grad: Tensor | None, weight_OI: Tensor, grad_SO: Tensor, x_SI: Tensor
 ) -> Tensor | None:
-    """Computes the weight's gradient, into `main_grad` where there is one.
-
-    megatron-core's hook on a parameter must then see a gradient to know that the parameter is done, and does
-    not read it: `grad_added_to_main_grad` says so. Only one marked `zero_out_wgrad` is read.
-    """
+    """Computes the weight's gradient, into `main_grad` where there is one; returns what autograd gets."""
     if main_grad is None:
         return torch.mm(grad_SO.t(), x_SI)
     weight_OI.main_grad = main_grad
     layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x_SI, grad_SO, main_grad)
-    if not hasattr(weight_OI, "grad_added_to_main_grad"):
-        return None
-    weight_OI.grad_added_to_main_grad = True
-    if getattr(weight_OI, "zero_out_wgrad", False):
-        return torch.zeros_like(weight_OI)
-    return torch.empty_like(weight_OI)
+    return added(weight_OI, main_grad)
 
 
 def copy_to_region(input_: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
