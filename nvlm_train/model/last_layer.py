@@ -26,7 +26,7 @@ from nvlm_train.model.cross_attention import CrossLayer, GatedFeedForwardLayer
 from nvlm_train.model.layers import SdpaAttention, grouped_attention
 from nvlm_train.model.pack import Pack, Sight
 
-_ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 256
 """Asking positions that share a mask of [256, S]: 8 MiB at 8,192 tokens."""
 
 
@@ -135,9 +135,9 @@ class SdpaOfWanted(SdpaAttention):
         if 2 * len(wanted) > query_NSD.shape[1] or query_NSD.is_cuda:
             return self.causal(query_NSD, key_GSD, value_GSD).index_select(1, wanted_L)
         outputs = [query_NSD[:, :0]]
-        for first in range(0, len(wanted), _ROWS_AT_ONCE):
-            rows = wanted_L[first : first + _ROWS_AT_ONCE]
-            stop = wanted[first : first + _ROWS_AT_ONCE][-1] + 1
+        for first in range(0, len(wanted), ROWS_AT_ONCE):
+            rows = wanted_L[first : first + ROWS_AT_ONCE]
+            stop = wanted[first : first + ROWS_AT_ONCE][-1] + 1
             output = grouped_attention(
                 query_NSD.index_select(1, rows)[None],
                 key_GSD[None, :, :stop],

@@ -28,8 +28,8 @@ JOINED: Mapping[type, Callable[[Tensor, Pack, float | None], Tensor]] = {
 class JoinedSelfAttention(SelfAttention):
     """megatron-core's self-attention, which goes from one projection to the other in one function.
 
-    It does so with the attentions of `JOINED` on a CPU. Dropout of attention weights, norms of queries and keys, and a
-    core attention that is made again in backward take megatron-core's way.
+    It does so with the attentions of `JOINED` on a CPU. Dropout of attention weights, norms of queries and
+    keys, and a core attention that is made again in backward take megatron-core's way.
     """
 
     def forward(

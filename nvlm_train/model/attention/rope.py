@@ -58,7 +58,10 @@ class Turns:
 
     @functools.cached_property
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for all channels of a head, [S, 1, 1, D]: x turns to x cosine + roll(x, D / 2) sine."""
+        """Cosine and sine for all channels of a head, [S, 1, 1, D].
+
+        x turns to x cosine + roll(x, D / 2) sine.
+        """
         cosine, sine = self.cosine_S1P[:, None], self.sine_S1P[:, None]
         return torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
 

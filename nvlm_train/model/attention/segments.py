@@ -10,6 +10,7 @@ Shape legend: S tokens of a pack, G local KV groups, R query heads of a group, D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,20 +54,18 @@ def attend_segment(
 
 
 def attend_segment_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
+    grad: Tensor, states: Sequence[Tensor], mask: Tensor | None, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes the gradients of query, key and value of `attend_segment`."""
-    found = _attend_backward(
-        grad, query, key, value, output, logsumexp, 0.0, mask is None, attn_mask=mask, scale=scale
-    )
-    return found  # type: ignore[no-any-return]
+    """Computes the gradients of query, key and value of `attend_segment`.
+
+    Args:
+        grad: of its output.
+        states: query, key, value, output and logsumexp.
+        mask: as it was given.
+        scale: as it was given.
+    """
+    options = {"attn_mask": mask, "scale": scale}
+    return _attend_backward(grad, *states, 0.0, mask is None, **options)  # type: ignore[no-any-return]
 
 
 class Segments(NamedTuple):
@@ -138,7 +137,7 @@ class _Joined(torch.autograd.Function):
             grads, queries, keys, values, outputs, sums,
             strict=True,
         ):  # fmt: skip
-            parts = attend_segment_backward(grad_out, *states, None, scale)
+            parts = attend_segment_backward(grad_out, states, None, scale)
             torch.cat(parts, dim=1, out=target)
         turn_heads_back(total, cosine, sine)
         return total, None, None, None

@@ -21,7 +21,7 @@ from nvlm_train.model.attention.segments import (
     turn_heads,
     turn_heads_back,
 )
-from nvlm_train.model.last_layer import _ROWS_AT_ONCE
+from nvlm_train.model.last_layer import ROWS_AT_ONCE
 from nvlm_train.model.pack import Pack
 
 
@@ -51,8 +51,8 @@ def parts_of(lengths: Sequence[int], wanted: Sequence[int]) -> Iterator[Part]:
         if 2 * len(rows) > stop - start:
             yield Part(range(start, stop), start, stop, is_causal=True)
             continue
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            some = rows[first : first + _ROWS_AT_ONCE]
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[first : first + ROWS_AT_ONCE]
             yield Part(some, start, some[-1] + 1, is_causal=False)
 
 
@@ -136,7 +136,7 @@ class _OfWanted(torch.autograd.Function):
         grads = grad.permute(1, 2, 0, 3).split([len(part.rows) for part in asking.parts], 2)
         for number, (part, grad_out) in enumerate(zip(asking.parts, grads, strict=True)):
             *states, mask = saved[6 * number : 6 * number + 6]
-            found = attend_segment_backward(grad_out, *states, mask, asking.scale)
+            found = attend_segment_backward(grad_out, states, mask, asking.scale)
             of_queries.append(found[0])
             of_keys[:, :, part.start : part.stop].add_(torch.cat(found[1:], dim=1))
         if of_queries:
