@@ -49,10 +49,12 @@ class Linear:
             wgrad_deferral_limit: how many may wait there.
             tp_group: the tensor-parallel ranks.
         """
-        fuses = gradient_accumulation_fusion and hasattr(weight, "main_grad")
+        main_grad: Tensor | None = (
+            getattr(weight, "main_grad", None) if gradient_accumulation_fusion else None
+        )
         is_plain = not sequence_parallel and grad_output_buffer is None
         fits = not gradient_accumulation_fusion or (
-            fuses and weight.main_grad.dtype == torch.float32
+            main_grad is not None and main_grad.dtype == torch.float32
         )
         if not is_plain or not fits or hasattr(weight, "__fsdp_param__"):
             return _of_megatron.apply(  # type: ignore[no-any-return]
@@ -67,7 +69,7 @@ class Linear:
                 tp_group,
             )
         group = tp_group if allreduce_dgrad else None
-        return _Linear.apply(input, weight, bias, fuses, group)  # type: ignore[no-any-return]
+        return _Linear.apply(input, weight, bias, main_grad, group)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
@@ -77,7 +79,7 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight_OI: Tensor,
         bias_O: Tensor | None,
-        fuses: bool,
+        main_grad: Tensor | None,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         x_SI, weight_IO = x.reshape(-1, x.shape[-1]), weight_OI.t()
@@ -85,7 +87,7 @@ class _Linear(torch.autograd.Function):
         output_SO = torch.mm(*product) if bias_O is None else torch.addmm(bias_O, *product)
         ctx.save_for_backward(x_SI, weight_OI)
         # Not among the saved tensors, whose version is checked: other microbatches add to it.
-        ctx.main_grad = weight_OI.main_grad if fuses else None
+        ctx.main_grad = main_grad
         ctx.shape, ctx.group, ctx.bias = x.shape, group, bias_O
         return output_SO.view(*x.shape[:-1], output_SO.shape[1])
 
@@ -114,7 +116,7 @@ def _of_weight(
     """Computes the weight's gradient, into `main_grad` where there is one; returns what autograd gets."""
     if main_grad is None:
         return torch.mm(grad_SO.t(), x_SI)
-    weight_OI.main_grad = main_grad
+    weight_OI.main_grad = main_grad  # type: ignore[attr-defined]
     layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x_SI, grad_SO, main_grad)
     return added(weight_OI, main_grad)
 

@@ -104,7 +104,10 @@ class _Joined(torch.autograd.Function):
             each.split(segments.lengths, dim=2)
             for each in (by_head[:, :-1], by_head[:, -1:], values)
         ]
-        found = [attend_segment(*each, None, segments.scale) for each in zip(*states, strict=True)]
+        found = [
+            attend_segment(query, key, value, None, segments.scale)
+            for query, key, value in zip(*states, strict=True)
+        ]
         size, groups, heads, channels = turned.shape
         output = turned.new_empty(size, groups, heads - 1, channels)
         output_by_head = output.permute(1, 2, 0, 3)
