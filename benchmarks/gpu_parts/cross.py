@@ -46,7 +46,7 @@ def cross_rows(sizes: Sizes, config: TransformerConfig, timing: Timing) -> list[
     groups, channels = config.num_query_groups, config.kv_channels
     context = microbatch.context.length
     inputs = (
-        random(sizes.pack_length, groups, group_size(config), channels),
+        random(sizes.pack_length, groups * group_size(config), channels),
         random(context, groups, channels),
         random(context, groups, channels),
     )
@@ -55,18 +55,15 @@ def cross_rows(sizes: Sizes, config: TransformerConfig, timing: Timing) -> list[
     def today(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend(query, key, value, Sight(spans))
 
-    def heads_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda query, key, value: function(query.flatten(1, 2), key, value)
-
     makers: list[tuple[str, Callable[[], Callable[..., Tensor]], bool]] = [
         ("sdpa_by_span", lambda: today, False),
-        ("varlen_gathered_kv", lambda: heads_first(_gathered(microbatch)), True),
-        ("varlen_disjoint_calls", lambda: heads_first(_disjoint(microbatch)), True),
-        ("flex_compiled", lambda: heads_first(_flex_spans(microbatch)), True),
+        ("varlen_gathered_kv", lambda: _gathered(microbatch), True),
+        ("varlen_disjoint_calls", lambda: _disjoint(microbatch), True),
+        ("flex_compiled", lambda: _flex_spans(microbatch), True),
         ("flex_as_trained", lambda: _as_trained(spans, sizes.pack_length, context), True),
         (
             "transformer_engine_gathered_kv",
-            lambda: heads_first(_gathered_te(config, microbatch)),
+            lambda: _gathered_te(config, microbatch),
             True,
         ),
     ]

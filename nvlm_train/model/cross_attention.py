@@ -4,7 +4,7 @@ NVLM 1.0, sections 4.3 and 4.4, in the slot that megatron-core's TransformerLaye
 self-attention and MLP (Figure 3). What the paper leaves open is decided in docs/architecture.md.
 
 Shape legend: S tokens of a pack, B batch (always 1), C tokens of its cross-attention context, H
-hidden, G this rank's KV groups, R query heads of a group, D channels of a head.
+hidden, N this rank's heads, G its KV groups, D channels of a head.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nvlm_train.device_batch import Spans
+from nvlm_train.model.attention.spans import Run, attend_spans, runs_of
 from nvlm_train.model.layers import RMSNorm, drawing_for_heads, grouped_attention
 from nvlm_train.model.pack import Pack, Sight
 from nvlm_train.model.zero_grads import PassedBy, zeros_for
@@ -78,7 +78,6 @@ class GatedCrossAttention(PassedBy, MegatronModule):
         groups, channels = config.num_query_groups, config.kv_channels
         assert groups is not None and channels is not None
         self._channels = channels
-        self._heads_per_group = config.num_attention_heads // groups
         width = config.num_attention_heads * channels
         self.linear_q = column_linear(config, submodules, width)
         self.context_norm = RMSNorm(context_config, config.hidden_size, config.layernorm_epsilon)
@@ -109,13 +108,14 @@ class GatedCrossAttention(PassedBy, MegatronModule):
             return zeros_for(hidden_SBH, self), None
         query_SBH, _ = self.linear_q(hidden_SBH)
         states_CBH = self._keys_and_values(key_value_states)
-        query_SGRD = query_SBH[:, 0].unflatten(-1, (-1, self._heads_per_group, self._channels))
-        key_CGD, value_CGD = states_CBH[:, 0].unflatten(-1, (-1, 2, self._channels)).unbind(dim=2)
+        query_SND = query_SBH.view(len(query_SBH), -1, self._channels)
+        states_CG2D = states_CBH.view(len(states_CBH), -1, 2, self._channels)
+        key_CGD, value_CGD = states_CG2D.unbind(dim=2)
         dropout = self.config.attention_dropout if self.training else 0.0
         with drawing_for_heads(self.config, dropout):
             core = self._core or attend
-            attended = core(query_SGRD, key_CGD, value_CGD, attention_mask, dropout)
-        output_SBH, _ = self.linear_proj(attended.flatten(1).unsqueeze(1))
+            attended = core(query_SND, key_CGD, value_CGD, attention_mask, dropout)
+        output_SBH, _ = self.linear_proj(attended.reshape(len(attended), 1, -1))
         return self.gate(output_SBH), None
 
     def _keys_and_values(self, context_CBH: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def column_linear(config: TransformerConfig, submodules: CrossSubmodules, width:
 
 
 def attend(
-    query_SGRD: Tensor,
+    query_SND: Tensor,
     key_CGD: Tensor,
     value_CGD: Tensor,
     sight: Sight,
@@ -179,48 +179,39 @@ def attend(
     of them.
 
     Args:
-        query_SGRD: [S, G, R, D].
+        query_SND: [S, N, D].
         key_CGD: [C, G, D].
         value_CGD: [C, G, D].
         sight: its spans, ascending and disjoint in their tokens.
         dropout: probability, on attention weights.
 
     Returns:
-        [S, G, R, D].
+        [S, N, D].
     """
+    runs = tuple(runs_of(sight.spans))
+    if dropout == 0.0 and not query_SND.is_cuda:
+        return attend_spans(query_SND, key_CGD, value_CGD, runs)
+    return compose_spans(query_SND, key_CGD, value_CGD, runs, dropout)
+
+
+def compose_spans(
+    query_SND: Tensor,
+    key_CGD: Tensor,
+    value_CGD: Tensor,
+    runs: tuple[Run, ...],
+    dropout: float = 0.0,
+) -> Tensor:
+    """Computes what `attend` does with one call of SDPA a run, composed by autograd."""
     parts: list[Tensor] = []
     end = 0
-    for start, rows, first, columns, count in _runs(sight.spans):
-        parts.append(query_SGRD.new_zeros(start - end, *query_SGRD.shape[1:]))
-        end = start + count * rows
-        # [count, G * R, rows, D] against [count, G, columns, D]
-        query = query_SGRD[start:end].flatten(1, 2).unflatten(0, (count, rows)).transpose(1, 2)
-        keys, values = (
-            states[first : first + count * columns].unflatten(0, (count, columns)).transpose(1, 2)
-            for states in (key_CGD, value_CGD)
-        )
-        output = grouped_attention(query, keys, values, dropout_p=dropout)
-        parts.append(output.transpose(1, 2).flatten(0, 1).unflatten(1, query_SGRD.shape[1:3]))
-    parts.append(query_SGRD.new_zeros(len(query_SGRD) - end, *query_SGRD.shape[1:]))
+    for run in runs:
+        parts.append(query_SND.new_zeros(run.start - end, *query_SND.shape[1:]))
+        keys, values = (run.of_context(states) for states in (key_CGD, value_CGD))
+        output = grouped_attention(run.of_tokens(query_SND), keys, values, dropout_p=dropout)
+        parts.append(output.transpose(1, 2).flatten(0, 1))
+        end = run.start + run.count * run.rows
+    parts.append(query_SND.new_zeros(len(query_SND) - end, *query_SND.shape[1:]))
     return torch.cat(parts)
-
-
-def _runs(spans: Spans) -> list[tuple[int, int, int, int, int]]:
-    """Joins spans of one shape that follow each other on both sides, such as an image's tags, to one batch.
-
-    Returns:
-        Rows (start, tokens of a span, first, context tokens of a span, number of spans).
-    """
-    runs: list[tuple[int, int, int, int, int]] = []
-    for start, stop, first, last in spans:
-        if runs:
-            run_start, rows, run_first, columns, count = runs[-1]
-            follows = (start, first) == (run_start + count * rows, run_first + count * columns)
-            if follows and (stop - start, last - first) == (rows, columns):
-                runs[-1] = (run_start, rows, run_first, columns, count + 1)
-                continue
-        runs.append((start, stop - start, first, last - first, 1))
-    return runs
 
 
 class CrossLayer(TransformerLayer):
@@ -267,15 +258,15 @@ class GatedFeedForwardLayer(CrossLayer):
         hidden_SBH, _ = super()._forward_attention(
             hidden_states, packed_seq_params, context, **others
         )
-        sight = None if context is None else self.sight_of(packed_seq_params)
-        output_SBH = self.cross_feed_forward(hidden_SBH, sight)
+        sees_S11 = None if context is None else self.sees(packed_seq_params)
+        output_SBH = self.cross_feed_forward(hidden_SBH, sees_S11)
         # As behind every other branch: megatron-core's bias-dropout-add, without a bias.
         output_SBH = F.dropout(output_SBH, self.hidden_dropout, self.training)
         return hidden_SBH + output_SBH, context
 
-    def sight_of(self, pack: Pack) -> Sight:
-        """Returns what the rows see that this layer's feed-forward gets."""
-        return pack.sight()
+    def sees(self, pack: Pack) -> Tensor:
+        """Returns which of the rows that this layer's feed-forward gets see anything, fp32 [S, 1, 1]."""
+        return pack.sees_S11
 
 
 class GatedFeedForward(PassedBy, MegatronModule):
@@ -287,13 +278,18 @@ class GatedFeedForward(PassedBy, MegatronModule):
         self.mlp = MLP(config, submodules)
         self.gate = Gate(config)
 
-    def forward(self, hidden_SBH: Tensor, sight: Sight | None) -> Tensor:
-        """Computes what is added to the residual stream: zero for rows that see nothing."""
-        if sight is None:
+    def forward(self, hidden_SBH: Tensor, sees_S11: Tensor | None) -> Tensor:
+        """Computes what is added to the residual stream: zero for rows that see nothing.
+
+        Args:
+            hidden_SBH: this rank's part of the sequence under sequence parallelism.
+            sees_S11: 1 for rows of the whole sequence that see anything, 0 for others; None without a
+                context.
+        """
+        if sees_S11 is None:
             return zeros_for(hidden_SBH, self)
-        assert sight.sees_S11 is not None, "a pack with a context says which rows see it"
         output_SBH = self._feed_forward(self.norm(hidden_SBH))
-        sees_SBH = sight.sees_S11.to(hidden_SBH.dtype)
+        sees_SBH = sees_S11.to(hidden_SBH.dtype)
         if self.config.sequence_parallel:
             sees_SBH = tensor_parallel.scatter_to_sequence_parallel_region(sees_SBH)
         return self.gate(output_SBH) * sees_SBH

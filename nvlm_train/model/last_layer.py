@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nvlm_train.model.cross_attention import CrossLayer, GatedFeedForwardLayer
 from nvlm_train.model.layers import SdpaAttention, grouped_attention
-from nvlm_train.model.pack import Pack, Sight
+from nvlm_train.model.pack import Pack
 
 ROWS_AT_ONCE = 256
 """Asking positions that share a mask of [256, S]: 8 MiB at 8,192 tokens."""
@@ -81,8 +81,8 @@ class LastLayer(TransformerLayer):
 class LastGatedFeedForwardLayer(GatedFeedForwardLayer, LastLayer):
     """The last layer may have cross-attention with its gated feed-forward."""
 
-    def sight_of(self, pack: Pack) -> Sight:
-        return pack.sight_of_wanted()
+    def sees(self, pack: Pack) -> Tensor:
+        return pack.sees_of_wanted_L11
 
 
 class _SelectsWanted:

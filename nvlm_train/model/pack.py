@@ -6,6 +6,7 @@ Shape legend: S tokens of a pack, L positions whose logits are wanted, D head si
 from __future__ import annotations
 
 import bisect
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nvlm_train.device_batch import DevicePack, Spans
+from nvlm_train.model.attention import intervals
 from nvlm_train.model.attention.choice import Cores
 from nvlm_train.model.attention.masks import Masks, masks_for_layers
 from nvlm_train.model.attention.rope import Turns
+from nvlm_train.parallel.transfer import send
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -30,8 +33,6 @@ class Sight:
     spans: Spans
     mask: BlockMask | None = None
     """The same, where one kernel attends for all spans."""
-    sees_S11: Tensor | None = None
-    """fp32 [S, 1, 1]: 1 for a row that sees anything, 0 for others. None where nothing asks for it."""
 
 
 @dataclass(kw_only=True)
@@ -61,16 +62,22 @@ class Pack(PackedSeqParams):
 
     def sight(self) -> Sight:
         """Returns what all tokens see of the context."""
-        return Sight(self.spans, self.masks.context, self.masks.sees_S11)
+        return Sight(self.spans, self.masks.context)
 
     def sight_of_wanted(self) -> Sight:
         """Returns what the last layer's wanted rows see of it."""
-        sees_S11 = self.masks.sees_S11
-        return Sight(
-            spans=spans_of_wanted(self.spans, self.wanted),
-            mask=self.masks.wanted_of_context,
-            sees_S11=None if sees_S11 is None else sees_S11.index_select(0, self.wanted_L),
-        )
+        return Sight(spans_of_wanted(self.spans, self.wanted), self.masks.wanted_of_context)
+
+    @functools.cached_property
+    def sees_S11(self) -> Tensor:
+        """fp32 [S, 1, 1]: 1 for a token that sees anything of the context, 0 for others."""
+        (sees_S,) = send([intervals.of_spans(self.spans, sum(self.lengths), num_keys=0).sees_Q])
+        return sees_S[:, None, None]
+
+    @functools.cached_property
+    def sees_of_wanted_L11(self) -> Tensor:
+        """The same, of the last layer's wanted rows."""
+        return self.sees_S11.index_select(0, self.wanted_L)
 
 
 def pack_for_layers(

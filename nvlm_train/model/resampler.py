@@ -63,7 +63,6 @@ class ResamplerLayer(MegatronModule):
         groups, channels = config.num_query_groups, config.kv_channels
         assert groups is not None and channels is not None
         self._channels = channels
-        self._heads_per_group = config.num_attention_heads // groups
         _, column, row = implementations(kernels)
         linears = CrossSubmodules(column, row)
         self.latent_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
@@ -82,7 +81,7 @@ class ResamplerLayer(MegatronModule):
         both = torch.cat([self.feature_norm(features_TnH), latents], dim=1)
         query, _ = self.linear_q(latents.flatten(0, 1).unsqueeze(1))
         states, _ = self.linear_kv(both.flatten(0, 1).unsqueeze(1))
-        key, value = states[:, 0].unflatten(-1, (-1, 2, self._channels)).unbind(dim=2)
+        key, value = states.view(len(states), -1, 2, self._channels).unbind(dim=2)
         spans = tuple(
             Span(
                 start=tile * num_latents,
@@ -93,12 +92,12 @@ class ResamplerLayer(MegatronModule):
             for tile in range(num_tiles)
         )
         attended = attend(
-            query[:, 0].unflatten(-1, (-1, self._heads_per_group, self._channels)),
+            query.view(len(query), -1, self._channels),
             key,
             value,
             Sight(spans),
         )
-        output, _ = self.linear_proj(attended.flatten(1).unsqueeze(1))
+        output, _ = self.linear_proj(attended.reshape(len(attended), 1, -1))
         latents_TNH = latents_TNH + output.view_as(latents_TNH)
         output, _ = self.mlp(self.mlp_norm(latents_TNH).flatten(0, 1).unsqueeze(1))
         return latents_TNH + output.view_as(latents_TNH)

@@ -16,6 +16,7 @@ from torch import Tensor
 from nvlm_train.device_batch import DeviceContext, DevicePack, Span, Spans
 from nvlm_train.model.attention import chosen
 from nvlm_train.model.attention.choice import Cores
+from nvlm_train.model.attention.joined import JOINED
 from nvlm_train.model.attention.rope import Turns
 from nvlm_train.model.cross_attention import attend
 from nvlm_train.model.pack import pack_for_layers
@@ -23,6 +24,8 @@ from nvlm_train.parallel.transfer import send
 
 GROUPS, PER_GROUP = 2, 3
 TASKS = ("tokens", "wanted", "context")
+JOINED_CORE = "joined"
+"""SDPA in one function from projected heads on, as CPUs compute it."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,19 @@ class Problem:
 def run(task: str, core: str, problem: Problem) -> list[Tensor]:
     """Returns the answers, and the gradients of queries, keys and values."""
     query, key, value = (state.detach().clone().requires_grad_() for state in problem.states[task])
+    output = _attend(task, core, problem, (query, key, value))
+    output.sin().sum().backward()
+    assert query.grad is not None and key.grad is not None and value.grad is not None
+    return [output.detach(), query.grad, key.grad, value.grad]
+
+
+def _attend(
+    task: str, core: str, problem: Problem, states: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    query, key, value = states
     # What is not asked for is left to SDPA.
-    cores = replace(Cores("sdpa", "sdpa", "sdpa"), **{task: core})
+    plain = Cores("sdpa", "sdpa", "sdpa")
+    cores = plain if core == JOINED_CORE else replace(plain, **{task: core})
     empty = torch.zeros(0, dtype=torch.int64, device=query.device)
     bounds = np.array([0, *problem.lengths], dtype=np.int32).cumsum(dtype=np.int32)
     cu_seqlens, wanted_L = send([bounds, np.array(problem.wanted, dtype=np.int64)])
@@ -104,14 +118,14 @@ def run(task: str, core: str, problem: Problem) -> list[Tensor]:
     packed = pack_for_layers(config, pack, cores, turns)  # type: ignore[arg-type]
     if task == "context":
         function = chosen.of_context(cores) or attend
-        shaped = query.unflatten(1, (GROUPS, PER_GROUP))
-        output = function(shaped, key, value, packed.sight()).flatten(1)
-    else:
-        kind = chosen.of_tokens(cores) if task == "tokens" else chosen.of_wanted(cores)
-        output = kind(config, 1, None, "self")(query, key, value, None, packed_seq_params=packed)
-    output.sin().sum().backward()
-    assert query.grad is not None and key.grad is not None and value.grad is not None
-    return [output.detach(), query.grad, key.grad, value.grad]
+        return function(query, key, value, packed.sight()).flatten(1)
+    kind = chosen.of_tokens(cores) if task == "tokens" else chosen.of_wanted(cores)
+    if core == JOINED_CORE:
+        by_group = (query.unflatten(1, (GROUPS, PER_GROUP)), key[:, :, None], value[:, :, None])
+        return JOINED[kind](torch.cat(by_group, dim=2), packed, None).squeeze(1)
+    return kind(config, 1, None, "self")(  # type: ignore[no-any-return]
+        query, key, value, None, packed_seq_params=packed
+    )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nvlm_train.device_batch import Spans
+from nvlm_train.model import cross_attention
 from nvlm_train.model.attention import intervals
 from nvlm_train.model.attention.choice import Cores, choose_cores
 from nvlm_train.model.attention.packed import causal_options
@@ -116,6 +118,51 @@ def test_flex_finds_what_sdpa_does(kind: str, lengths: tuple[int, ...]) -> None:
     with attention_runs.flex_without_a_compiler():
         found = attention_runs.run(kind, "flex", problem)
     _agree(found, attention_runs.run(kind, "sdpa", problem), 1e-12)
+
+
+@pytest.mark.parametrize("lengths", [*LENGTHS, (600, 9, 300)])
+@pytest.mark.parametrize("kind", ["tokens", "wanted"])
+def test_one_function_finds_what_many_do(kind: str, lengths: tuple[int, ...]) -> None:
+    problem = Problem.made(lengths, torch.float64)
+    found = attention_runs.run(kind, attention_runs.JOINED_CORE, problem)
+    _agree(found, attention_runs.run(kind, "sdpa", problem), 1e-12)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+def test_one_function_for_wanted_rows_of_some_segments(share: float) -> None:
+    """Segments of which nothing is wanted, some rows, more than are asked for at once, all rows."""
+    lengths = (40, 1, 700, 59)
+    few = range(41, 41 + round(700 * share))
+    problem = replace(Problem.made(lengths, torch.float64), wanted=(*range(20), *few, 799))
+    found = attention_runs.run("wanted", attention_runs.JOINED_CORE, problem)
+    _agree(found, attention_runs.run("wanted", "sdpa", problem), 1e-12)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_one_function_attends_to_a_context_as_many_do(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem.made(lengths, torch.float64)
+    # The second has a span of no token, between others: as in the last layer, where nothing of it is wanted.
+    empty = problem.spans[0]._replace(start=1, stop=1)
+    for each in (problem, replace(problem, spans=(empty, *problem.spans))):
+        found = attention_runs.run("context", "sdpa", each)
+        with monkeypatch.context() as patched:
+            patched.setattr(cross_attention, "attend_spans", cross_attention.compose_spans)
+            composed = attention_runs.run("context", "sdpa", each)
+        _agree(found, composed, 1e-12)
+
+
+def test_a_gradient_that_is_written_and_not_added_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Deliberate bug: of the spans that read a part of the context, the last one's gradient is kept."""
+    problem = Problem.made((40, 1, 200, 59), torch.float64)
+    expected = attention_runs.run("context", "sdpa", problem)
+    monkeypatch.setattr(Tensor, "add_", Tensor.copy_)
+    found = attention_runs.run("context", "sdpa", problem)
+    assert (found[0] - expected[0]).norm() == 0
+    assert (found[2] - expected[2]).norm() > 1e-3 * expected[2].norm()
 
 
 def test_what_sees_nothing_gets_zero() -> None:

@@ -180,7 +180,7 @@ def attention_masks(name: str, parallel: ParallelConfig) -> list[Tensor]:
 
     def crossing_ones(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
         output = crossing(query * 0, key * 0, torch.ones_like(value), *rest)
-        seen.append(output[..., 0].flatten(1).t())
+        seen.append(output[..., 0].t())
         return output
 
     with (

@@ -34,8 +34,6 @@ class Masks:
     wanted: BlockMask | None = None
     context: BlockMask | None = None
     wanted_of_context: BlockMask | None = None
-    sees_S11: Tensor | None = None
-    """fp32 [S, 1, 1]: 1 for a token that sees anything of the context, 0 for others; None without one."""
 
 
 def masks_for_layers(cores: Cores, pack: DevicePack, wanted: Sequence[int]) -> Masks:
@@ -47,26 +45,20 @@ def masks_for_layers(cores: Cores, pack: DevicePack, wanted: Sequence[int]) -> M
         wanted: rows that the last layer wants, as many as it computes.
     """
     needed: dict[str, Intervals] = {}
-    sees_S: list[NDArray[np.float32]] = []
     if "flex" in (cores.tokens, cores.wanted):
         tokens = intervals.of_segments(pack.lengths)
         if cores.tokens == "flex":
             needed["tokens"] = tokens
         if cores.wanted == "flex":
             needed["wanted"] = tokens.of_rows(wanted)
-    if pack.context is not None:
+    if pack.context is not None and cores.context == "flex":
         context = intervals.of_spans(pack.context.spans, sum(pack.lengths), pack.context.length)
-        sees_S = [context.sees_Q]
-        if cores.context == "flex":
-            needed["context"] = context
-            needed["wanted_of_context"] = context.of_rows(wanted)
-    if not needed and not sees_S:
+        needed["context"] = context
+        needed["wanted_of_context"] = context.of_rows(wanted)
+    if not needed:
         return Masks()
-    tables = [table for each in needed.values() for table in mask_arrays(each)]
-    sent = iter(send(sees_S + tables))
-    sees_S11 = next(sent)[:, None, None] if sees_S else None
-    masks = {name: block_mask(each, sent) for name, each in needed.items()}
-    return Masks(**masks, sees_S11=sees_S11)
+    sent = iter(send([table for each in needed.values() for table in mask_arrays(each)]))
+    return Masks(**{name: block_mask(each, sent) for name, each in needed.items()})
 
 
 def mask_arrays(each: Intervals) -> list[NDArray[np.int32]]:

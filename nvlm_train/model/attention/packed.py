@@ -1,7 +1,7 @@
 """Attention over all segments or spans of a pack in one kernel, on GPUs: torch's varlen and flex attention.
 
 Shape legend: S tokens of a pack, L its positions whose logits are wanted, C tokens of its context, N
-local heads, G local KV groups, R query heads of a group, D head size.
+local heads, G local KV groups, D head size.
 """
 
 from __future__ import annotations
@@ -78,16 +78,15 @@ class FlexOfWanted(FlexAttention):
 
 
 def attend_context(
-    query_SGRD: Tensor, key_CGD: Tensor, value_CGD: Tensor, sight: Sight, dropout: float = 0.0
+    query_SND: Tensor, key_CGD: Tensor, value_CGD: Tensor, sight: Sight, dropout: float = 0.0
 ) -> Tensor:
     """Lets all tokens attend to their parts of the context in one kernel, which copies no key.
 
     Returns:
-        Like `query_SGRD`; zero for tokens that see nothing.
+        Like `query_SND`; zero for tokens that see nothing.
     """
     assert dropout == 0, "choose_cores falls back where weights are dropped"
-    attended_SND = attend_masked(query_SGRD.flatten(1, 2), key_CGD, value_CGD, sight.mask)
-    return attended_SND.view_as(query_SGRD)
+    return attend_masked(query_SND, key_CGD, value_CGD, sight.mask)
 
 
 def attend_masked(

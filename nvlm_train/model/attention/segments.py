@@ -36,36 +36,48 @@ def turn_heads_back(grad_SGHD: Tensor, cosine: Tensor, sine: Tensor) -> None:
     turning.mul_(cosine).addcmul_(other, sine, value=-1)
 
 
-def attend_segment(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Computes attention, causal where there is no mask. Returns it and the scores' logsumexp.
+class Scores(NamedTuple):
+    """Says which scores count, and how they are scaled."""
 
-    A group is a batch of its own to the kernel, with one key: no group has to be repeated or copied.
+    is_causal: bool = False
+    scale: float | None = None
+    """None for 1 / sqrt(D)."""
+    mask: Tensor | None = None
+    """What is added to scores, [queries, keys]."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the kernels."""
+        return {"attn_mask": self.mask, "scale": self.scale}
+
+
+def attend_segment(
+    query: Tensor, key: Tensor, value: Tensor, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    """Computes attention. Returns it and the scores' logsumexp.
+
+    The kernel knows KV groups, and takes any of these as views: no group is repeated or copied.
 
     Args:
-        query: [G, R, queries, D].
-        key: [G, 1, keys, D].
+        query: [batch, query heads, queries, D].
+        key: [batch, KV groups, keys, D].
         value: like `key`.
-        mask: what is added to scores, [queries, keys].
-        scale: of scores; None for 1 / sqrt(D).
+        scores: which of them count.
     """
-    return _attend(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale)  # type: ignore[no-any-return]
+    return _attend(query, key, value, 0.0, scores.is_causal, **scores.options)  # type: ignore[no-any-return]
 
 
 def attend_segment_backward(
-    grad: Tensor, states: Sequence[Tensor], mask: Tensor | None, scale: float | None
+    grad: Tensor, states: Sequence[Tensor], scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the gradients of query, key and value of `attend_segment`.
 
     Args:
         grad: of its output.
         states: query, key, value, output and logsumexp.
-        mask: as it was given.
-        scale: as it was given.
+        scores: as they were given.
     """
-    options = {"attn_mask": mask, "scale": scale}
-    return _attend_backward(grad, *states, 0.0, mask is None, **options)  # type: ignore[no-any-return]
+    return _attend_backward(grad, *states, 0.0, scores.is_causal, **scores.options)  # type: ignore[no-any-return]
 
 
 class Segments(NamedTuple):
@@ -104,10 +116,8 @@ class _Joined(torch.autograd.Function):
             each.split(segments.lengths, dim=2)
             for each in (by_head[:, :-1], by_head[:, -1:], values)
         ]
-        found = [
-            attend_segment(query, key, value, None, segments.scale)
-            for query, key, value in zip(*states, strict=True)
-        ]
+        scores = Scores(is_causal=True, scale=segments.scale)
+        found = [attend_segment(*parts, scores) for parts in zip(*states, strict=True)]
         size, groups, heads, channels = turned.shape
         output = turned.new_empty(size, groups, heads - 1, channels)
         output_by_head = output.permute(1, 2, 0, 3)
@@ -140,7 +150,7 @@ class _Joined(torch.autograd.Function):
             grads, queries, keys, values, outputs, sums,
             strict=True,
         ):  # fmt: skip
-            parts = attend_segment_backward(grad_out, states, None, scale)
+            parts = attend_segment_backward(grad_out, states, Scores(is_causal=True, scale=scale))
             torch.cat(parts, dim=1, out=target)
         turn_heads_back(total, cosine, sine)
         return total, None, None, None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nvlm_train.model.attention.segments import (
+    Scores,
     attend_segment,
     attend_segment_backward,
     turn_heads,
@@ -106,9 +107,9 @@ class _OfWanted(torch.autograd.Function):
             asking.parts, queries.split([len(part.rows) for part in asking.parts], 2), strict=True
         ):
             key, value = (each[:, :, part.start : part.stop] for each in (keys, values))
-            mask = part.mask(query.dtype)
-            output, logsumexp = attend_segment(query, key, value, mask, asking.scale)
-            saved += [query, key, value, output, logsumexp, mask]
+            scores = Scores(part.is_causal, asking.scale, part.mask(query.dtype))
+            output, logsumexp = attend_segment(query, key, value, scores)
+            saved += [query, key, value, output, logsumexp, scores.mask]
             found.append(output)
         groups, heads, size, channels = queries.shape
         output = queries.new_empty(size, groups, heads, channels)
@@ -136,7 +137,8 @@ class _OfWanted(torch.autograd.Function):
         grads = grad.permute(1, 2, 0, 3).split([len(part.rows) for part in asking.parts], 2)
         for number, (part, grad_out) in enumerate(zip(asking.parts, grads, strict=True)):
             *states, mask = saved[6 * number : 6 * number + 6]
-            found = attend_segment_backward(grad_out, states, mask, asking.scale)
+            scores = Scores(part.is_causal, asking.scale, mask)
+            found = attend_segment_backward(grad_out, states, scores)
             of_queries.append(found[0])
             of_keys[:, :, part.start : part.stop].add_(torch.cat(found[1:], dim=1))
         if of_queries:
