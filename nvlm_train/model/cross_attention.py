@@ -209,7 +209,7 @@ def compose_spans(
         keys, values = (run.of_context(states) for states in (key_CGD, value_CGD))
         output = grouped_attention(run.of_tokens(query_SND), keys, values, dropout_p=dropout)
         parts.append(output.transpose(1, 2).flatten(0, 1))
-        end = run.start + run.count * run.rows
+        end = run.next_span.start
     parts.append(query_SND.new_zeros(len(query_SND) - end, *query_SND.shape[1:]))
     return torch.cat(parts)
 

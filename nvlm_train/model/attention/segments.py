@@ -117,7 +117,10 @@ class _Joined(torch.autograd.Function):
             for each in (by_head[:, :-1], by_head[:, -1:], values)
         ]
         scores = Scores(is_causal=True, scale=segments.scale)
-        found = [attend_segment(*parts, scores) for parts in zip(*states, strict=True)]
+        found = [
+            attend_segment(query, key, value, scores)
+            for query, key, value in zip(*states, strict=True)
+        ]
         size, groups, heads, channels = turned.shape
         output = turned.new_empty(size, groups, heads - 1, channels)
         output_by_head = output.permute(1, 2, 0, 3)

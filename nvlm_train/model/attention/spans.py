@@ -9,6 +9,7 @@ Shape legend: S tokens of a pack, C tokens of its context, N local heads, G loca
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -30,21 +31,30 @@ class Run(NamedTuple):
     """Of its keys, in the context."""
     columns: int
     """Keys of a span."""
-    count: int
+    number: int
     """Spans."""
 
+    @property
+    def next_span(self) -> Run:
+        """The span that would join these."""
+        return self._replace(
+            start=self.start + self.number * self.rows,
+            first=self.first + self.number * self.columns,
+            number=1,
+        )
+
     def of_tokens(self, states: Tensor) -> Tensor:
-        """Returns the spans' tokens of [S, heads, D] as a view, [count, heads, rows, D]."""
-        return _cut(states, self.start, self.count, self.rows)
+        """Returns the spans' tokens of [S, heads, D] as a view, [number, heads, rows, D]."""
+        return _cut(states, self.start, self.number, self.rows)
 
     def of_context(self, states: Tensor) -> Tensor:
-        """Returns the spans' keys or values of [C, heads, D] as a view, [count, heads, columns, D]."""
-        return _cut(states, self.first, self.count, self.columns)
+        """Returns the spans' keys or values of [C, heads, D] as a view, [number, heads, columns, D]."""
+        return _cut(states, self.first, self.number, self.columns)
 
 
-def _cut(states: Tensor, start: int, count: int, size: int) -> Tensor:
+def _cut(states: Tensor, start: int, number: int, size: int) -> Tensor:
     row, head, channel = states.stride()
-    shape = (count, states.shape[1], size, states.shape[2])
+    shape = (number, states.shape[1], size, states.shape[2])
     # One call where a slice, a view and a transposition would be three.
     offset = states.storage_offset() + start * row
     return states.as_strided(shape, (size * row, head, row, channel), offset)
@@ -61,12 +71,8 @@ def runs_of(spans: Spans) -> Iterator[Run]:
         if open_run is None:
             open_run = run
             continue
-        _, rows, _, columns, count = open_run
-        follows = open_run._replace(
-            start=open_run.start + count * rows, first=open_run.first + count * columns, count=1
-        )
-        if run == follows:
-            open_run = open_run._replace(count=count + 1)
+        if run == open_run.next_span:
+            open_run = open_run._replace(number=open_run.number + 1)
             continue
         yield open_run
         open_run = run
@@ -111,13 +117,13 @@ class _OfSpans(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_SND: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        saved = ctx.saved_tensors
+        saved = iter(ctx.saved_tensors)
         of_query_SND = torch.zeros_like(grad_SND)
         length, groups, channels = ctx.context
         of_context = grad_SND.new_zeros(length, groups, 2, channels)
         of_key, of_value = of_context.unbind(2)
-        for number, run in enumerate(ctx.runs):
-            states = saved[5 * number : 5 * number + 5]
+        for run in ctx.runs:
+            states = list(itertools.islice(saved, 5))
             query, key, value = attend_segment_backward(run.of_tokens(grad_SND), states, Scores())
             run.of_tokens(of_query_SND).copy_(query)
             # Several spans may read one part of the context: an image's tags, and the text behind it.
