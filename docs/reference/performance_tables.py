@@ -51,6 +51,16 @@ FIGURES = (
         "the same, wall seconds", "llava", ("wall", "ratio"), asked="at least 1.5",
     ),
     Figure(
+        "a step of D over that of commit b4d27e3, CPU seconds", "before", ("d", "cpu", "ratio"),
+        asked="at least 1",
+    ),
+    Figure(
+        "the same of X", "before", ("x", "cpu", "ratio"), asked="at least 1",
+    ),
+    Figure(
+        "the same of D at TP2 x PP2", "before", ("d_tp2_pp2", "cpu", "ratio"), asked="at least 1",
+    ),
+    Figure(
         "tokens a second over transformers' InternVL, fp32", "step_time", ("fp32_ratio",),
         limit="1.49 by products alone",
     ),
