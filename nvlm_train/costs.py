@@ -181,10 +181,11 @@ def layer_activations(language: LanguageConfig, parallel: ParallelConfig) -> dic
         "norms": 2 * hidden,
         # The first product's output, and that of SwiGLU, which is half as wide.
         "mlp": 3 * language.ffn_hidden_size / tensor,
-        "attention": queries,
-        # What the second norm reads; one product's queries, keys and values; the rotated queries and
-        # keys; the heads' outputs side by side.
-        "full": hidden + (queries + 2 * states) + (queries + states) + queries,
+        # The rotated keys. Of the queries, what it would be made of again is kept instead.
+        "attention": states,
+        # What the second norm reads; one product's queries, keys and values; the queries by themselves,
+        # rotated or not; the heads' outputs.
+        "full": hidden + (queries + 2 * states) + queries + queries,
     }
 
 

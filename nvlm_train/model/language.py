@@ -88,7 +88,7 @@ class LanguageModel(MegatronModule):
         own embedding differs between them under sequence parallelism; the scatter would then keep, of each
         rank's words, a part whose gradient the other ranks mask in another way.
         """
-        words_SBH = self.embedding.word_embeddings(token_ids_S[None]).transpose(0, 1).contiguous()
+        words_SBH = self.embedding.word_embeddings(token_ids_S[:, None])
         return F.dropout(words_SBH, self.config.hidden_dropout, self.training)
 
     def scatter(self, hidden_SBH: Tensor) -> Tensor:
@@ -126,24 +126,24 @@ class LanguageModel(MegatronModule):
     def logits(self, hidden_LBH: Tensor, length: int) -> Tensor:
         """Computes logits of the last layer's first `length` rows, [L, 1, V / TP] (`OutputLayer`)."""
         # Where the table is the embedding's, the output layer has none of its own.
-        logits: Tensor = self.output_layer(self._whole(hidden_LBH)[:length], self.table())
+        logits: Tensor = self.output_layer(self._whole(hidden_LBH, length), self.table())
         return logits
 
     def losses(self, hidden_LBH: Tensor, labels_L: Tensor) -> Tensor:
         """Computes cross-entropies of the last layer's first L rows, fp32 [L], the same on all TP ranks."""
-        whole_LBH = self._whole(hidden_LBH)[: len(labels_L)]
+        whole_LBH = self._whole(hidden_LBH, len(labels_L))
         losses_L: Tensor = self.output_layer(whole_LBH, self.table(), labels_L)
         return losses_L
 
-    def _whole(self, hidden_LBH: Tensor) -> Tensor:
-        """Gathers the last layer's rows where sequence parallelism has cut them."""
+    def _whole(self, hidden_LBH: Tensor, length: int) -> Tensor:
+        """Gathers the last layer's rows where sequence parallelism has cut and filled them up."""
         if not self.config.sequence_parallel:
             return hidden_LBH
         # The output layer's backward already sums over tensor-parallel ranks; the gather must not again.
         whole_LBH: Tensor = tensor_parallel.gather_from_sequence_parallel_region(
             hidden_LBH, tensor_parallel_output_grad=False
         )
-        return whole_LBH
+        return whole_LBH[:length]
 
     def table(self) -> nn.Parameter:
         """Returns this stage's table with a row for each id: the output layer's, else the embedding's.

@@ -81,19 +81,19 @@ class NVLM(MegatronModule):
         """Splices decoder-routed features into the sequence, and builds the context of the others."""
         # A text-only pack runs the projector on no rows: its gradients are then zeros instead of
         # missing, which is what overlapped gradient reduction and a frozen language model need.
-        projected = self.projector(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+        projected = self.projector(features)
         if self.resampler is not None:
             projected = self.resampler(projected)
         text_SBH = self.language_model.embed(pack.token_ids_S)
         states_CBH, context = None, pack.context
         if context is not None:
-            tiles = projected.index_select(0, context.cross_tiles).flatten(0, 1)
+            tiles = projected.index_select(0, context.cross_tiles)
             tags = self.language_model.embed(context.tag_ids)
             states_CBH = text_SBH.new_zeros(context.length, *text_SBH.shape[1:])
-            states_CBH = states_CBH.index_copy(0, context.tile_positions, tiles.unsqueeze(1))
+            states_CBH = states_CBH.index_copy(0, context.tile_positions, _rows(tiles))
             states_CBH = states_CBH.index_copy(0, context.tag_positions, tags)
             projected = projected.index_select(0, context.decoder_tiles)
-        spliced = text_SBH.index_copy(0, pack.image_positions, projected.flatten(0, 1).unsqueeze(1))
+        spliced = text_SBH.index_copy(0, pack.image_positions, _rows(projected))
         return self.language_model.scatter(spliced), states_CBH
 
     def shared_embedding_or_output_weight(self) -> nn.Parameter:
@@ -103,3 +103,8 @@ class NVLM(MegatronModule):
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor) -> None:
         """Takes what the previous stage sent; the pipeline schedule calls it."""
         self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+
+
+def _rows(features_TnH: Tensor) -> Tensor:
+    """Returns the features of all tiles, one behind the other, [T n, 1, H]."""
+    return features_TnH.reshape(-1, 1, features_TnH.shape[-1])

@@ -57,9 +57,10 @@ class Projector(MegatronModule):
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Projects [n, feature size] to [n, H], whole on every tensor-parallel rank; n may be 0."""
-        projected, _ = self.mlp(self.norm(features).unsqueeze(1))
-        return projected.squeeze(1)
+        """Projects [..., feature size] to [..., H], whole on every tensor-parallel rank; there may be no rows."""
+        rows_nBF = features.reshape(-1, 1, features.shape[-1])
+        projected_nBH: Tensor = self.mlp(self.norm(rows_nBF))[0]
+        return projected_nBH.view(*features.shape[:-1], projected_nBH.shape[-1])
 
 
 def _projector_config(config: TransformerConfig, projector: ProjectorConfig) -> TransformerConfig:

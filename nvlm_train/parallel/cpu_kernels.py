@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nvlm_train.parallel.weight_gradient import add_gradient
-
 
 class _SwiGLU(torch.autograd.Function):
     """Computes silu(gate) * up of x = [gate | up]; keeps x only, and writes both gradients to one tensor."""
@@ -62,9 +60,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = torch.mul(x, scale)
         products = torch.mul(grad, normed)
         products_SH = products.reshape(-1, size)
-        grad_weight = (
-            add_gradient(weight_H, products_SH.sum(dim=0)) if ctx.needs_input_grad[1] else None
-        )
+        grad_weight = products_SH.sum(dim=0) if ctx.needs_input_grad[1] else None
         along_x = torch.mv(products_SH, weight_H).view(scale.shape)
         # The products are read; their memory takes the result.
         grad_x = torch.mul(grad, weight_H, out=products)

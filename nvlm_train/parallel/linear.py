@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import layers, mappings
 from torch import Tensor
 
-from nvlm_train.parallel.weight_gradient import add_gradient, added
+from nvlm_train.parallel.weight_gradient import added
 
 _of_megatron = layers.LinearWithGradAccumulationAndAsyncCommunication
 
@@ -89,7 +89,8 @@ class _Linear(torch.autograd.Function):
         # Not among the saved tensors, whose version is checked: other microbatches add to it.
         ctx.main_grad = main_grad
         ctx.shape, ctx.group, ctx.bias = x.shape, group, bias_O
-        return output_SO.view(*x.shape[:-1], output_SO.shape[1])
+        # Of a view autograd would let nobody write to the output, as megatron-core's losses do.
+        return output_SO.resize_(*x.shape[:-1], output_SO.shape[1])
 
     @staticmethod
     def backward(  # type: ignore[override]
@@ -104,7 +105,7 @@ class _Linear(torch.autograd.Function):
             if ctx.group is not None:
                 work = dist.all_reduce(grad_x, group=ctx.group, async_op=True)
         grad_weight = _of_weight(ctx.main_grad, weight_OI, grad_SO, x_SI) if needs_weight else None
-        grad_bias = add_gradient(ctx.bias, grad_SO.sum(dim=0)) if needs_bias else None
+        grad_bias = _of_bias(ctx.bias, grad_SO) if needs_bias else None
         if work is not None:
             work.wait()
         return grad_x, grad_weight, grad_bias, None, None
@@ -119,6 +120,16 @@ def _of_weight(
     weight_OI.main_grad = main_grad  # type: ignore[attr-defined]
     layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(x_SI, grad_SO, main_grad)
     return added(weight_OI, main_grad)
+
+
+def _of_bias(bias_O: Tensor, grad_SO: Tensor) -> Tensor | None:
+    """Computes the bias's gradient, like the weight's: into `main_grad` where megatron-core's DDP has one."""
+    grad_O = grad_SO.sum(dim=0)
+    main_grad: Tensor | None = getattr(bias_O, "main_grad", None)
+    if main_grad is None or not hasattr(bias_O, "grad_added_to_main_grad"):
+        return grad_O
+    main_grad.add_(grad_O)
+    return added(bias_O, main_grad)
 
 
 def copy_to_region(input_: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

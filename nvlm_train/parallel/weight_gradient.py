@@ -37,22 +37,13 @@ class WeightGradient:
         add_product(main_grad_OI, grad_SO.t(), input_SI)
 
 
-def add_gradient(parameter: Tensor, grad: Tensor) -> Tensor | None:
-    """Adds a parameter's gradient to its `main_grad`, where it has one; returns what autograd gets."""
-    main_grad: Tensor | None = getattr(parameter, "main_grad", None)
-    if main_grad is None or not hasattr(parameter, "grad_added_to_main_grad"):
-        return grad
-    main_grad.add_(grad)
-    return added(parameter, main_grad)
-
-
 def added(parameter: Tensor, main_grad: Tensor) -> Tensor | None:
     """Says that a parameter's gradient is in `main_grad`, and returns what autograd gets of it.
 
     megatron-core's hook on a parameter must see a gradient to know that the parameter is done, and does
     not read it: `grad_added_to_main_grad` says so. Only one of a parameter marked `zero_out_wgrad` is read.
-    On a CPU the hook sees `main_grad` itself. On a GPU autograd has to get a tensor, for the hook would run
-    on another thread without one.
+    On a CPU the hook sees `main_grad` itself, and a hook of a user's on the parameter gets None. On a GPU
+    autograd has to get a tensor, for the hook would run on another thread without one.
     """
     if not hasattr(parameter, "grad_added_to_main_grad"):
         return None

@@ -31,24 +31,29 @@ def training_loss(trained_tokens: Tensor, failed: Tensor) -> Finish:
     Args:
         trained_tokens: labels of the whole step over all data-parallel ranks, a scalar on the device; the sum
             of cross-entropies is divided by it, so that packing, rounds and layout do not matter.
-        failed: int32 [samples of the replica]: 1 where a sample is not trained on (`kept_weights`).
+        failed: int32 [samples of the replica]: 1 where a sample is not trained on.
     """
+    kept = 1 - failed
 
     def finish(pack: DevicePack, losses_L: Tensor) -> tuple[Tensor, LabelLosses]:
         labels = pack.labels
         assert labels is not None, "packs of a step have labels"
-        weights_L = kept_weights(pack, failed)
+        weights_L = kept_weights(pack, kept)
         report = LabelLosses(losses_L.detach(), weights_L, labels.sources_L)
         return (losses_L * weights_L).sum() / trained_tokens, report
 
     return finish
 
 
-def kept_weights(pack: DevicePack, failed: Tensor) -> Tensor:
+def kept_weights(pack: DevicePack, kept: Tensor) -> Tensor:
     """Returns the weight of each label, fp32 [L]: none in a sample with an image that cannot be decoded.
 
     Only the rank that decodes an image knows that it is broken, and all learn it on the device, where a
     weight of zero takes the label out of the loss and of every gradient.
+
+    Args:
+        pack: of a step.
+        kept: int32 [samples of the replica]: 0 where a sample is not trained on, else 1.
     """
     assert pack.labels is not None, "packs of a step have labels"
-    return pack.labels.weights_L * (1 - failed.index_select(0, pack.labels.samples_L))
+    return pack.labels.weights_L * kept.index_select(0, pack.labels.samples_L)

@@ -47,7 +47,8 @@ def count_trained_tokens(batch: DeviceStep, topology: Topology) -> Tensor:
     Returns:
         fp64, a scalar of at least 1, because the loss is divided by it.
     """
-    weights = [kept_weights(pack, batch.failed) for round_ in batch.rounds for pack in round_.packs]
+    kept = 1 - batch.failed
+    weights = [kept_weights(pack, kept) for round_ in batch.rounds for pack in round_.packs]
     total = torch.cat(weights).sum(dtype=torch.float64)
     dist.all_reduce(total, group=topology.data_group)
     return total.clamp(min=1)
@@ -76,10 +77,11 @@ def reduce_step(
     skipped = torch.zeros(1, dtype=torch.float64, device=device())
     # One rank of each replica reports for it: one that holds the losses.
     if topology.is_last_pp_stage and topology.tensor_rank == 0:
-        for report in reports:
-            weights_L = report.weights_L.double()
-            loss_sums.index_add_(0, report.sources_L, report.losses_L.double() * weights_L)
-            tokens.index_add_(0, report.sources_L, weights_L)
+        losses_L = torch.cat([report.losses_L for report in reports]).double()
+        weights_L = torch.cat([report.weights_L for report in reports]).double()
+        sources_L = torch.cat([report.sources_L for report in reports])
+        loss_sums.index_add_(0, sources_L, losses_L * weights_L)
+        tokens.index_add_(0, sources_L, weights_L)
         counts, skipped = batch.counts, batch.failed.sum(dtype=torch.float64)[None]
     not_finite = torch.full_like(skipped, not math.isfinite(grad_norm))
     parts = [loss_sums, tokens, counts, skipped, not_finite]

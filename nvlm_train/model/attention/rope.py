@@ -62,8 +62,10 @@ class Turns:
 
         x turns to x cosine + roll(x, D / 2) sine.
         """
-        cosine, sine = self.cosine_S1P[:, None], self.sine_S1P[:, None]
-        return torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
+        cosine, sine = self.cosine_S1P, self.sine_S1P
+        both = torch.cat((cosine, cosine, -sine, sine), -1)[:, :, None]
+        whole_cosine, whole_sine = both.chunk(2, dim=-1)
+        return whole_cosine, whole_sine
 
     @classmethod
     def of(cls, angles_S1P: Tensor, dtype: torch.dtype) -> Turns:
