@@ -7,6 +7,7 @@ world of the first `world_size` workers, runs a module-level function on each, a
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import signal
@@ -110,6 +111,7 @@ def _serve(connection: Connection) -> None:
     faulthandler.register(signal.SIGUSR2)
     torch.set_num_threads(1)
     cpu.install()
+    known: set[str] = set()
     while True:
         try:
             rank, world_size, store, function, args = connection.recv()
@@ -119,6 +121,10 @@ def _serve(connection: Connection) -> None:
             connection.send((True, _run(rank, world_size, store, function, args)))
         except BaseException:
             connection.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+        if function.__module__ not in known:
+            # What it imported stays: collections after later calls need not walk through all of it.
+            known.add(function.__module__)
+            gc.freeze()
 
 
 def _run(

@@ -57,10 +57,10 @@ class Projector(MegatronModule):
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Projects [..., feature size] to [..., H], whole on every tensor-parallel rank; there may be no rows."""
-        rows_nBF = features.reshape(-1, 1, features.shape[-1])
-        projected_nBH: Tensor = self.mlp(self.norm(rows_nBF))[0]
-        return projected_nBH.view(*features.shape[:-1], projected_nBH.shape[-1])
+        """Projects [..., feature size] to [..., H], whole on every tensor-parallel rank; of no rows, too."""
+        rows = features.reshape(-1, 1, features.shape[-1])
+        projected, _ = self.mlp(self.norm(rows))
+        return projected.view(*features.shape[:-1], projected.shape[-1])  # type: ignore[no-any-return]
 
 
 def _projector_config(config: TransformerConfig, projector: ProjectorConfig) -> TransformerConfig:
