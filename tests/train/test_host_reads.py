@@ -19,7 +19,7 @@ LAYOUTS = {
 }
 AT_MOST = 4
 """The gradient norm, and what is reported."""
-FAST = {("h", "single"), ("x", "TP2 PP2")}
+FAST = {("h", "single")}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def assert_same_steps(found: Path, expected: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["single", "TP2 PP2"])
+@pytest.mark.parametrize("name", ["single", pytest.param("TP2 PP2", marks=pytest.mark.slow)])
 def test_longer_packs_train_on_the_same_samples(whole_run: WholeRun, name: str) -> None:
     assert_same_steps(whole_run(name, *LONGER), whole_run("single", *SAMPLES))
 

@@ -100,6 +100,7 @@ def test_an_added_token_needs_a_row(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_control_tokens_and_tags_are_rules_of_training(workers: WorkerPool, tmp_path: Path) -> None:
     def forgeable(content: dict[str, Any]) -> None:
         for each in content["added_tokens"]:

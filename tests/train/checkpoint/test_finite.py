@@ -27,7 +27,7 @@ def checkpoints(run_dir: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        ("weights", "DP2"),
+        pytest.param("weights", "DP2", marks=pytest.mark.slow),
         pytest.param("exp_avg_sq", "DP2", marks=pytest.mark.slow),
         pytest.param("exp_avg", "PP2", marks=pytest.mark.slow),
         pytest.param("weights", "TP2", marks=pytest.mark.slow),

@@ -44,9 +44,9 @@ def assert_same_state(
 @pytest.mark.parametrize(
     ("name", "rank", "more"),
     [
-        ("DP2", 1, ()),
+        ("single", 0, ()),
         pytest.param("TP2 PP2", 2, (), marks=slow),
-        pytest.param("single", 0, (), marks=slow),
+        pytest.param("DP2", 1, (), marks=slow),
         pytest.param("DP2", 1, ("stages.sft.parallel.distributed_optimizer=false",), marks=slow),
         pytest.param("PP2 DP2", 3, (), marks=slow),
     ],

@@ -20,13 +20,13 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stop_after"),
     [
-        ("TP2 PP2", 4),
+        ("PP2", 4),
         pytest.param("TP2", 1, marks=slow),
         pytest.param("single", 6, marks=slow),
         pytest.param("single", 1, marks=slow),
         pytest.param("single", 4, marks=slow),
         pytest.param("PP2", 1, marks=slow),
-        pytest.param("PP2", 4, marks=slow),
+        pytest.param("TP2 PP2", 4, marks=slow),
         pytest.param("PP2", 6, marks=slow),
         pytest.param("TP2 PP2", 1, marks=slow),
         pytest.param("TP2 PP2", 6, marks=slow),
@@ -136,6 +136,7 @@ def test_another_recipe_is_refused(workers: WorkerPool, data: Path, tmp_path: Pa
     assert "another run_dir" in message
 
 
+@slow
 def test_changed_shard_is_refused_by_name(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
     own = tmp_path / "data"
     make_smoke_data(own)
