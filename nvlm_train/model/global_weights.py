@@ -57,14 +57,28 @@ def shards(
     """
     for entry in _entries(model):
         tensor = of(entry.data)
-        if tensor is None:
-            continue
-        if isinstance(entry, ShardedTensorFactory):
-            built = entry.build_fn(entry.key, tensor, entry.replica_id, entry.flattened_range)
-            yield from (built.values() if isinstance(built, dict) else built)
-        else:
-            entry.data = tensor
-            yield entry
+        if tensor is not None:
+            yield from _of_entry(entry, tensor)
+
+
+def shards_by_parameter(
+    model: MegatronModule,
+) -> Iterator[tuple[nn.Parameter, list[ShardedTensor]]]:
+    """The local slices of each parameter, in one order on all data-parallel ranks; views of its data."""
+    for entry in _entries(model):
+        parameter = entry.data
+        yield parameter, list(_of_entry(entry, parameter.data))
+
+
+def _of_entry(
+    entry: ShardedTensor | ShardedTensorFactory, tensor: Tensor
+) -> Iterator[ShardedTensor]:
+    if isinstance(entry, ShardedTensorFactory):
+        built = entry.build_fn(entry.key, tensor, entry.replica_id, entry.flattened_range)
+        yield from (built.values() if isinstance(built, dict) else built)
+    else:
+        entry.data = tensor
+        yield entry
 
 
 def _entries(model: MegatronModule) -> Iterator[ShardedTensor | ShardedTensorFactory]:

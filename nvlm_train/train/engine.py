@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -20,6 +21,7 @@ from nvlm_train.geometry import pack_lengths
 from nvlm_train.model.build import DTYPES, build_model
 from nvlm_train.model.nvlm import NVLM
 from nvlm_train.parallel.kernels import Kernels
+from nvlm_train.parallel.streams import SideStream
 from nvlm_train.parallel.topology import Topology, device
 from nvlm_train.pipeline.data_parallel import DataParallel
 from nvlm_train.pipeline.round import Replica
@@ -41,6 +43,10 @@ class Engine:
     optimizer: MegatronOptimizer
     parts: PartTimer = field(default_factory=PartTimer)
     """What this rank's time goes to."""
+    saves: SideStream = field(default_factory=SideStream)
+    """Where a GPU copies what is saved."""
+    copied: torch.cuda.Event | None = None
+    """What the next update waits for: copies of what it changes. None where none are under way."""
 
     @property
     def encoder(self) -> VisionEncoder:
@@ -61,6 +67,11 @@ class Engine:
         self.model.gather_weights()
         module: NVLM = self.model.module
         return module
+
+    def wait_for_copies(self) -> None:
+        """Lets what is queued from here on wait for a save's copies. The host goes on."""
+        self.saves.wait_for(self.copied, ())
+        self.copied = None
 
     def reload_optimizer_weights(self) -> None:
         """Copies the model's weights into the optimizer, which keeps fp32 copies of its own.

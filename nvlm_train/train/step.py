@@ -55,6 +55,7 @@ def run_step(engine: Engine, batch: DeviceStep, num_sources: int) -> StepResult:
         grad_norm = gradient_norm(engine.optimizer)
     result = reduce_step(batch, label_losses, grad_norm, num_sources, topology)
     if result.is_finite:
+        engine.wait_for_copies()
         with engine.parts.within("optimizer"):
             update(engine.optimizer, grad_norm)
     return result

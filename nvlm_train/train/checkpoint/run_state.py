@@ -15,9 +15,10 @@ from nvlm_train.parallel.topology import Layout
 from nvlm_train.train.schedule import Position
 
 FILE_NAME = "state.json"
-FORMAT = 2
-"""1 was written until weight decay left norms, biases and gates alone. 2 is the current one."""
-READABLE = (1, FORMAT)
+FORMAT = 3
+"""1 was written until weight decay left norms, biases and gates alone, 2 until each rank saved a share of its
+own. All have the same tensors under the same names, in other pieces."""
+READABLE = (1, 2, FORMAT)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def read_state(directory: Path) -> RunState:
         writer = stored.get("versions", {}).get("nvlm-train", "of another version")
         raise FormatError(
             f"{directory}: format={stored.get('format')}, this version reads "
-            f"{' and '.join(map(str, READABLE))}; resume it with the nvlm-train that wrote it ({writer})"
+            f"{', '.join(map(str, READABLE))}; resume it with the nvlm-train that wrote it ({writer})"
         )
     return RunState(**{**stored, "layout": Layout(*stored["layout"])})
 

@@ -5,14 +5,21 @@ saver.py decides when to save and handles saves that fail; directory.py manages 
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    apply_factories,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -20,33 +27,68 @@ from nvlm_train.errors import CheckpointError
 from nvlm_train.model.global_weights import sharding_metadata
 from nvlm_train.parallel.topology import Topology
 from nvlm_train.train.checkpoint.directory import being_read
-from nvlm_train.train.checkpoint.mcore_fixes import keep_bucket_padding
+from nvlm_train.train.checkpoint.shares import optimizer_pieces, spread_weights, weight_pieces
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.optimizer import load_optimizer, make_moments
 
-_EXTRA_STATE = "_extra_state"
 
+def write_request(engine: Engine, directory: Path, plans: Plans) -> AsyncRequest:
+    """Copies what is saved, and plans a save. Called by all ranks.
 
-def write_request(engine: Engine, directory: Path) -> AsyncRequest:
-    """Plans a save. Returns the request that the writers carry out. Called by all ranks."""
-    # megatron-core collects garbage here (distrib_optimizer.py:1283). Over all objects that are alive by
-    # now this took longer than a step; the collector does not look at frozen objects.
-    gc.freeze()
-    try:
-        request = dist_checkpointing.save(
-            sharded_state(engine, is_loading=False),
-            str(directory),
-            async_sharded_save=True,
-            preprocess_common_before_consistancy_check=_without_optimizer,
-        )
-    finally:
-        gc.unfreeze()
+    Args:
+        engine: the stage.
+        directory: to write into.
+        plans: of this engine's saves before.
+
+    Returns:
+        The request that the writers carry out. It refers to copies alone.
+    """
+    state = sharded_state(engine)
+    apply_factories(state)
+    with engine.saves.behind_training():
+        state = dict_list_map_outplace(_on_host, state)
+    engine.copied = engine.saves.mark()
+    request = dist_checkpointing.save(
+        state,
+        str(directory),
+        sharded_strategy=plans.strategy,
+        # torch's planner has compared all shares with the whole tensors before it was first used.
+        validate_access_integrity=plans.is_new,
+        async_sharded_save=True,
+        preprocess_common_before_consistancy_check=_without_optimizer,
+    )
+    plans.is_new = False
     assert request is not None
     return request
 
 
+def _on_host(value: Any) -> Any:
+    """Returns a sharded tensor with a copy of its numbers in the host's memory; else the value.
+
+    They are a save's only copies. megatron-core leaves alone what fills its storage, and would clone views.
+    From a GPU they are on their way when this returns.
+    """
+    if not isinstance(value, ShardedTensor):
+        return value
+    copy = torch.empty(value.data.shape, dtype=value.dtype, pin_memory=value.data.is_cuda)
+    return replace(value, data=copy.copy_(value.data, non_blocking=True))
+
+
+class Plans:
+    """What megatron-core keeps from save to save of one engine: which rank writes what, and the metadata.
+
+    Ranks exchange plans at the first two saves. When they were equal, later ones exchange nothing.
+    """
+
+    def __init__(self) -> None:
+        self.strategy = TorchDistSaveShardedStrategy("torch_dist", 1, cached_metadata=True)
+        self.is_new = True
+
+
 def load(engine: Engine, directory: Path, same_layout: bool) -> None:
     """Restores weights, optimizer and, in the layout that saved, the RNG.
+
+    Each rank reads its share into place; ranks of a replica then give each other the weights.
 
     Args:
         engine: the built stage.
@@ -56,13 +98,13 @@ def load(engine: Engine, directory: Path, same_layout: bool) -> None:
     Raises:
         CheckpointError: the checkpoint does not fit the engine's model, or cannot be read.
     """
-    state = sharded_state(engine, is_loading=True)
+    state = sharded_state(engine)
     if not same_layout:
         state.pop("rng")
     loaded = _load(state, directory)
-    _set_weights(engine.model.module, loaded["model"], directory)
+    spread_weights(engine.model.module)
     if "optimizer" in loaded:
-        load_optimizer(engine.optimizer, loaded["optimizer"])
+        load_optimizer(engine.optimizer, _without_param_state(loaded["optimizer"]))
         # The groups are now those of the run that saved, with its constants.
         engine.set_learning_rate(engine.stage.optimizer.lr)
     if same_layout:
@@ -75,43 +117,39 @@ def load_weights(module: MegatronModule, directory: Path) -> None:
     Raises:
         CheckpointError: the checkpoint does not fit the model, or cannot be read.
     """
-    loaded = _load({"model": _sharded_weights(module)}, directory)
-    _set_weights(module, loaded["model"], directory)
+    _load({"model": _by_number(weight_pieces(module))}, directory)
+    spread_weights(module)
 
 
-def sharded_state(engine: Engine, is_loading: bool) -> dict[str, Any]:
-    """Returns what is saved: weights, optimizer and RNG, each with its place in the whole model."""
-    weights = _sharded_weights(engine.whole_model())
-    state: dict[str, Any] = {"model": weights, "rng": _rng_state(engine.topology)}
+def sharded_state(engine: Engine) -> dict[str, Any]:
+    """Returns this rank's share of what is saved, as views: weights and optimizer; and its RNG."""
+    module, optimizer = engine.whole_model(), engine.optimizer
+    state: dict[str, Any] = {
+        "model": _by_number(weight_pieces(module)),
+        "rng": _rng_state(engine.topology),
+    }
     # A pipeline stage without a trainable parameter has no optimizer state, and no way to ask for it.
-    if not engine.optimizer.is_stub_optimizer:
-        keep_bucket_padding(engine.optimizer)
-        make_moments(engine.optimizer)
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable", **sharding_metadata()}
-        state["optimizer"] = engine.optimizer.sharded_state_dict(
-            _sharded_weights(engine.model.module), is_loading=is_loading, metadata=metadata
+    if optimizer.is_stub_optimizer:
+        return state
+    make_moments(optimizer)
+    if engine.stage.parallel.distributed_optimizer:
+        state["moments"] = _by_number(optimizer_pieces(optimizer, module))
+        state["optimizer"] = optimizer.state_dict()
+    else:
+        state["optimizer"] = optimizer.sharded_state_dict(
+            module.sharded_state_dict(metadata=sharding_metadata()), metadata=sharding_metadata()
         )
     return state
 
 
-def _sharded_weights(module: MegatronModule) -> dict[str, Any]:
-    """Returns the parameters without what one kernel library's modules add to them.
-
-    Transformer Engine's modules add the scales of FP8 (`_extra_state`), which bf16 and fp32 do not
-    need. With them a checkpoint could be read only by the kernels that wrote it.
-    """
-    state = module.sharded_state_dict(metadata=sharding_metadata())
-    return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
+def _by_number(pieces: Iterable[ShardedTensor]) -> dict[str, ShardedTensor]:
+    """Gives pieces keys: several may be of one tensor."""
+    return {str(number): piece for number, piece in enumerate(pieces)}
 
 
-def _set_weights(module: MegatronModule, state: dict[str, Any], directory: Path) -> None:
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    wrong = [name for name in (*missing, *unexpected) if not name.endswith(_EXTRA_STATE)]
-    if wrong:
-        raise CheckpointError(
-            f"{directory} does not fit the recipe's model: {len(wrong)} tensors are missing or too many, "
-            f"the first is {wrong[0]}"
-        )
+def _without_param_state(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns an optimizer's groups; earlier formats kept its tensors with them, and said in which form."""
+    return {name: value for name, value in state.items() if not name.startswith("param_state")}
 
 
 def _load(state: dict[str, Any], directory: Path) -> dict[str, Any]:

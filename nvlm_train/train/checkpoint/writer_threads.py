@@ -1,4 +1,4 @@
-"""Writes a rank's shards in threads, from copies, and hashes them, while training goes on.
+"""Writes a rank's shards in threads, from copies, and hashes what it writes, while training goes on.
 
 megatron-core forks a process for this. A fork copies the locks that the rank's other threads hold, but
 not those threads, so in rare cases a writer waited for ever, and its rank waited for the writer. A fork
@@ -8,17 +8,21 @@ torch's copies into the file, SHA-256) run without the interpreter's lock.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import os
 import queue
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint import filesystem
 
 from nvlm_train.train.checkpoint.directory import disk_trouble
-from nvlm_train.train.checkpoint.manifest import FileDigest, digest_file
+from nvlm_train.train.checkpoint.manifest import FileDigest
 
 Bucket = tuple[str, str, tuple[list[Any], list[Any]]]
 """One file of megatron-core's: its path, its key, and what goes into it: (item, bytes), (item, tensor)."""
@@ -32,12 +36,14 @@ class WriterThreads(AsyncCaller):
     def __init__(self) -> None:
         self.digests: dict[str, FileDigest] = {}
         """Digests of this rank's files of the last save, by name."""
+        self.copied: torch.cuda.Event | None = None
+        """What the threads of the next save wait for before they read their copies."""
         self._files: list[Future[_Written]] = []
         self._directory = Path()
         self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
-        """Copies what is to be written and starts the threads."""
+        """Starts the threads. What they write is theirs alone (`sharded_state.write_request`)."""
         self.digests = {}
         if async_req.async_fn is None:  # this rank has nothing to write
             return
@@ -46,8 +52,7 @@ class WriterThreads(AsyncCaller):
         self._directory = Path(buckets[0][0]).parent
         threads = ThreadPoolExecutor(len(buckets), thread_name_prefix="checkpoint-writer")
         self._files = [
-            threads.submit(_write_file, transforms, number, bucket)
-            for number, bucket in enumerate(_copies(buckets, async_req.preload_fn))
+            threads.submit(_write_file, transforms, bucket, self.copied) for bucket in buckets
         ]
         threads.shutdown(wait=False)
 
@@ -79,36 +84,76 @@ class WriterThreads(AsyncCaller):
         """Does nothing, because the base class raises here."""
 
 
-def _copies(buckets: list[Bucket], to_host: Callable[[], list[Bucket]]) -> list[Bucket]:
-    """Returns the buckets with copies of all tensors. `to_host` itself copies only a GPU's tensors."""
-    return [
-        (path, key, (data, _own(tensors, on_host)))
-        for (path, key, (data, tensors)), (_, _, (_, on_host)) in zip(
-            buckets, to_host(), strict=True
-        )
-    ]
-
-
-def _own(tensors: list[Any], on_host: list[Any]) -> list[Any]:
-    return [
-        (item, copy.clone() if copy is tensor else copy)
-        for (item, tensor), (_, copy) in zip(tensors, on_host, strict=True)
-    ]
-
-
-def _write_file(transforms: list[Any], number: int, bucket: Bucket) -> _Written:
-    """Writes one file by megatron-core's own function, then reads it back from the page cache."""
-    result: queue.Queue[Any] = queue.Queue()
-    count: queue.Queue[int] = queue.Queue()
-    count.put(number)
-    FileSystemWriterAsync.write_preloaded_data(
-        transforms, number, bucket, result, count, use_fsync=True
-    )
-    _, written = result.get()
-    if isinstance(written, Exception):
-        return written, {}
-    path = Path(bucket[0])
+def _write_file(transforms: list[Any], bucket: Bucket, copied: torch.cuda.Event | None) -> _Written:
+    """Writes one file by torch's own function for an item, as megatron-core does."""
+    path, key, (data, tensors) = bucket
+    if copied is not None:
+        copied.synchronize()
     try:
-        return written, {path.name: digest_file(path)}
-    except OSError as error:  # it is passed on, so that all ranks learn of it
+        with HashedFile(Path(path)) as file:
+            results = [
+                filesystem._write_item(*transforms, file, content, item, key, **_options())  # type: ignore[call-arg]
+                for item, content in (*data, *tensors)
+            ]
+            file.sync()
+    # Of whatever kind it is: it is passed on, so that all ranks learn of it.
+    except Exception as error:
         return error, {}
+    return results, {Path(path).name: file.digest}
+
+
+def _options() -> dict[str, Any]:
+    """Returns what newer versions of torch want to be told besides."""
+    if "serialization_format" not in inspect.signature(filesystem._write_item).parameters:
+        return {}
+    return {"serialization_format": filesystem.SerializationFormat.TORCH_SAVE}
+
+
+class HashedFile:
+    """A new file whose bytes are hashed on their way, with what torch asks of a stream.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: it cannot be made, or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bytes = self._file.tell()
+        self._file.close()
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Writes and hashes some bytes, and returns their number."""
+        self._hash.update(content)
+        return self._file.write(content)
+
+    def tell(self) -> int:
+        """Returns the number of bytes so far."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Hands the bytes to the system."""
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until the bytes are on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    @property
+    def digest(self) -> FileDigest:
+        """Size and hash of a file that was closed."""
+        return FileDigest(self._bytes, self._hash.hexdigest())

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.train import engine as engine_module
-from nvlm_train.train.checkpoint import sharded_state
-from nvlm_train.train.checkpoint.mcore_fixes import distributed_optimizers
+from nvlm_train.train.checkpoint import sharded_state, shares
+from nvlm_train.train.checkpoint.shares import distributed_optimizers
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.placing import place
 from nvlm_train.train.step import run_step
@@ -26,11 +26,11 @@ BUCKET = 2000
 Moments = dict[str, dict[str, Tensor]]
 
 
-def train_and_save(parallel: ParallelConfig, directory: Path, is_fixed: bool) -> list[int]:
+def train_and_save(parallel: ParallelConfig, directory: Path, is_broken: bool) -> list[int]:
     """Trains three steps with several buckets and saves. Returns the padding between buckets."""
     with small_buckets():
         engine = trained(parallel)
-    with _fix(is_fixed):
+    with _reversed(is_broken):
         save_directly(engine, directory)
     buckets = [bucket for buffer in engine.model.buffers for bucket in buffer.buckets[:-1]]
     return [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buckets]
@@ -84,9 +84,12 @@ def small_buckets() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fix(is_fixed: bool) -> Iterator[None]:
-    if is_fixed:
-        yield
-        return
-    with mock.patch.object(sharded_state, "keep_bucket_padding", lambda optimizer: None):
+def _reversed(is_broken: bool) -> Iterator[None]:
+    """Deliberate bug: a rank writes the numbers of a range from the last to the first."""
+    original = shares._states
+
+    def broken(*arguments):
+        return {kind: state.flip(0) for kind, state in original(*arguments).items()}
+
+    with mock.patch.object(shares, "_states", broken if is_broken else original):
         yield

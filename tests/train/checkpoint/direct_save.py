@@ -19,7 +19,7 @@ def save_directly(engine: Engine, directory: Path) -> None:
         directory.mkdir()
     dist.barrier()
     keep_results_in_the_process()
-    dist_checkpointing.save(sharded_state.sharded_state(engine, is_loading=False), str(directory))
+    dist_checkpointing.save(sharded_state.sharded_state(engine), str(directory))
     if dist.get_rank() == 0:
         write_manifest(Manifest(1, {}), directory)
     dist.barrier()

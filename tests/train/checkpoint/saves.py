@@ -18,7 +18,6 @@ from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import CheckpointError
 from nvlm_train.train import start
 from nvlm_train.train.checkpoint import directory, sharded_state, writer_threads
-from nvlm_train.train.checkpoint.manifest import FileDigest
 from nvlm_train.train.checkpoint.run_state import Run
 from nvlm_train.train.checkpoint.saver import Saver
 from nvlm_train.train.checkpoint.verify import find_damage
@@ -84,26 +83,29 @@ def _attempt(saver, work, recipe, position, run_dir) -> tuple[str, list[str]]:
     return message, names
 
 
-def save_with_an_unreadable_file(data: Path, run_dir: Path) -> list[str]:
-    """Lets a writer of the last rank fail to read back its file, then saves again. Returns the two errors."""
+def save_with_a_broken_file(data: Path, run_dir: Path) -> list[str]:
+    """Lets a writer of the last rank fail in its file, then saves again. Returns the two errors."""
     recipe = smoke_recipe(data, run_dir)
     work = trained_for_a_step(recipe)
     saver, messages = Saver(run_dir, recipe.checkpoint), []
-    original = writer_threads.digest_file
+    original = writer_threads.HashedFile.sync
     for step, victim in ((1, dist.get_world_size() - 1), (2, None)):
-        writer_threads.digest_file = _unreadable if dist.get_rank() == victim else original
-        saver.save(work.engine, start.run_state(recipe, work, Position("pretrain", step), None))
-        try:
-            saver.wait()
-            messages.append("")
-        except CheckpointError as error:
-            messages.append(str(error))
+        is_broken = dist.get_rank() == victim
+        with mock.patch.object(
+            writer_threads.HashedFile, "sync", _broken if is_broken else original
+        ):
+            saver.save(work.engine, start.run_state(recipe, work, Position("pretrain", step), None))
+            try:
+                saver.wait()
+                messages.append("")
+            except CheckpointError as error:
+                messages.append(str(error))
     saver.close()
     return messages
 
 
-def _unreadable(path: Path) -> FileDigest:
-    raise OSError(errno.EIO, "Input/output error", str(path))
+def _broken(file: writer_threads.HashedFile) -> None:
+    raise OSError(errno.EIO, "Input/output error", "a file")
 
 
 def save_while_training_goes_on(data: Path, run_dir: Path, *overrides: str) -> tuple[int, bool]:

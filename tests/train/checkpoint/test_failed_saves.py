@@ -130,7 +130,7 @@ def test_metrics_on_a_full_disk(small_disk: Callable[[int], Path]) -> None:
 def test_error_of_one_writer_is_a_failed_save_of_all(
     workers: WorkerPool, data: Path, tmp_path: Path
 ) -> None:
-    for first, second in workers.run(2, saves.save_with_an_unreadable_file, data, tmp_path):
+    for first, second in workers.run(2, saves.save_with_a_broken_file, data, tmp_path):
         assert "rank 1: " in first and "Input/output error" in first and "rank 0: " not in first
         assert second == ""
 

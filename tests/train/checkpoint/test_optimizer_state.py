@@ -1,4 +1,4 @@
-"""Adam's moments through a checkpoint when there are several gradient buckets (checkpoint/mcore_fixes.py)."""
+"""Adam's moments through a checkpoint when there are several gradient buckets (checkpoint/shares.py)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ def worst_error(found: adam_moments.Moments, expected: adam_moments.Moments) -> 
 
 
 def through_a_checkpoint(
-    workers: WorkerPool, layout: str, directory: Path, is_fixed: bool = True
+    workers: WorkerPool, layout: str, directory: Path, is_broken: bool = False
 ) -> adam_moments.Moments:
     """Returns states that were saved in a layout with several buckets and loaded in a single process."""
     world, parallel = LAYOUTS[layout]
-    padding = workers.run(world, adam_moments.train_and_save, parallel, directory, is_fixed)[0]
-    assert len(padding) > 1 and any(padding), "the defect needs padding between buckets"
+    padding = workers.run(world, adam_moments.train_and_save, parallel, directory, is_broken)[0]
+    # What megatron-core's own format does not count.
+    assert len(padding) > 1 and any(padding), "there is no padding between buckets"
     return workers.run(1, adam_moments.load, directory)[0]
 
 
@@ -46,9 +47,9 @@ def test_moments_survive_resharding(
     assert worst_error(found, expected) < 1e-5
 
 
-def test_without_the_correction_moments_are_shifted(
+def test_moments_of_other_numbers_are_caught(
     workers: WorkerPool, expected: adam_moments.Moments, tmp_path: Path
 ) -> None:
-    """Negative control: the check above sees megatron-core's defect."""
-    found = through_a_checkpoint(workers, "DP2", tmp_path / "saved", is_fixed=False)
+    """Negative control: the check above sees a rank that saves its numbers as others."""
+    found = through_a_checkpoint(workers, "DP2", tmp_path / "saved", is_broken=True)
     assert worst_error(found, expected) > 0.1

@@ -81,7 +81,7 @@ def test_another_format_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     stored = asdict(state_of(recipe)) | {"format": 99}
     (tmp_path / FILE_NAME).write_text(json.dumps(stored))
     with pytest.raises(
-        FormatError, match=r"format=99, this version reads 1 and 2; .* wrote it \(0"
+        FormatError, match=r"format=99, this version reads 1, 2, 3; .* wrote it \(0"
     ):
         read_state(tmp_path)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nvlm_train.config.schema import ParallelConfig
 from nvlm_train.train.checkpoint import sharded_state
-from nvlm_train.train.checkpoint.mcore_fixes import distributed_optimizers
+from nvlm_train.train.checkpoint.shares import distributed_optimizers
 from nvlm_train.train.engine import Engine
 from tests.parity import recipes
 from tests.parity.gradients import start_engine
