@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
     apply_factories,
+    is_main_replica,
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -63,12 +64,12 @@ def write_request(engine: Engine, directory: Path, plans: Plans) -> AsyncRequest
 
 
 def _on_host(value: Any) -> Any:
-    """Returns a sharded tensor with a copy of its numbers in the host's memory; else the value.
+    """Copies a sharded tensor that this rank writes to the host's memory; returns anything else as it is.
 
     They are a save's only copies. megatron-core leaves alone what fills its storage, and would clone views.
     From a GPU they are on their way when this returns.
     """
-    if not isinstance(value, ShardedTensor):
+    if not isinstance(value, ShardedTensor) or not is_main_replica(value.replica_id):
         return value
     copy = torch.empty(value.data.shape, dtype=value.dtype, pin_memory=value.data.is_cuda)
     return replace(value, data=copy.copy_(value.data, non_blocking=True))
