@@ -31,7 +31,6 @@ def train_and_time(root: Path, out: Path) -> None:
 
     from nvlm_train.recipe.load import load_recipe
     from nvlm_train.train import loop
-    from nvlm_train.train.checkpoint import writer_threads
     from nvlm_train.train.checkpoint.saver import Saver
 
     torch.set_num_threads(1)
@@ -69,16 +68,6 @@ def train_and_time(root: Path, out: Path) -> None:
 
     loop.start.run_state = timed_state  # type: ignore[assignment]
     loop.Saver = TimedSaver  # type: ignore[misc]
-    timed_digest = writer_threads.digest_file
-
-    def digest(path: Path) -> Any:
-        start = time.perf_counter()
-        found = timed_digest(path)
-        with (out / "digests").open("a") as file:
-            file.write(f"{found.bytes} {time.perf_counter() - start}\n")
-        return found
-
-    writer_threads.digest_file = digest
     recipe = load_recipe(
         ["experiment=demo", f"run_dir={root / 'run'}", f"loader.data_root={root}",
          "schedule=[pretrain]", f"stages.pretrain.steps={STEPS}", "stages.pretrain.batch.size=16",
@@ -108,8 +97,8 @@ def figures(out: Path, interval: int) -> dict[str, Any]:
     # A save counts in the window when its writers were seen there.
     saves_seen = sum(index % INTERVAL == 0 for index in range(WARMUP, STEPS))
     slowed = sum(seconds - step for seconds in under_way) / saves_seen
-    digests = [line.split() for line in (out / "digests").read_text().splitlines()]
-    hashed = sum(int(size) for size, _ in digests)
+    newest = next((out / "run" / "checkpoints").glob(f"pretrain-{STEPS:08d}"))
+    written = sum(path.stat().st_size for path in newest.iterdir())
     return {
         "step_seconds": round(step, 3),
         "step_seconds_with_writers": round(statistics.median(under_way), 3) if under_way else None,
@@ -121,10 +110,7 @@ def figures(out: Path, interval: int) -> dict[str, Any]:
         "interval_steps": interval,
         "stall_percent_of_wall": round(100 * stall / (interval * step), 2),
         "with_slowed_steps_percent_of_wall": round(100 * (stall + slowed) / (interval * step), 2),
-        "checkpoint_mib": round(hashed / saved / 2**20, 1),
-        "digest_seconds_per_rank_and_save": round(
-            sum(float(seconds) for _, seconds in digests) / saved / RANKS, 4
-        ),
+        "checkpoint_mib": round(written / 2**20, 1),
     }
 
 

@@ -208,11 +208,10 @@ def activation_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> 
 def checkpoint_bytes(model: ModelConfig, stage: StageConfig, precision: str) -> int:
     """Adds up bytes of a stage's checkpoint, in any layout: weights, and what AdamW keeps of what trains.
 
-    The vision encoder never changes and is not saved. AdamW has two fp32 moments, and an fp32 copy
-    of the weights, which the distributed optimizer saves whatever the weights' precision.
+    The vision encoder never changes and is not saved. AdamW has two fp32 moments, and of bf16 weights an
+    fp32 copy.
     """
-    width = 2 if precision == "bf16" else 4
-    has_copy = stage.parallel.distributed_optimizer or precision == "bf16"
+    width, has_copy = (2, True) if precision == "bf16" else (4, False)
     total = 0
     for part, count in part_parameters(model).items():
         if part != "vision_encoder":
