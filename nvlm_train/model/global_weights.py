@@ -9,7 +9,7 @@ them back.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -61,13 +61,19 @@ def shards(
             yield from _of_entry(entry, tensor)
 
 
-def shards_by_parameter(
-    model: MegatronModule,
-) -> Iterator[tuple[nn.Parameter, list[ShardedTensor]]]:
-    """The local slices of each parameter, in one order on all data-parallel ranks; views of its data."""
-    for entry in _entries(model):
-        parameter = entry.data
-        yield parameter, list(_of_entry(entry, parameter.data))
+def shards_by_parameter(model: MegatronModule) -> Mapping[nn.Parameter, list[ShardedTensor]]:
+    """The local slices of each parameter, in one order on all data-parallel ranks; views of its data.
+
+    They are looked up once: a model's tensors stay where they are, and megatron-core takes longer for this
+    than a save for all else.
+    """
+    found: dict[nn.Parameter, list[ShardedTensor]] = vars(model).get("known_shards", {})
+    have_moved = any(shards[0].data.data_ptr() != own.data_ptr() for own, shards in found.items())
+    if not found or have_moved:
+        found = {entry.data: list(_of_entry(entry, entry.data.data)) for entry in _entries(model)}
+        # With the model it goes: whoever held it elsewhere would keep an earlier stage's weights.
+        vars(model)["known_shards"] = found
+    return found
 
 
 def _of_entry(
@@ -184,7 +190,8 @@ def fingerprint(model: MegatronModule) -> dict[str, float]:
     """Sum of magnitudes of each part's weights over the world, in fp64. Called by every rank."""
     parts = ("projector", "cross_attention", "language_model")
     sums = torch.zeros(len(parts), dtype=torch.float64, device=device())
-    for shard in shards(model, lambda parameter: parameter.data):
+    everything = shards_by_parameter(model).values()
+    for shard in (each for own in everything for each in own):
         if is_main_replica(shard.replica_id):
             sums[parts.index(part_of(shard.key))] += shard.data.double().abs().sum()
     dist.all_reduce(sums)

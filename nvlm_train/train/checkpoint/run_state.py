@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -63,6 +64,7 @@ class RunState:
         return self.step >= steps
 
 
+@functools.cache
 def library_versions() -> dict[str, str]:
     """Returns the versions of the libraries that decide what the numbers are."""
     return {

@@ -134,7 +134,9 @@ def sharded_state(engine: Engine) -> dict[str, Any]:
         return state
     make_moments(optimizer)
     if engine.stage.parallel.distributed_optimizer:
-        state["moments"] = _by_number(optimizer_pieces(optimizer, module))
+        # Nothing, where all that a stage trains belongs to its other data-parallel ranks.
+        if moments := _by_number(optimizer_pieces(optimizer, module)):
+            state["moments"] = moments
         state["optimizer"] = optimizer.state_dict()
     else:
         state["optimizer"] = optimizer.sharded_state_dict(

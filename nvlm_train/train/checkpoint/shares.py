@@ -89,7 +89,7 @@ def optimizer_pieces(
 
     Where the optimizer works on the weights themselves, in fp32, they are not saved twice.
     """
-    by_parameter = dict(shards_by_parameter(model))
+    by_parameter = shards_by_parameter(model)
     for each in distributed_optimizers(optimizer):
         for owned in owned_ranges(each):
             states = _states(each, owned.parameter)
@@ -168,7 +168,7 @@ def _states(optimizer: DistributedOptimizer, parameter: nn.Parameter) -> dict[st
 
 
 def _shards(model: MegatronModule) -> list[ShardedTensor]:
-    return [shard for _, shards in shards_by_parameter(model) for shard in shards]
+    return [shard for shards in shards_by_parameter(model).values() for shard in shards]
 
 
 def _offset(shard: ShardedTensor, parameter: nn.Parameter) -> int:

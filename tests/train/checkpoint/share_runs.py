@@ -192,7 +192,7 @@ def wrong_after_load(kind: Kind, parallel: ParallelConfig, directory: Path) -> l
     """Loads into a layout. Names what is not the function of name and place that was saved."""
     engine = kind.engine(parallel)
     sharded_state.load(engine, directory, same_layout=False)
-    weights = [each for _, shards in shards_by_parameter(engine.model.module) for each in shards]
+    weights = [each for own in shards_by_parameter(engine.model.module).values() for each in own]
     moments = optimizer_pieces(engine.optimizer, engine.model.module)
     return [
         each.key
@@ -210,7 +210,7 @@ def wrong_without_spreading(kind: Kind, parallel: ParallelConfig, directory: Pat
 def _filled(kind: Kind, parallel: ParallelConfig) -> Engine:
     engine = kind.engine(parallel)
     make_moments(engine.optimizer)
-    for _, shards in shards_by_parameter(engine.model.module):
+    for shards in shards_by_parameter(engine.model.module).values():
         for each in shards:
             each.data.copy_(_function(each))
     for each in optimizer_pieces(engine.optimizer, engine.model.module):
