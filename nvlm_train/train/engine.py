@@ -32,7 +32,7 @@ from nvlm_train.vision.build import build_vision_encoder
 from nvlm_train.vision.encoder import VisionEncoder
 
 
-@dataclass
+@dataclass(eq=False)
 class Engine:
     """Holds what a stage trains with. `model` is this rank's NVLM shard in megatron-core's DDP wrapper."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -61,7 +62,7 @@ class Saver:
         self._queue = AsyncCallsQueue(persistent=True)
         self._queue.persistent_caller = self._writers = WriterThreads()
         self._under_way: _Save | None = None
-        self._planned: tuple[Engine, Plans] | None = None
+        self._plans: WeakKeyDictionary[Engine, Plans] = WeakKeyDictionary()
         self._failures: list[str] = []
         """Why each save since the last successful one failed."""
         mcore_fixes.keep_results_in_the_process()
@@ -125,17 +126,11 @@ class Saver:
     def _start(self, engine: Engine, state: RunState, name: str) -> None:
         writing = on_rank_0(lambda: directory.begin(self._run_dir, name))
         self._under_way = save = _Save(writing, state)
-        request = write_request(engine, writing, self._plans_of(engine))
+        request = write_request(engine, writing, self._plans.setdefault(engine, Plans()))
         self._writers.copied = engine.copied
         on_rank_0(partial(_raise_held_error, writing))
         request.add_finalize_fn(lambda: self._publish(save))
         self._queue.schedule_async_request(request)
-
-    def _plans_of(self, engine: Engine) -> Plans:
-        """Returns what is kept from the saves of this engine before."""
-        if self._planned is None or self._planned[0] is not engine:
-            self._planned = engine, Plans()
-        return self._planned[1]
 
     def _finish(self, blocking: bool) -> None:
         if self._under_way is None:
@@ -166,7 +161,8 @@ class Saver:
         except (CheckpointError, CheckpointException) as error:
             # Rank 0 knows the most, so every rank raises what rank 0 says.
             self._failures.append(on_rank_0(partial(self._clean_up, name, reason(error))))
-            self._under_way = self._planned = None
+            self._under_way = None
+            self._plans.clear()
             if len(self._failures) > self._config.max_failed_saves:
                 raise CheckpointError(self._failures[-1]) from None
             if dist.get_rank() == 0:
