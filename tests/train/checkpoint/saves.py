@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from nvlm_train.config.schema import Recipe
 from nvlm_train.errors import CheckpointError
+from nvlm_train.parallel.topology import collect_engines
 from nvlm_train.train import start
 from nvlm_train.train.checkpoint import directory, sharded_state, writer_threads
 from nvlm_train.train.checkpoint.run_state import Run
@@ -81,6 +83,21 @@ def _attempt(saver, work, recipe, position, run_dir) -> tuple[str, list[str]]:
     names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     dist.barrier()
     return message, names
+
+
+def leaves_the_engine(data: Path, run_dir: Path) -> bool:
+    """Saves a stage, and returns whether its weights are freed before another stage is saved."""
+    recipe = smoke_recipe(data, run_dir)
+    work = trained_for_a_step(recipe)
+    saver = Saver(run_dir, recipe.checkpoint)
+    saver.save(work.engine, start.run_state(recipe, work, Position("pretrain", 1), None))
+    saver.wait()
+    weight = weakref.ref(next(work.engine.model.module.parameters()))
+    del work
+    collect_engines()
+    is_freed = weight() is None
+    saver.close()
+    return is_freed
 
 
 def save_with_a_broken_file(data: Path, run_dir: Path) -> list[str]:

@@ -144,3 +144,8 @@ def test_training_may_go_on_at_once(
     overrides = [*parallel, f"precision={precision}"]
     answers = workers.run(world, saves.save_while_training_goes_on, data, tmp_path, *overrides)
     assert answers == [(0, True)] * world
+
+
+def test_a_saver_keeps_no_engine(workers: WorkerPool, data: Path, tmp_path: Path) -> None:
+    """The next stage's would be built beside it."""
+    assert all(workers.run(2, saves.leaves_the_engine, data, tmp_path / "run"))
