@@ -11,6 +11,7 @@ from nvlm_train.train.checkpoint.directory import complete_checkpoints
 from nvlm_train.train.signals import EXIT_REQUEUE
 from tests.gpu import training_runs
 from tests.gpu.paths import FAST
+from tests.train.checkpoint import saves
 from tests.train.layouts import NO_DROPOUT
 from tests.train.smoke import make_smoke_data, read_metrics
 from tests.workers import WorkerPool
@@ -71,6 +72,16 @@ def test_a_stopped_run_goes_on_on_a_gpu(
     assert gpu.run(1, training_runs.run, *arguments) == [0]
     assert gpu.run(1, training_runs.run, shards, tmp_path / "whole", path, []) == [0]
     check(tmp_path / "stopped", tmp_path / "whole", CONTINUES["bf16"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_save_does_not_see_what_comes_after_it(
+    gpu: WorkerPool, shards: Path, tmp_path: Path, precision: str
+) -> None:
+    """The copies are still on their way when the call returns."""
+    run = (shards, tmp_path / "run", f"precision={precision}")
+    assert [same for _, same in gpu.run(1, saves.save_while_training_goes_on, *run)] == [True]
 
 
 def check_killed(pool: WorkerPool, shards: Path, directory: Path, path: str) -> None:

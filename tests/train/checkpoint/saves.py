@@ -144,6 +144,8 @@ def save_while_training_goes_on(data: Path, run_dir: Path, *overrides: str) -> t
     with mock.patch.object(writer_threads, "_write_file", held_back):
         saver.save(work.engine, start.run_state(recipe, work, Position("pretrain", 1), None))
     started = len(psutil.Process().children()) - children
+    # As the next update does.
+    work.engine.wait_for_copies()
     for tensor in _live(work.engine):
         tensor.zero_()
     may_write.set()
