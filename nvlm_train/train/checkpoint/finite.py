@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvlm_train.parallel.topology import device
+from nvlm_train.train.checkpoint.shares import MOMENTS
 from nvlm_train.train.engine import Engine
 from nvlm_train.train.optimizer import parts
 
@@ -64,6 +65,6 @@ def _tensors(engine: Engine) -> Iterator[tuple[str, Tensor]]:
         for group in [] if part.is_stub_optimizer else part.optimizer.param_groups:
             for parameter in group["params"]:
                 yield "weights of the optimizer", parameter.data
-                for kind in ("exp_avg", "exp_avg_sq"):
+                for kind in MOMENTS:
                     if kind in part.optimizer.state[parameter]:
                         yield f"{kind} of the optimizer", part.optimizer.state[parameter][kind]

@@ -7,6 +7,7 @@ rows, the beginning of a row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,10 +24,7 @@ class Rectangle(NamedTuple):
     @property
     def stop(self) -> int:
         """Behind its last number, in the flattened tensor."""
-        count = 1
-        for length in self.size:
-            count *= length
-        return self.start + count
+        return self.start + math.prod(self.size)
 
 
 def rectangles(

@@ -8,13 +8,13 @@ torch's copies into the file, SHA-256) run without the interpreter's lock.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
 import queue
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def _write_file(transforms: list[Any], bucket: Bucket, copied: torch.cuda.Event 
     if copied is not None:
         copied.synchronize()
     try:
-        with HashedFile(Path(path)) as file:
+        with contextlib.closing(HashedFile(Path(path))) as file:
             results = [
                 filesystem._write_item(*transforms, file, content, item, key, **_options())  # type: ignore[call-arg]
                 for item, content in (*data, *tensors)
@@ -123,15 +123,8 @@ class HashedFile:
         self._file = path.open("wb")
         self._hash = hashlib.sha256()
 
-    def __enter__(self) -> HashedFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Ends the file, whose digest is known from here on."""
         self._bytes = self._file.tell()
         self._file.close()
 
