@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Masks:
-    """Those of a pack; None where the chosen attention needs none."""
+    """Holds the masks of a pack; None where the chosen attention needs none."""
 
     tokens: BlockMask | None = None
     wanted: BlockMask | None = None

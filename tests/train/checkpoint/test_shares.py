@@ -104,6 +104,13 @@ def _heads(ranks: list[Found]) -> int:
 # ---- any layout ----
 
 
+def assert_right_after_load(workers: WorkerPool, kind: Kind, into: str, directory: Path) -> None:
+    """Checks every number of weights and moments on all ranks of a layout."""
+    world, parallel = LAYOUTS[into]
+    wrong = workers.run(world, share_runs.wrong_after_load, kind, parallel, directory)
+    assert wrong == [[]] * world
+
+
 @pytest.mark.parametrize(
     ("kind", "saved", "into"),
     [
@@ -132,10 +139,7 @@ def test_any_layout_finds_every_number(
 ) -> None:
     directory = tmp_path / "saved"
     workers.run(LAYOUTS[saved][0], share_runs.save, kind, LAYOUTS[saved][1], directory)
-    world, parallel = LAYOUTS[into]
-    assert (
-        workers.run(world, share_runs.wrong_after_load, kind, parallel, directory) == [[]] * world
-    )
+    assert_right_after_load(workers, kind, into, directory)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +152,7 @@ def test_what_was_saved_before_is_read(
     """In other pieces, under the same names."""
     directory = tmp_path / "saved"
     workers.run(LAYOUTS[saved][0], share_runs.save_as_before, kind, LAYOUTS[saved][1], directory)
-    world, parallel = LAYOUTS[into]
-    assert (
-        workers.run(world, share_runs.wrong_after_load, kind, parallel, directory) == [[]] * world
-    )
+    assert_right_after_load(workers, kind, into, directory)
 
 
 def test_weights_that_are_not_spread_are_caught(workers: WorkerPool, tmp_path: Path) -> None:
